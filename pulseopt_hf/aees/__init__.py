@@ -1,0 +1,30 @@
+"""The method: Adaptive Episodic Exploration Scheduling, without any tensor.
+
+This floor knows losses as floats and arms as pairs of numbers. It imports the standard library
+only, so it can be read, tested and reused apart from torch and Transformers.
+"""
+
+from pulseopt_hf.aees.arms import Arm
+from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB, RandomBandit
+from pulseopt_hf.aees.context import TrendBandit, loss_trend
+from pulseopt_hf.aees.controller import Controller, Selection
+from pulseopt_hf.aees.records import LOG_KEYS, EpisodeRecord, to_logs
+from pulseopt_hf.aees.reward import Reward, episode_reward
+from pulseopt_hf.aees.state import StateError
+
+__all__ = [
+    "LOG_KEYS",
+    "Arm",
+    "Bandit",
+    "Controller",
+    "DiscountedUCB",
+    "EpisodeRecord",
+    "RandomBandit",
+    "Reward",
+    "Selection",
+    "StateError",
+    "TrendBandit",
+    "episode_reward",
+    "loss_trend",
+    "to_logs",
+]

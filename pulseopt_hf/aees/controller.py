@@ -1,0 +1,271 @@
+"""The controller: the bandits of both axes, the open episode, the record. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pulseopt_hf.aees.arms import Arm
+from pulseopt_hf.aees.bandits import Bandit, BanditFactory, DiscountedUCB, RandomBandit
+from pulseopt_hf.aees.context import TrendBandit, loss_trend
+from pulseopt_hf.aees.records import (
+    EpisodeRecord,
+    records_from_json,
+    records_to_json,
+    to_logs,
+)
+from pulseopt_hf.aees.reward import episode_reward
+from pulseopt_hf.aees.state import (
+    StateDict,
+    StateError,
+    field,
+    integer,
+    list_of,
+    optional,
+    shorten,
+    text,
+)
+from pulseopt_hf.config import PulseOptConfig, method_settings
+
+STATE_VERSION = 1
+_NOISE_SEED_OFFSET = 101
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The bandits' choice for one episode.
+
+    Attributes:
+        lr_index: index among `lr_candidates`.
+        noise_index: index among `noise_candidates`.
+        context: trend of the loss that the choice was made under, or `None` without a context.
+    """
+
+    lr_index: int
+    noise_index: int
+    context: str | None = None
+
+
+@dataclass(frozen=True)
+class OpenEpisode:
+    """The episode that is running: its choice, its arm and the global step it began at."""
+
+    selection: Selection
+    arm: Arm
+    start_step: int
+
+
+class Controller:
+    """Chooses the arm of each episode and learns from its losses.
+
+    The loop that trains owns the time: it calls `choose` and `open` at the first step of an
+    episode and `close` with the losses after the last.
+
+    Args:
+        config: the knobs. `seed=None` makes choices that cannot be repeated.
+    """
+
+    def __init__(self, config: PulseOptConfig) -> None:
+        """See the class."""
+        self.config = config
+        self.records: list[EpisodeRecord] = []
+        self.episode: OpenEpisode | None = None
+        make = _bandit_factory(config)
+        seed = config.seed
+        noise_seed = None if seed is None else seed + _NOISE_SEED_OFFSET
+        noise_bandits = 1
+        if config.structured_control_mode == "conditional":
+            noise_bandits = len(config.lr_candidates)
+        # An axis with one candidate is a constant and has no bandit.
+        self._lr_bandit: Bandit | None = None
+        self._noise_bandits: list[Bandit] = []
+        if len(config.lr_candidates) > 1:
+            self._lr_bandit = make(len(config.lr_candidates), seed)
+        if len(config.noise_candidates) > 1:
+            self._noise_bandits = [
+                make(len(config.noise_candidates), None if noise_seed is None else noise_seed + i)
+                for i in range(noise_bandits)
+            ]
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether every step is the plain optimizer step: one arm, with no effect."""
+        return self.config.lr_candidates == [1.0] and self.config.noise_candidates == [0.0]
+
+    def choose(self) -> Selection:
+        """Let the bandits choose the next arm. Draws from their generators."""
+        context = None
+        if self.config.context_mode == "trend":
+            context = loss_trend(
+                [record.end_loss for record in self.records[-self.config.context_trend_window :]],
+                window=self.config.context_trend_window,
+                epsilon=self.config.context_trend_epsilon,
+            )
+        lr_index = self._lr_bandit.select(context) if self._lr_bandit else 0
+        noise_bandit = self._noise_bandit(lr_index)
+        noise_index = noise_bandit.select(context) if noise_bandit else 0
+        return Selection(lr_index, noise_index, context)
+
+    def open(self, selection: Selection, step: int) -> Arm:
+        """Open an episode.
+
+        Args:
+            selection: the choice, this controller's or the one that all ranks agreed on.
+            step: global step of its first optimizer step, >= 0.
+
+        Raises:
+            RuntimeError: an episode is open already.
+        """
+        if self.episode is not None:
+            raise RuntimeError("An episode is open; close it before opening the next.")
+        arm = Arm.of(
+            self.config.lr_candidates[selection.lr_index],
+            self.config.noise_candidates[selection.noise_index],
+        )
+        self.episode = OpenEpisode(selection, arm, step)
+        return arm
+
+    def close(
+        self, losses: Sequence[float], end_step: int, update_norm: float | None = None
+    ) -> EpisodeRecord:
+        """Close the open episode: reward it, tell the bandits, record it.
+
+        Args:
+            losses: its step losses, shape (n,), n >= 1, all finite.
+            end_step: global step of its last optimizer step.
+            update_norm: mean L2 norm of the parameters' change in a step, where measured.
+
+        Raises:
+            RuntimeError: no episode is open.
+            ValueError: the losses cannot be rewarded, see `episode_reward`.
+        """
+        if self.episode is None:
+            raise RuntimeError("No episode is open.")
+        config, selection, arm = self.config, self.episode.selection, self.episode.arm
+        reward = episode_reward(
+            losses,
+            ema_alpha=config.ema_alpha,
+            instability_lambda=config.reward_instability_lambda,
+            epsilon=config.reward_epsilon,
+            clip_min=config.reward_clip_min,
+            clip_max=config.reward_clip_max,
+        )
+        if self._lr_bandit:
+            self._lr_bandit.update(selection.lr_index, reward.value, selection.context)
+        noise_bandit = self._noise_bandit(selection.lr_index)
+        if noise_bandit:
+            noise_bandit.update(selection.noise_index, reward.value, selection.context)
+        record = EpisodeRecord(
+            lr_index=selection.lr_index,
+            noise_index=selection.noise_index,
+            lr_value=arm.lr_multiplier,
+            noise_value=arm.noise_std,
+            name=arm.name,
+            start_step=self.episode.start_step,
+            end_step=end_step,
+            start_loss=losses[0],
+            end_loss=losses[-1],
+            ema_start=reward.ema_start,
+            ema_end=reward.ema_end,
+            reward_base=reward.base,
+            reward_instability=reward.instability,
+            reward_penalty=reward.penalty,
+            reward_unclipped=reward.unclipped,
+            reward=reward.value,
+            update_norm=update_norm,
+            context=selection.context,
+        )
+        self.records.append(record)
+        self.episode = None
+        return record
+
+    def logs(self) -> dict[str, list[object]]:
+        """Return the closed episodes under the published log keys."""
+        return to_logs(self.records, with_context=self.config.context_mode != "none")
+
+    def _noise_bandit(self, lr_index: int) -> Bandit | None:
+        if not self._noise_bandits:
+            return None
+        return self._noise_bandits[lr_index if len(self._noise_bandits) > 1 else 0]
+
+    def state_dict(self) -> StateDict:
+        """Return all that later choices depend on, and the record, as JSON."""
+        episode = None
+        if self.episode is not None:
+            selection = self.episode.selection
+            episode = {
+                "lr_index": selection.lr_index,
+                "noise_index": selection.noise_index,
+                "context": selection.context,
+                "start_step": self.episode.start_step,
+            }
+        return {
+            "version": STATE_VERSION,
+            "settings": method_settings(self.config),
+            "lr_bandit": self._lr_bandit.state_dict() if self._lr_bandit else None,
+            "noise_bandits": [bandit.state_dict() for bandit in self._noise_bandits],
+            "episode": episode,
+            "records": records_to_json(self.records),
+        }
+
+    def load_state_dict(self, state: object) -> None:
+        """Continue from `state_dict()`; the controller is unchanged if this raises.
+
+        Raises:
+            StateError: the state is damaged, of another version, or of other settings, which the
+                message names with both values.
+        """
+        version = field(state, "version", integer)
+        if version != STATE_VERSION:
+            raise StateError(
+                f"The saved state has version {version}, this release of pulseopt_hf reads "
+                f"version {STATE_VERSION}. Resume with the release that wrote it."
+            )
+        check_settings(field(state, "settings", _anything), self.config)
+        records = field(state, "records", records_from_json)
+        episode = field(state, "episode", optional(self._episode_from_json))
+        fresh = Controller(self.config)
+        if fresh._lr_bandit:
+            fresh._lr_bandit.load_state_dict(field(state, "lr_bandit", _anything))
+        saved = field(state, "noise_bandits", list_of(_anything, len(fresh._noise_bandits)))
+        for bandit, bandit_state in zip(fresh._noise_bandits, saved, strict=True):
+            bandit.load_state_dict(bandit_state)
+        self._lr_bandit, self._noise_bandits = fresh._lr_bandit, fresh._noise_bandits
+        self.records, self.episode = records, None
+        if episode is not None:
+            self.open(*episode)
+
+    def _episode_from_json(self, value: object, name: str) -> tuple[Selection, int]:
+        lr_index = field(value, "lr_index", integer)
+        noise_index = field(value, "noise_index", integer)
+        context = field(value, "context", optional(text))
+        if lr_index >= len(self.config.lr_candidates):
+            raise StateError(f"`{name}.lr_index` is {lr_index}, which names no candidate.")
+        if noise_index >= len(self.config.noise_candidates):
+            raise StateError(f"`{name}.noise_index` is {noise_index}, which names no candidate.")
+        return Selection(lr_index, noise_index, context), field(value, "start_step", integer)
+
+
+def check_settings(saved: object, config: PulseOptConfig) -> None:
+    """Raise `StateError` naming every method knob whose saved value is not this run's."""
+    differing = [
+        f"`{name}` was {shorten(old)} and is now {new!r}"
+        for name, new in method_settings(config).items()
+        if (old := field(saved, name, _anything)) != new
+    ]
+    if differing:
+        raise StateError(
+            "The saved run had other settings: "
+            + "; ".join(differing)
+            + ". Set them back to resume it, or start a new run without resuming."
+        )
+
+
+def _bandit_factory(config: PulseOptConfig) -> BanditFactory:
+    if config.control_mode == "random":
+        return RandomBandit
+    return TrendBandit if config.context_mode == "trend" else DiscountedUCB
+
+
+def _anything(value: object, name: str) -> object:
+    return value

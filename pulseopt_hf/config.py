@@ -1,0 +1,252 @@
+"""Every knob of the method: its help text and its validation, once. Standard library only.
+
+`AEES`, `PulseOptTrainingArguments`, `--help` and the tables of the documentation are all made from
+the fields below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+EPISODES_PER_ARM = 10  # that an automatic episode length aims at
+SHORTEST_AUTOMATIC_EPISODE = 5
+LONGEST_AUTOMATIC_EPISODE = 100
+
+
+def _knob(default: Any, help: str) -> Any:
+    """Declare a field; its metadata holds only what `HfArgumentParser` hands on to argparse."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PulseOptKnobs:
+    """The knobs, as fields that a config and a set of training arguments share."""
+
+    lr_candidates: list[float] = _knob(
+        [0.5, 1.0, 2.0],
+        "Learning-rate multipliers to choose from; each > 0. One value is a constant.",
+    )
+    noise_candidates: list[float] = _knob(
+        [0.0],
+        "Gradient-noise levels to choose from; each >= 0, in the unit that `noise_mode` sets. "
+        "One value is a constant.",
+    )
+    noise_mode: Literal["absolute", "relative"] = _knob(
+        "absolute",
+        "`absolute`: a noise level is the standard deviation per gradient element (published). "
+        "`relative`: it is a multiple of each gradient's root mean square.",
+    )
+    episode_length: int | None = _knob(
+        None,
+        "Optimizer steps in an episode, >= 1. Unset, Trainer derives it from the length of the "
+        "run: 10 episodes for every arm, within 5 to 100 steps.",
+    )
+    control_mode: Literal["adaptive", "random"] = _knob(
+        "adaptive",
+        "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
+        "a comparison.",
+    )
+    structured_control_mode: Literal["independent", "conditional"] = _knob(
+        "independent",
+        "`independent`: one bandit for noise. `conditional`: one for each LR multiplier.",
+    )
+    context_mode: Literal["none", "trend"] = _knob(
+        "none",
+        "`trend` keeps separate bandits for a loss that is improving, stable or worsening.",
+    )
+    context_trend_window: int = _knob(3, "Episode-end losses that the trend is read from, >= 1.")
+    context_trend_epsilon: float = _knob(
+        1e-3, "Mean step of the loss from episode to episode that still counts as stable, >= 0."
+    )
+    reward_instability_lambda: float = _knob(
+        0.0, "Weight of the penalty for losses that vary within an episode, >= 0."
+    )
+    reward_epsilon: float = _knob(1e-8, "Added to losses before the logarithm is taken, > 0.")
+    reward_clip_min: float = _knob(-1.0, "Lowest reward; below `reward_clip_max`.")
+    reward_clip_max: float = _knob(1.0, "Highest reward; above `reward_clip_min`.")
+    ema_alpha: float = _knob(
+        0.1, "Weight of the newest loss in the smoothed loss of an episode, in (0, 1]."
+    )
+    nonfinite: Literal["skip", "raise"] = _knob(
+        "skip",
+        "What a NaN or infinite loss or gradient does: `skip` leaves out the optimizer step, "
+        "`raise` ends the run with a ValueError.",
+    )
+    max_consecutive_skips: int = _knob(
+        50, "Optimizer steps skipped in a row that end the run with an error, >= 1."
+    )
+    log_update_norm: bool = _knob(
+        False,
+        "Measure how far each step moves the parameters, for the log key `mean_update_norms`. "
+        "Exact up to 4 million parameters, estimated from as many beyond.",
+    )
+
+
+@dataclass
+class PulseOptConfig(PulseOptKnobs):
+    """The settings of one AEES controller. Bad values raise `ValueError`, all of them at once.
+
+    `PulseOptConfig()` holds the recommended settings, `PulseOptConfig.published()` those of the
+    PyPI package `pulseopt`.
+    """
+
+    seed: int | None = _knob(
+        None,
+        "Seed of the bandits and of the gradient noise, >= 0. Unset, Trainer uses its own `seed`, "
+        "and `AEES` draws one from the operating system.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check every knob.
+
+        Raises:
+            ValueError: one or more knobs are out of range; the message has a line for each.
+        """
+        check_knobs(self)
+
+    @classmethod
+    def published(cls, **overrides: Any) -> PulseOptConfig:
+        """Return the method as `pulseopt` 0.3.0 runs it, bit for bit, with its defaults.
+
+        Those defaults hold both axes constant: name `lr_candidates` or `noise_candidates`.
+        """
+        defaults: dict[str, Any] = {"lr_candidates": [1.0], "episode_length": 100}
+        return cls(**{**defaults, **overrides})
+
+    @classmethod
+    def of_knobs(cls, knobs: PulseOptKnobs) -> PulseOptConfig:
+        """Take the knobs out of a set of training arguments; their seed stays theirs."""
+        names = [field.name for field in dataclasses.fields(PulseOptKnobs)]
+        return cls(**{name: getattr(knobs, name) for name in names})
+
+    @property
+    def arms(self) -> int:
+        """Number of arms that the bandits can tell apart: LR multipliers times noise levels."""
+        return len(self.lr_candidates) * len(self.noise_candidates)
+
+    def for_run(self, max_steps: int, seed: int) -> PulseOptConfig:
+        """Return these settings with all that depends on the run filled in.
+
+        Args:
+            max_steps: optimizer steps of the run, >= 1.
+            seed: the run's seed, for settings without their own.
+
+        Raises:
+            ValueError: an episode is longer than the run.
+        """
+        length = self.episode_length
+        if length is None:
+            wanted = max_steps // (EPISODES_PER_ARM * self.arms)
+            length = min(max(wanted, SHORTEST_AUTOMATIC_EPISODE), LONGEST_AUTOMATIC_EPISODE)
+            length = min(length, max_steps)
+        elif length > max_steps:
+            raise ValueError(
+                f"`episode_length` must be at most the {max_steps} optimizer steps of this run, "
+                f"got {length}. Leave it unset to have it follow from the run."
+            )
+        seed = seed if self.seed is None else self.seed
+        return dataclasses.replace(self, episode_length=length, seed=seed)
+
+
+# Knobs that say how a run is watched over, not what the method computes: a run may be resumed
+# with others.
+OPERATIONAL_KNOBS = frozenset({"nonfinite", "max_consecutive_skips", "log_update_norm"})
+
+
+def method_settings(config: PulseOptConfig) -> dict[str, Any]:
+    """Return the knobs that a resumed run must share with the run that it continues."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in OPERATIONAL_KNOBS
+    }
+
+
+def check_knobs(knobs: PulseOptKnobs) -> None:
+    """Normalise numbers to `float` and raise one `ValueError` that lists every bad knob."""
+    problems = list(_problems(knobs))
+    if problems:
+        raise ValueError("\n".join(problems))
+    knobs.lr_candidates = [float(value) for value in knobs.lr_candidates]
+    knobs.noise_candidates = [float(value) for value in knobs.noise_candidates]
+
+
+def _problems(knobs: PulseOptKnobs) -> Iterator[str]:
+    yield from _candidate_problems("lr_candidates", knobs.lr_candidates, "> 0", lambda v: v > 0)
+    yield from _candidate_problems(
+        "noise_candidates", knobs.noise_candidates, ">= 0", lambda v: v >= 0
+    )
+    for name in ("noise_mode", "control_mode", "structured_control_mode", "context_mode"):
+        yield from _choice_problems(knobs, name)
+    yield from _choice_problems(knobs, "nonfinite")
+    if knobs.episode_length is not None:
+        yield from _whole_problems(knobs, "episode_length", 1)
+    yield from _whole_problems(knobs, "context_trend_window", 1)
+    yield from _whole_problems(knobs, "max_consecutive_skips", 1)
+    for name, bound, holds in (
+        ("context_trend_epsilon", ">= 0", lambda v: v >= 0),
+        ("reward_instability_lambda", ">= 0", lambda v: v >= 0),
+        ("reward_epsilon", "> 0", lambda v: v > 0),
+        ("reward_clip_min", "finite", lambda v: True),
+        ("reward_clip_max", "finite", lambda v: True),
+        ("ema_alpha", "in (0, 1]", lambda v: 0 < v <= 1),
+    ):
+        value = getattr(knobs, name)
+        if not _is_finite(value) or not holds(value):
+            yield f"`{name}` must be a number {bound}, got {value!r}."
+    low, high = knobs.reward_clip_min, knobs.reward_clip_max
+    if _is_finite(low) and _is_finite(high) and low >= high:
+        yield f"`reward_clip_min` must be below `reward_clip_max`, got {low!r} and {high!r}."
+    if not isinstance(knobs.log_update_norm, bool):
+        yield f"`log_update_norm` must be True or False, got {knobs.log_update_norm!r}."
+    if isinstance(knobs, PulseOptConfig) and knobs.seed is not None:
+        yield from _whole_problems(knobs, "seed", 0)
+
+
+def _candidate_problems(name: str, values: object, bound: str, holds: Any) -> Iterator[str]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        yield f"`{name}` must be a list of numbers {bound}, got {values!r}."
+        return
+    if len(values) == 0:
+        yield f"`{name}` must have at least one value, got {values!r}."
+    for value in values:
+        if not _is_finite(value) or not holds(value):
+            yield f"`{name}` must hold numbers {bound}, got {value!r}."
+            return
+    if len(set(values)) < len(values):
+        yield f"`{name}` must hold different values, got {list(values)!r}."
+
+
+def _choice_problems(knobs: PulseOptKnobs, name: str) -> Iterator[str]:
+    choices = _CHOICES[name]
+    value = getattr(knobs, name)
+    if value not in choices:
+        yield f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
+
+
+def _whole_problems(knobs: PulseOptKnobs, name: str, lowest: int) -> Iterator[str]:
+    value = getattr(knobs, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        yield f"`{name}` must be a whole number >= {lowest}, got {value!r}."
+    elif value < lowest:
+        yield f"`{name}` must be at least {lowest}, got {value}."
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_CHOICES = {
+    "noise_mode": ("absolute", "relative"),
+    "control_mode": ("adaptive", "random"),
+    "structured_control_mode": ("independent", "conditional"),
+    "context_mode": ("none", "trend"),
+    "nonfinite": ("skip", "raise"),
+}

@@ -1,0 +1,415 @@
+"""AEES for hand-written training loops, and the engine under the Trainer floor."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pulseopt_hf.aees import Arm, Controller, EpisodeRecord, Selection
+from pulseopt_hf.aees.state import StateDict, StateError, field, integer, list_of, number
+from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.hooks import ArmHooks, check_optimizer
+from pulseopt_hf.optim.losses import LossBuffer
+from pulseopt_hf.optim.noise import GradientNoise, all_parameters
+from pulseopt_hf.optim.unwrap import accumulates, device_of, has_scaler, innermost
+from pulseopt_hf.optim.update_norm import UpdateNorm
+
+
+class Scheduler(Protocol):
+    """What AEES asks of a learning-rate scheduler."""
+
+    def step(self) -> Any:
+        """Advance the base LR by one optimizer step."""
+
+
+class AEES:
+    """Adaptive Episodic Exploration Scheduling round a torch optimizer.
+
+    Training is cut into episodes of `episode_length` optimizer steps. Each runs with one arm, a
+    learning-rate multiplier and a gradient-noise level, and is rewarded by how far the loss fell;
+    a bandit chooses the next. The method and the defaults are those of the PyPI package
+    `pulseopt`, whose `AEES` this replaces without a change to the loop:
+
+        aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], lr_scheduler=scheduler, seed=0)
+        for step, batch in enumerate(batches):
+            aees.step_start(step)
+            optimizer.zero_grad()
+            loss = model(batch)
+            loss.backward()
+            aees.step_end(loss)  # steps the optimizer and the scheduler
+        aees.finalize()
+
+    Under Accelerate, pass the prepared optimizer and scheduler: while gradients accumulate,
+    `step_end` only notes the loss, and an optimizer step counts the mean of its micro-batches.
+    Under `torch.distributed` all ranks run the arms that rank 0 chooses by the mean loss.
+
+    Args:
+        optimizer: the optimizer, wrapped by Accelerate or not.
+        lr_candidates: see `PulseOptConfig`, as for all arguments not explained here.
+        noise_candidates: see `PulseOptConfig`.
+        episode_length: optimizer steps in an episode, >= 1.
+        lr_scheduler: stepped after every optimizer step, if given.
+        control_mode: see `PulseOptConfig`.
+        structured_control_mode: see `PulseOptConfig`.
+        context_mode: see `PulseOptConfig`.
+        context_trend_window: see `PulseOptConfig`.
+        context_trend_epsilon: see `PulseOptConfig`.
+        reward_instability_lambda: see `PulseOptConfig`.
+        reward_epsilon: see `PulseOptConfig`.
+        reward_clip_min: see `PulseOptConfig`.
+        reward_clip_max: see `PulseOptConfig`.
+        ema_alpha: see `PulseOptConfig`.
+        seed: see `PulseOptConfig`.
+        noise_mode: see `PulseOptConfig`.
+        nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
+            read each loss from the device.
+        max_consecutive_skips: see `PulseOptConfig`.
+        log_update_norm: see `PulseOptConfig`.
+        distributed: whether ranks agree, where `torch.distributed` runs; `False` leaves each to
+            itself.
+
+    Raises:
+        TypeError: `optimizer` is not a torch optimizer.
+        ValueError: a knob is out of range, or the optimizer cannot run under an arm.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lr_candidates: Sequence[float] = (1.0,),
+        noise_candidates: Sequence[float] = (0.0,),
+        episode_length: int = 100,
+        lr_scheduler: Scheduler | None = None,
+        control_mode: str = "adaptive",
+        structured_control_mode: str = "independent",
+        context_mode: str = "none",
+        context_trend_window: int = 3,
+        context_trend_epsilon: float = 1e-3,
+        reward_instability_lambda: float = 0.0,
+        reward_epsilon: float = 1e-8,
+        reward_clip_min: float = -1.0,
+        reward_clip_max: float = 1.0,
+        ema_alpha: float = 0.1,
+        seed: int | None = None,
+        noise_mode: str = "absolute",
+        nonfinite: str = "raise",
+        max_consecutive_skips: int = 50,
+        log_update_norm: bool = False,
+        distributed: bool = True,
+    ) -> None:
+        """See the class."""
+        settings: dict[str, Any] = {
+            "lr_candidates": lr_candidates,
+            "noise_candidates": noise_candidates,
+            "episode_length": episode_length,
+            "control_mode": control_mode,
+            "structured_control_mode": structured_control_mode,
+            "context_mode": context_mode,
+            "context_trend_window": context_trend_window,
+            "context_trend_epsilon": context_trend_epsilon,
+            "reward_instability_lambda": reward_instability_lambda,
+            "reward_epsilon": reward_epsilon,
+            "reward_clip_min": reward_clip_min,
+            "reward_clip_max": reward_clip_max,
+            "ema_alpha": ema_alpha,
+            "seed": seed,
+            "noise_mode": noise_mode,
+            "nonfinite": nonfinite,
+            "max_consecutive_skips": max_consecutive_skips,
+            "log_update_norm": log_update_norm,
+        }
+        self._set_up(optimizer, PulseOptConfig(**settings), lr_scheduler, distributed)
+
+    @classmethod
+    def from_config(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        config: PulseOptConfig,
+        *,
+        lr_scheduler: Scheduler | None = None,
+        distributed: bool = True,
+    ) -> AEES:
+        """Create from a config instead of single knobs; its `episode_length` must be set."""
+        self = cls.__new__(cls)
+        self._set_up(optimizer, config, lr_scheduler, distributed)
+        return self
+
+    def _set_up(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: PulseOptConfig,
+        lr_scheduler: Scheduler | None,
+        distributed: bool,
+    ) -> None:
+        if config.episode_length is None:
+            raise ValueError(
+                "`episode_length` must be a whole number >= 1 here, got None: a loop of one's own "
+                "has no length that it could follow from."
+            )
+        self.optimizer = optimizer
+        self.config = config
+        self.episode_length: int = config.episode_length
+        self.controller = Controller(config)
+        self.current_candidate: Arm | None = None
+        self.optimizer_steps = 0  # that happened; the noise is a function of it
+        self.skipped_steps = 0
+        self._consecutive_skips = 0
+        self._scheduler = lr_scheduler
+        self._losses = LossBuffer()
+        self._forget_micro_batches()
+        self._global_step = 0  # of the step that is open
+        self._last_step = 0  # global step of the last optimizer step that happened
+        inner = innermost(optimizer)
+        check_optimizer(inner)
+        self._agreement = Agreement(device_of(inner), enabled=distributed)
+        seed = secrets.randbits(32) if config.seed is None else config.seed
+        self._noise = GradientNoise(seed, config.noise_mode)
+        self._update_norm = None
+        if config.log_update_norm:
+            self._update_norm = UpdateNorm(all_parameters(inner))
+        self._hooks = ArmHooks(inner, self._noise, self._update_norm)
+
+    def step_start(self, global_step: int) -> Arm:
+        """Begin an optimizer step, or a micro-batch of one; opens an episode where none is open.
+
+        Args:
+            global_step: number of the step in the run, >= 0; it only goes into the record.
+
+        Returns:
+            The arm that the step will run under, which is `current_candidate` until `step_end`.
+
+        Raises:
+            ValueError: `global_step` is not a whole number >= 0.
+            RuntimeError: the step before was not ended.
+        """
+        if isinstance(global_step, bool) or not isinstance(global_step, int) or global_step < 0:
+            raise ValueError(f"`global_step` must be a whole number >= 0, got {global_step!r}.")
+        if self.current_candidate is not None:
+            raise RuntimeError("`step_start` was called twice; end the open step with `step_end`.")
+        self._global_step = global_step
+        if self.controller.episode is None:
+            self._open_episode()
+        assert self.controller.episode is not None
+        self.current_candidate = self.controller.episode.arm
+        return self.current_candidate
+
+    def step_end(self, loss: float | Tensor) -> None:
+        """End a step: step the optimizer under the arm and the scheduler after it.
+
+        Args:
+            loss: the loss that was back-propagated, shape (), before any division for gradient
+                accumulation.
+
+        Raises:
+            RuntimeError: `step_start` was not called before, or too many steps were skipped in a
+                row.
+            ValueError: the loss is not finite and `nonfinite` is `raise`. The step stays open.
+        """
+        self._require_open_step()
+        if not math.isfinite(float(loss)):
+            if self.config.nonfinite == "raise":
+                raise ValueError(f"`loss` must be finite, got {float(loss)} at {self._where()}.")
+            self._step_is_finite = False
+        self._micro_batches.append(loss.detach().clone() if isinstance(loss, Tensor) else loss)
+        if accumulates(self.optimizer):
+            self.optimizer.step()  # Accelerate passes over it, but counts on being called
+            self.current_candidate = None
+            return
+        losses, finite = self._micro_batches, self._step_is_finite
+        self._forget_micro_batches()
+        if self.config.nonfinite == "skip":
+            finite = not self._agreement.any(not finite)
+        # A gradient scaler has to be stepped to skip: it finds the overflow and lowers its scale.
+        if (finite or has_scaler(self.optimizer)) and self.apply(self.optimizer.step):
+            self.record(losses[0] if len(losses) == 1 else sum(losses) / len(losses))
+            if self._scheduler is not None:
+                self._scheduler.step()
+        else:
+            self.skip()
+
+    def finalize(self) -> None:
+        """Close a partial episode. Safe to call again; a later `step_start` opens a new one."""
+        self.abandon()
+        if self.controller.episode is not None:
+            self._agree()
+            if self._losses.agreed:
+                self._close_episode()
+
+    def get_logs(self) -> dict[str, list[Any]]:
+        """Return the closed episodes, one item each under the log keys of `pulseopt`.
+
+        `mean_update_norms` holds `None` unless `log_update_norm` is on; `context_buckets` is there
+        where a context is in use. Losses are means over ranks.
+        """
+        return self.controller.logs()
+
+    def apply(self, step: Callable[[], object]) -> bool:
+        """Run `step`, which steps the optimizer, under the open step's arm.
+
+        Part of `step_end`, for loops that step the optimizer themselves; followed by `record` or
+        `skip`.
+
+        Returns:
+            Whether the parameters were really updated; a gradient scaler may have decided not to.
+        """
+        arm = self._require_open_step()
+        with self._hooks.applied(arm, self.optimizer_steps) as outcome:
+            step()
+        happened = outcome.happened
+        if outcome.fired and not happened and self._update_norm is not None:
+            self._update_norm.discard_last()
+        return happened
+
+    def record(self, loss: float | Tensor) -> EpisodeRecord | None:
+        """Count the open step, which happened, and end it. Reads the device once an episode.
+
+        Args:
+            loss: its step loss, shape ().
+
+        Returns:
+            The episode's record if this was its last step.
+        """
+        self._require_open_step()
+        self._losses.append(loss)
+        self._last_step = self._global_step
+        self.optimizer_steps += 1
+        self._consecutive_skips = 0
+        self.current_candidate = None
+        if len(self._losses) < self.episode_length:
+            return None
+        self._agree()
+        # Fewer are left where a loss was not finite although its step was sound.
+        if len(self._losses) < self.episode_length:
+            return None
+        return self._close_episode()
+
+    def skip(self) -> None:
+        """End the open step, which did not happen: the episode neither counts nor sees it.
+
+        Raises:
+            RuntimeError: `max_consecutive_skips` steps in a row were skipped.
+        """
+        self._require_open_step()
+        self.skipped_steps += 1
+        self._consecutive_skips += 1
+        where = self._where()
+        self.current_candidate = None
+        if self._consecutive_skips >= self.config.max_consecutive_skips:
+            raise RuntimeError(
+                f"{self._consecutive_skips} optimizer steps in a row were skipped because of "
+                f"non-finite losses or gradients, the last at {where}. Lower the learning rate or "
+                "look into the data; `max_consecutive_skips` sets how many are borne."
+            )
+
+    def abandon(self) -> None:
+        """Forget the open step, which will not be taken, and the micro-batches it had."""
+        self.current_candidate = None
+        self._forget_micro_batches()
+
+    def agree(self) -> None:
+        """Average what this episode has seen so far over ranks; every rank must call it.
+
+        Afterwards `state_dict` sends nothing and can be called on one rank alone.
+        """
+        self._agree()
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Effective LR of the first parameter group in the last step, or `None` before it.
+
+        Reads the device where the LR is a tensor.
+        """
+        value = self._hooks.learning_rate
+        return None if value is None else float(value)
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer, for another controller to put on its own."""
+        self._hooks.remove()
+
+    def state_dict(self) -> StateDict:
+        """Return everything that later arms depend on, as JSON, also amid an episode.
+
+        Under `torch.distributed` every rank must call it, unless `agree` was called before.
+        """
+        self._agree()
+        return {
+            "controller": self.controller.state_dict(),
+            "losses": list(self._losses.agreed),
+            "optimizer_steps": self.optimizer_steps,
+            "skipped_steps": self.skipped_steps,
+            "consecutive_skips": self._consecutive_skips,
+            "last_step": self._last_step,
+            "noise_seed": self._noise.seed,
+        }
+
+    def load_state_dict(self, state: object) -> None:
+        """Continue from `state_dict()`; nothing is changed if this raises.
+
+        Raises:
+            StateError: the state is damaged, of another version, or of other settings, which the
+                message names with both values.
+        """
+        losses = field(state, "losses", list_of(number))
+        steps = field(state, "optimizer_steps", integer)
+        skipped = field(state, "skipped_steps", integer)
+        consecutive = field(state, "consecutive_skips", integer)
+        last_step = field(state, "last_step", integer)
+        noise_seed = field(state, "noise_seed", integer)
+        if len(losses) >= self.episode_length:
+            raise StateError(
+                f"The open episode has {len(losses)} losses, and an episode {self.episode_length}."
+            )
+        controller = Controller(self.config)
+        controller.load_state_dict(field(state, "controller", lambda value, name: value))
+        if losses and controller.episode is None:
+            raise StateError(f"There are {len(losses)} losses, but no episode is open.")
+        self.controller = controller
+        self.abandon()
+        self.optimizer_steps = steps
+        self.skipped_steps = skipped
+        self._consecutive_skips = consecutive
+        self._last_step = last_step
+        self._noise.seed = noise_seed
+        self._losses.clear()
+        self._losses.agreed = losses
+
+    def _forget_micro_batches(self) -> None:
+        self._micro_batches: list[float | Tensor] = []
+        self._step_is_finite = True
+
+    def _open_episode(self) -> None:
+        choice = self.controller.choose()
+        lr_index, noise_index, noise_seed = self._agreement.from_rank_0(
+            [choice.lr_index, choice.noise_index, self._noise.seed]
+        )
+        self._noise.seed = noise_seed
+        self.controller.open(Selection(lr_index, noise_index, choice.context), self._global_step)
+
+    def _close_episode(self) -> EpisodeRecord:
+        losses = self._losses.agreed
+        self._losses.clear()
+        norm = self._update_norm.mean() if self._update_norm is not None else None
+        return self.controller.close(losses, self._last_step, norm)
+
+    def _agree(self) -> None:
+        new = self._losses.agree(self._agreement)
+        bad = [loss for loss in new if not math.isfinite(loss)]
+        if bad:
+            if self.config.nonfinite == "raise":
+                raise ValueError(f"`loss` must be finite, got {bad[0]} before {self._where()}.")
+            self._losses.agreed = [loss for loss in self._losses.agreed if math.isfinite(loss)]
+
+    def _require_open_step(self) -> Arm:
+        if self.current_candidate is None:
+            raise RuntimeError("No step is open; call `step_start` before `step_end`.")
+        return self.current_candidate
+
+    def _where(self) -> str:
+        return f"global step {self._global_step}"

@@ -1,0 +1,174 @@
+"""The transient arm: an optimizer's own step hooks scale its LR and add noise, then restore it.
+
+Schedulers, checkpoints and `get_last_lr()` only ever see the base LR, because the effective one
+exists only between the optimizer's pre-step and post-step hook.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from pulseopt_hf.aees import Arm
+from pulseopt_hf.optim.noise import GradientNoise, all_parameters
+from pulseopt_hf.optim.update_norm import UpdateNorm
+
+
+class StepOutcome:
+    """What became of one call of `optimizer.step()`."""
+
+    def __init__(self) -> None:
+        """Start from nothing having happened."""
+        self.fired = False
+        self._found_inf: Tensor | None = None
+
+    def mark(self, found_inf: Tensor | None) -> None:
+        """Note that the optimizer was stepped, with the overflow flag it was given, if any."""
+        self.fired = True
+        self._found_inf = found_inf
+
+    @property
+    def happened(self) -> bool:
+        """Whether the parameters were updated.
+
+        `GradScaler` does not call a plain or foreach optimizer on overflow. A fused one it calls
+        with `found_inf` set and the kernel leaves out the update, so there the flag is read: one
+        device read, under a scaler only.
+        """
+        if not self.fired:
+            return False
+        return self._found_inf is None or not bool(self._found_inf.item())
+
+
+class ArmHooks:
+    """Runs the steps of a torch optimizer under an arm.
+
+    The hooks do nothing outside `applied`, so steps that are not training steps stay plain.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` whose groups carry their LR as a number or tensor.
+        noise: source of the gradient noise.
+        update_norm: measures how far a step moves the parameters, if given.
+
+    Raises:
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
+        ValueError: the optimizer has no LR to scale, or cannot be stepped without a closure.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        noise: GradientNoise,
+        update_norm: UpdateNorm | None = None,
+    ) -> None:
+        """See the class."""
+        check_optimizer(optimizer)
+        self.optimizer = optimizer
+        self.noise = noise
+        self.learning_rate: float | Tensor | None = None
+        self._update_norm = update_norm
+        self._current: tuple[Arm, int, StepOutcome] | None = None
+        self._base: list[tuple[dict[str, Any], float | Tensor]] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @contextmanager
+    def applied(self, arm: Arm, step: int) -> Iterator[StepOutcome]:
+        """Apply `arm` to the optimizer steps taken inside; the LR is restored whatever happens.
+
+        Args:
+            arm: LR multiplier and noise level.
+            step: number of optimizer steps taken before, which the noise is a function of.
+
+        Yields:
+            The outcome, to be read once the step was called.
+        """
+        outcome = StepOutcome()
+        self._current = (arm, step, outcome)
+        try:
+            yield outcome
+        finally:
+            self._current = None
+            self._restore()
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._current is None:
+            return
+        arm, step, outcome = self._current
+        # `GradScaler` sets both for the duration of a fused step; see StepOutcome.happened.
+        outcome.mark(getattr(optimizer, "found_inf", None))
+        if arm.noise_std > 0.0:
+            grad_scale = getattr(optimizer, "grad_scale", None)
+            self.noise.add(all_parameters(optimizer), arm.noise_std, step, grad_scale)
+        if self._update_norm is not None:
+            self._update_norm.before_step()
+        self._scale(optimizer, arm.lr_multiplier)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._current is None:
+            return
+        self._restore()
+        if self._update_norm is not None:
+            self._update_norm.after_step()
+
+    def _scale(self, optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+        first = optimizer.param_groups[0]["lr"]
+        # An LR tensor is what schedulers change in place, so what is kept for the logs is a copy.
+        self.learning_rate = first * multiplier
+        if multiplier == 1.0:
+            return
+        seen: set[int] = set()
+        for group in optimizer.param_groups:
+            base = group["lr"]
+            if isinstance(base, Tensor):
+                # Compiled and capturable optimizers hold on to the tensor: change it in place.
+                # Groups may share one, which must not be scaled twice.
+                if id(base) in seen:
+                    continue
+                seen.add(id(base))
+                self._base.append((group, base.clone()))
+                base.mul_(multiplier)
+            else:
+                self._base.append((group, base))
+                group["lr"] = base * multiplier
+
+    def _restore(self) -> None:
+        for group, base in self._base:
+            if isinstance(base, Tensor):
+                group["lr"].copy_(base)
+            else:
+                group["lr"] = base
+        self._base.clear()
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise the one clear error where an optimizer cannot run under an arm; see `ArmHooks`."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}."
+        )
+    name = type(optimizer).__name__
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name} computes its own learning rate (`lr` is None), so there is none to multiply. "
+            "Give it one; for Adafactor write `Adafactor(..., lr=1e-3, relative_step=False)`."
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{name}.step needs a closure that computes the loss several times a step, so a step "
+            "has no one loss and no one gradient. Use an optimizer that steps without a closure."
+        )

@@ -1,0 +1,42 @@
+"""Finding the torch optimizer inside what a training stack wraps round it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer whose step hooks fire when the parameters are updated.
+
+    Accelerate's wrapper is an `Optimizer` by inheritance only: it has no step hooks of its own.
+    """
+    if is_accelerated(optimizer):
+        return innermost(optimizer.optimizer)
+    return optimizer
+
+
+def is_accelerated(optimizer: object) -> bool:
+    """Whether this is Accelerate's wrapper; false where Accelerate was never imported."""
+    accelerate = sys.modules.get("accelerate.optimizer")
+    return accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer)
+
+
+def accumulates(optimizer: Any) -> bool:
+    """Whether Accelerate holds back this step because more micro-batches are to come."""
+    return is_accelerated(optimizer) and not optimizer.gradient_state.sync_gradients
+
+
+def has_scaler(optimizer: Any) -> bool:
+    """Whether Accelerate steps this optimizer through a gradient scaler."""
+    return is_accelerated(optimizer) and optimizer.scaler is not None
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Return the device of the first parameter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return torch.device(parameter.device)
+    return torch.device("cpu")

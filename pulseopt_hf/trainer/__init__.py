@@ -1,0 +1,19 @@
+"""The method meets Transformers: a mixin for any Trainer, and a callback for a Trainer as it is."""
+
+from pulseopt_hf.trainer.arguments import PulseOptTrainingArguments
+from pulseopt_hf.trainer.callback import PulseOptCallback
+from pulseopt_hf.trainer.mixin import (
+    PulseOptMixin,
+    PulseOptSeq2SeqTrainer,
+    PulseOptTrainer,
+    with_pulseopt,
+)
+
+__all__ = [
+    "PulseOptCallback",
+    "PulseOptMixin",
+    "PulseOptSeq2SeqTrainer",
+    "PulseOptTrainer",
+    "PulseOptTrainingArguments",
+    "with_pulseopt",
+]

@@ -1,0 +1,245 @@
+"""One Trainer's connection to the method: what the mixin and the callback have in common."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerState
+
+from pulseopt_hf.aees.state import StateDict, field, integer
+from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
+from pulseopt_hf.optim import AEES
+from pulseopt_hf.trainer.guard import NonFiniteGuard
+from pulseopt_hf.trainer.patches import MethodPatches
+from pulseopt_hf.trainer.upstream import mark_step_skipped
+
+logger = logging.getLogger("pulseopt_hf")
+
+SESSIONS: weakref.WeakSet[PulseSession] = weakref.WeakSet()
+
+
+class PulseSession:
+    """Runs episodes in a Trainer's loop.
+
+    Whoever owns the session reports to it: the micro-batch losses as `training_step` returns
+    them (`observe`), the start of each step, of training and of a save, and calls `optimizer_step`
+    where Trainer steps the optimizer.
+
+    Args:
+        trainer: the Trainer, fully constructed.
+        config: the knobs; `None` takes them from `trainer.args` where those have them, and else
+            the recommended ones.
+
+    Raises:
+        ValueError: the knobs were given twice, or the Trainer's optimizer cannot be adapted.
+    """
+
+    def __init__(self, trainer: Trainer, config: PulseOptConfig | None) -> None:
+        """See the class."""
+        args = trainer.args
+        if config is not None and isinstance(args, PulseOptKnobs):
+            if PulseOptConfig.of_knobs(args) != PulseOptConfig():
+                raise ValueError(
+                    "The knobs were given twice: in the training arguments and in a "
+                    "PulseOptConfig. Give them once."
+                )
+        # Upstream annotates `optimizer` and friends as what they are before training prepares them.
+        self.trainer: Any = trainer
+        # Where Trainer's loop steps the optimizer; PulseOptTrainer puts its seam here.
+        self.seam: Callable[[], None] = self.optimizer_step
+        self._config = config
+        self._patches = MethodPatches()
+        self._aees: AEES | None = None
+        self._guard: NonFiniteGuard | None = None
+        self._plain_step: Callable[[], object] | None = None
+        self._loss: Tensor | None = None
+        self._check_engine()
+        SESSIONS.add(self)
+
+    def begin(self, state: TrainerState, saved: object | None) -> None:
+        """Start training: a fresh controller, or the one of the checkpoint that is resumed.
+
+        Args:
+            state: Trainer's state, `global_step` > 0 when resuming.
+            saved: what `state_dict` returned when the checkpoint was written, if it was.
+        """
+        self.end()
+        trainer = self.trainer
+        resuming = state.global_step > 0
+        config = self._run_config(state.max_steps, saved if resuming else None)
+        aees = AEES.from_config(trainer.optimizer, config)
+        if resuming and saved is not None:
+            aees.load_state_dict(saved)
+        elif resuming:
+            logger.warning(
+                "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
+                "Its weights are resumed and the bandits start afresh.",
+                state.global_step,
+            )
+        self._aees = trainer.aees = aees
+        self._loss = None
+        self._guard = NonFiniteGuard(
+            trainer.accelerator, self._patches, trainer.model_wrapped.parameters()
+        )
+        self._plain_step = trainer.optimizer.step
+        self._patches.wrap(trainer.optimizer, "step", lambda step: lambda closure=None: self.seam())
+
+    def begin_step(self, global_step: int) -> None:
+        """Note that Trainer starts on the first micro-batch of an optimizer step."""
+        if self._aees is None:
+            return
+        self._loss = None
+        self._aees.abandon()  # a step that Trainer broke off, as it does at the end of training
+        self._aees.step_start(global_step)
+
+    def observe(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss, as `training_step` returned it, to the step's loss.
+
+        In float32 and in order, so that the sum is bit for bit what Trainer logs with
+        `logging_steps=1`. Reads nothing from the device.
+        """
+        if self._aees is not None:
+            loss = loss.detach().to(torch.float32)
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def optimizer_step(self) -> None:
+        """Do what stands where Trainer steps the optimizer: guard, then the step under the arm.
+
+        Raises:
+            RuntimeError: `training_step` was not seen, or too many steps were skipped in a row.
+            ValueError: the step is not finite and `nonfinite` is `raise`.
+        """
+        aees, guard, plain_step = self._aees, self._guard, self._plain_step
+        if aees is None or guard is None or plain_step is None:
+            raise RuntimeError(
+                "`optimizer_step` is called by Trainer's loop, during training only."
+            )
+        loss, self._loss = self._loss, None
+        if loss is None:
+            name = type(self.trainer).__name__
+            raise RuntimeError(
+                f"An optimizer step came without a loss: this {name} does not go through the "
+                f"`training_step` that pulseopt_hf listens to. Use `with_pulseopt({name})`, and "
+                "have `training_step` return the loss."
+            )
+        trainer = self.trainer
+        # A gradient scaler is a guard itself, and has to be stepped to lower its scale.
+        happened = trainer.optimizer.scaler is not None or guard.is_finite()
+        if happened:
+            happened = aees.apply(plain_step)
+        mark_step_skipped(trainer.optimizer, not happened)
+        if happened:
+            record = aees.record(loss)
+            if record is not None:
+                logger.info(
+                    "Episode %d: %s, loss %.4g to %.4g, reward %+.4f",
+                    len(aees.controller.records),
+                    record.name,
+                    record.ema_start,
+                    record.ema_end,
+                    record.reward,
+                )
+        elif aees.config.nonfinite == "raise" and not self._is_overflow(loss):
+            raise ValueError(
+                f"The loss or a gradient is not finite at global step "
+                f"{trainer.state.global_step}; the step's loss is {loss.item()}."
+            )
+        else:
+            aees.skip()
+
+    def agree(self) -> None:
+        """Make ready for a checkpoint; every rank takes part."""
+        if self._aees is not None:
+            self._aees.agree()
+
+    def end(self) -> None:
+        """Finish training, or what an exception left of it. `trainer.aees` keeps the record."""
+        self._patches.undo()
+        if self._aees is not None:
+            self._aees.remove()
+        self._aees = self._guard = self._plain_step = self._loss = None
+
+    def finalize(self) -> None:
+        """Close the last episode, which may be a partial one."""
+        if self._aees is not None:
+            self._aees.finalize()
+
+    def state_dict(self) -> StateDict | None:
+        """Return what a checkpoint has to hold, or `None` outside of training."""
+        return None if self._aees is None else self._aees.state_dict()
+
+    def log_values(self) -> dict[str, float]:
+        """Return the `pulse/*` values of the latest step, for Trainer's log.
+
+        A neutral run, whose every step is plain, has none unless a step was skipped.
+        """
+        aees = self._aees
+        if aees is None or (aees.controller.is_neutral and not aees.skipped_steps):
+            return {}
+        records, episode = aees.controller.records, aees.controller.episode
+        values: dict[str, float] = {"pulse/skipped_steps": aees.skipped_steps}
+        if episode is not None:
+            values["pulse/episode"] = len(records) + 1
+            values["pulse/lr_multiplier"] = episode.arm.lr_multiplier
+            values["pulse/noise_std"] = episode.arm.noise_std
+        elif records:
+            values["pulse/episode"] = len(records)
+            values["pulse/lr_multiplier"] = records[-1].lr_value
+            values["pulse/noise_std"] = records[-1].noise_value
+        if aees.learning_rate is not None:
+            values["pulse/learning_rate"] = aees.learning_rate
+        if records:
+            values["pulse/reward"] = records[-1].reward
+        return values
+
+    def _is_overflow(self, loss: Tensor) -> bool:
+        """Whether a skip is a gradient scaler's ordinary overflow: the loss itself is finite."""
+        scaled = self.trainer.optimizer.scaler is not None
+        return scaled and bool(torch.isfinite(loss).item())
+
+    def _run_config(self, max_steps: int, saved: object | None) -> PulseOptConfig:
+        args = self.trainer.args
+        config = self._config
+        if config is None:
+            # Read at every start: a hyperparameter search sets knobs between trials.
+            config = PulseOptConfig()
+            if isinstance(args, PulseOptKnobs):
+                config = PulseOptConfig.of_knobs(args)
+        unset = config.episode_length is None
+        config = config.for_run(max_steps, args.seed)
+        if unset and saved is not None:
+            # A resumed run may be made longer; its episodes keep the length they had.
+            controller = field(saved, "controller", lambda value, name: value)
+            settings = field(controller, "settings", lambda value, name: value)
+            config.episode_length = field(settings, "episode_length", integer)
+        assert config.episode_length is not None
+        episodes = max_steps // config.episode_length
+        if 1 < config.arms and episodes < config.arms:
+            warnings.warn(
+                f"{max_steps} steps make {episodes} episodes of {config.episode_length} steps for "
+                f"{config.arms} arms, so not every arm is tried. Set `episode_length` to at most "
+                f"{max(1, max_steps // config.arms)}, or give fewer candidates.",
+                stacklevel=2,
+            )
+        return config
+
+    def _check_engine(self) -> None:
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed steps the optimizer inside its engine, where the arm does not reach "
+                "it. Train with DDP or FSDP2."
+            )
+        optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+        if "lomo" in optim or "layerwise" in optim:
+            raise ValueError(
+                f"`optim={optim}` updates parameters during the backward pass, so there is no "
+                "step for an arm to apply to. Choose an optimizer that steps, such as "
+                "`adamw_torch`."
+            )

@@ -1,0 +1,24 @@
+"""What this package needs of Transformers and Accelerate beyond their public names, in one place.
+
+Each entry says why no public name will do, and has a test in `tests/trainer/test_upstream.py` that
+fails when upstream changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# `Trainer._save_checkpoint` is the only moment, between an optimizer step and the checkpoint's
+# files, at which every rank takes part: `on_save` comes after the files, and the state of callbacks
+# is asked for on rank 0 alone. Transformers 5.0 - 5.23.
+SAVE_CHECKPOINT = "_save_checkpoint"
+
+
+def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
+    """Tell Trainer, which asks `accelerator.optimizer_step_was_skipped`, what became of a step.
+
+    Trainer advances the LR scheduler unless that says so, and the property has no setter: it reads
+    `AcceleratedOptimizer._is_overflow`. Accelerate itself leaves that at False when a fused
+    optimizer skips an overflow in its kernel (accelerate issue 4242). Accelerate 1.1 - 1.15.
+    """
+    optimizer._is_overflow = skipped
