@@ -9,17 +9,22 @@ generators.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Elements drawn at a time. On a CPU a chunk has to stay in the cache; on an accelerator it has to
-# be worth a kernel launch. The values drawn depend on it, so it is part of the function.
-CPU_CHUNK = 1 << 14
-ACCELERATOR_CHUNK = 1 << 22  # 16 MiB of float32
+# A gradient is cut into blocks with a seed each, so that blocks can be drawn in any order, and a
+# block is drawn in chunks: on a CPU small enough for the cache and large enough that threads do not
+# queue for the interpreter, on an accelerator large enough to be worth a kernel launch. The values
+# depend on both sizes, so they are part of the function.
+CPU_BLOCK = 1 << 19
+CPU_CHUNK = 1 << 17  # 512 KiB of float32
+ACCELERATOR_BLOCK = 1 << 22  # 16 MiB of float32
 
 _MASK = (1 << 64) - 1
 
@@ -38,7 +43,8 @@ class GradientNoise:
         """See the class."""
         self.seed = seed
         self.mode = mode
-        self._workspaces: dict[torch.device, tuple[torch.Generator, Tensor]] = {}
+        self._workspaces = threading.local()
+        self._pool: ThreadPoolExecutor | None = None
 
     @torch.no_grad()
     def add(
@@ -58,6 +64,7 @@ class GradientNoise:
             grad_scale: factor that the gradients still carry from loss scaling, shape (), or
                 `None`. The noise is scaled alike.
         """
+        blocks: list[_Block] = []
         for index, parameter in enumerate(parameters):
             gradient = parameter.grad
             if gradient is None:
@@ -71,30 +78,64 @@ class GradientNoise:
                 parameter.grad = gradient.coalesce()
                 gradient = parameter.grad._values()
             flat = _flat_view(gradient)
-            if flat.numel() == 0:
-                continue
-            scale = grad_scale if self.mode == "absolute" else None
-            self._add_to(flat, level, _mix(self.seed, step, index, shard), scale)
+            factor = grad_scale
+            if self.mode == "relative":
+                norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
+                factor = norm / math.sqrt(max(1, flat.numel()))
+            size = CPU_BLOCK if flat.device.type == "cpu" else ACCELERATOR_BLOCK
+            for number, part in enumerate(torch.split(flat, size)):
+                seed = _mix(self.seed, step, index, shard, number)
+                blocks.append(_Block(part, seed, level, factor))
+        self._draw(blocks)
 
-    def _add_to(self, flat: Tensor, level: float, seed: int, grad_scale: Tensor | None) -> None:
-        generator, buffer = self._workspace(flat.device)
-        generator.manual_seed(seed)
-        factor: Tensor | None = grad_scale
-        if self.mode == "relative":
-            norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
-            factor = norm / math.sqrt(flat.numel())
-        for piece in torch.split(flat, buffer.numel()):
+    def _draw(self, blocks: list[_Block]) -> None:
+        """Draw every block, on a CPU with as many threads as torch may use.
+
+        Torch draws normals on one thread, and this is what noise costs on a CPU. Its operators let
+        go of the interpreter, so Python threads run side by side.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1 or len(blocks) < 2 or blocks[0].gradient.device.type != "cpu":
+            for block in blocks:
+                self._draw_block(block)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gradient-noise")
+        # Consuming the results is what raises an exception of a thread here.
+        list(self._pool.map(self._draw_share, [blocks[i::threads] for i in range(threads)]))
+
+    @torch.no_grad()
+    def _draw_share(self, blocks: list[_Block]) -> None:
+        for block in blocks:
+            self._draw_block(block)
+
+    def _draw_block(self, block: _Block) -> None:
+        generator, buffer = self._workspace(block.gradient.device)
+        generator.manual_seed(block.seed)
+        for piece in torch.split(block.gradient, buffer.numel()):
             noise = buffer[: piece.numel()].normal_(generator=generator)
-            if factor is not None:
-                noise.mul_(factor)
-            piece.add_(noise, alpha=level)
+            if block.factor is not None:
+                noise.mul_(block.factor)
+            piece.add_(noise, alpha=block.level)
 
     def _workspace(self, device: torch.device) -> tuple[torch.Generator, Tensor]:
-        if device not in self._workspaces:
-            chunk = CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+        """Return this thread's generator and buffer for a device."""
+        made: dict[torch.device, tuple[torch.Generator, Tensor]]
+        made = self._workspaces.__dict__.setdefault("made", {})
+        if device not in made:
+            chunk = CPU_CHUNK if device.type == "cpu" else ACCELERATOR_BLOCK
             buffer = torch.empty(chunk, dtype=torch.float32, device=device)
-            self._workspaces[device] = (torch.Generator(device), buffer)
-        return self._workspaces[device]
+            made[device] = (torch.Generator(device), buffer)
+        return made[device]
+
+
+class _Block(NamedTuple):
+    """A part of a gradient, shape (n,), and the noise that is to be added to it."""
+
+    gradient: Tensor
+    seed: int
+    level: float
+    factor: Tensor | None
 
 
 def all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -1,0 +1,228 @@
+"""Measure what AEES costs: step time and peak memory against a vanilla Trainer.
+
+    python benchmarks/overhead.py [--rounds 10] [--steps 4] [--layers 6] [--width 384]
+
+Five variants train the same BERT-like model on the same batches in one process: the vanilla
+Trainer, PulseOptTrainer adapting the LR only and with gradient noise, and the published `pulseopt`
+package wired into a Trainer, LR only and with noise. Each round trains every variant for a few
+steps, in random order, so that what else the machine does falls on all of them alike. Times are
+quoted as ratios to vanilla: the median over rounds of the ratio within a round. Memory is the peak
+of a process that trains one variant, less that of the vanilla Trainer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+
+import torch
+from pulseopt import AEES as PublishedAEES
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from pulseopt_hf import PulseOptConfig, PulseOptTrainer
+
+VARIANTS = ("vanilla", "lr", "lr+noise", "published lr", "published lr+noise")
+ARMS = [0.5, 1.0, 2.0]
+NOISE = [0.005, 0.01]  # noise in every step, so that its cost is not averaged away
+
+
+class StepClock(TrainerCallback):
+    """Times every optimizer step, from its first micro-batch to its end."""
+
+    def __init__(self) -> None:
+        """Start with nothing timed."""
+        self.durations: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock."""
+        self.durations.append(time.perf_counter() - self._start)
+
+
+class PublishedTrainer(Trainer):
+    """A Trainer whose optimizer step is the published package's, as a user would wire it in."""
+
+    def __init__(self, *args, noise, **kwargs):
+        """Keep the noise candidates for the optimizer that comes later."""
+        super().__init__(*args, **kwargs)
+        self._noise = noise
+
+    def train(self, *args, **kwargs):
+        """Train, and leave the optimizer as it was."""
+        self._published = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.optimizer.step = self._plain_step
+
+    def training_step(self, *args, **kwargs):
+        """Begin a published step before the forward pass; Trainer's optimizer step ends it."""
+        if self._published is None:
+            self._plain_step = self.optimizer.step
+            self._published = PublishedAEES(
+                self.optimizer.optimizer,
+                lr_candidates=ARMS,
+                noise_candidates=self._noise,
+                episode_length=4,
+                seed=0,
+            )
+            self.optimizer.step = lambda closure=None: self._published.step_end(self._step_loss)
+        self._published.step_start(self.state.global_step)
+        self._step_loss = super().training_step(*args, **kwargs)
+        return self._step_loss
+
+
+def build(variant: str, options: argparse.Namespace, max_steps: int, directory: str) -> Trainer:
+    """Return the Trainer of a variant; all of them start from the same weights and data."""
+    set_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            num_hidden_layers=options.layers,
+            hidden_size=options.width,
+            num_attention_heads=12,
+            intermediate_size=4 * options.width,
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.randint(5, 30000, (options.tokens,), generator=generator),
+            "labels": index % 2,
+        }
+        for index in range(options.batch * 8)
+    ]
+    arguments = TrainingArguments(
+        output_dir=directory,
+        per_device_train_batch_size=options.batch,
+        max_steps=max_steps,
+        learning_rate=1e-5,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    common = {"model": model, "args": arguments, "train_dataset": batches}
+    noise = NOISE if "noise" in variant else [0.0]
+    if variant == "vanilla":
+        return Trainer(**common)
+    if variant.startswith("published"):
+        return PublishedTrainer(**common, noise=noise)
+    pulse = PulseOptConfig.published(lr_candidates=ARMS, noise_candidates=noise, episode_length=4)
+    return PulseOptTrainer(**common, pulse=pulse)
+
+
+def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Return for each variant the time of a step in every round, in seconds."""
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    order = random.Random(0)
+    with tempfile.TemporaryDirectory() as directory:
+        trainers = {v: build(v, options, options.steps + 1, directory) for v in VARIANTS}
+        for number in range(options.rounds + 1):
+            for variant in order.sample(VARIANTS, len(VARIANTS)):
+                clock = StepClock()
+                trainers[variant].add_callback(clock)
+                trainers[variant].train()
+                trainers[variant].remove_callback(clock)
+                if number:  # the first round warms up, as does the first step of each
+                    times[variant].append(statistics.median(clock.durations[1:]))
+            print(f"round {number} of {options.rounds}", file=sys.stderr)
+    return times
+
+
+def peak_memory() -> float:
+    """Return this process's peak resident memory in MiB, as the kernel counted it.
+
+    `getrusage` would not do: a child starts with the peak of the process that started it.
+    """
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM; the memory figures need Linux.")
+
+
+def measure_memory(variant: str, options: argparse.Namespace) -> float:
+    """Return the peak resident memory of a process that trains one variant, in MiB."""
+    command = [sys.executable, __file__, "--memory-of", variant]
+    for name in ("layers", "width", "batch", "tokens"):
+        command += [f"--{name}", str(getattr(options, name))]
+    # Freed memory goes back to the system at once, so that the peak is what was in use together.
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(output.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps in a round")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", help="also write the result to this JSON file")
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        with tempfile.TemporaryDirectory() as directory:
+            build(options.memory_of, options, 4, directory).train()
+        print(peak_memory())
+        return
+    times = measure_times(options)
+    memory = {variant: measure_memory(variant, options) for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as directory:
+        parameters = build("vanilla", options, 1, directory).model.num_parameters()
+    result = {
+        "parameters": parameters,
+        "batch": options.batch,
+        "tokens": options.tokens,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "pulseopt", "pulseopt-hf")
+        },
+        "machine": platform.machine(),
+        "variants": {
+            variant: {
+                "step_ratio": statistics.median(
+                    mine / theirs
+                    for mine, theirs in zip(times[variant], times["vanilla"], strict=True)
+                ),
+                "extra_peak_mib": memory[variant] - memory["vanilla"],
+            }
+            for variant in VARIANTS
+        },
+    }
+    print(f"{parameters / 1e6:.1f}M parameters, batch {options.batch} x {options.tokens} tokens")
+    print(f"{'variant':<20} {'step time':>10} {'extra peak memory':>18}")
+    for variant, row in result["variants"].items():
+        print(f"{variant:<20} {row['step_ratio']:>8.3f} x {row['extra_peak_mib']:>14.0f} MiB")
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Real text that ships with CPython, for runs that download nothing.
+
+`pydoc_data.topics` holds the language reference's help topics: about 465 kB of technical English.
+From its sentences come two tasks: language modelling, and telling a sentence as it was written from
+one whose words were displaced, in the manner of CoLA (Warstadt et al., 2019, arXiv 1805.12471).
+Splits are deterministic and share no sentence. The text differs a little between Python versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedTokenizerFast
+
+VALIDATION_SHARE = 0.1
+_SHORTEST, _LONGEST = 5, 40  # words of a sentence that takes part
+
+_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|resp|approx)\.$")
+_WORD = re.compile(r"[A-Za-z][A-Za-z'\u2019-]*")
+_DISPLACED = 3  # words that change places in a displaced sentence
+
+
+def sentences() -> list[str]:
+    """Return the distinct sentences of the help topics, in their order.
+
+    Code, tables, grammar and headings are left out: a sentence here is running text that starts
+    with a capital letter, ends with a full stop and has 5 to 40 words.
+    """
+    from pydoc_data.topics import topics
+
+    found: dict[str, None] = {}
+    for _, text in sorted(topics.items()):
+        for paragraph in re.split(r"\n\s*\n", text):
+            lines = paragraph.splitlines()
+            # Prose is flush or a list item; literal blocks are indented further than their text.
+            if any(line.startswith("      ") or ">>>" in line or "::=" in line for line in lines):
+                continue
+            for sentence in _split(" ".join(paragraph.split()).lstrip("*-• ")):
+                if sentence[0].isupper() and _SHORTEST <= len(sentence.split()) <= _LONGEST:
+                    found.setdefault(sentence)
+    return list(found)
+
+
+def language_modelling() -> DatasetDict:
+    """Return the sentences as a data set with the column `text`.
+
+    Returns:
+        Splits `train` and `validation`, which share no sentence.
+    """
+    from datasets import Dataset, DatasetDict
+
+    train, validation = _splits()
+    return DatasetDict(
+        train=Dataset.from_dict({"text": train}), validation=Dataset.from_dict({"text": validation})
+    )
+
+
+def word_order() -> DatasetDict:
+    """Return every sentence once as written and once with words displaced.
+
+    Returns:
+        Splits `train` and `validation`, which share no sentence, with the columns `sentence` and
+        `label` (1 as written, 0 displaced), as in GLUE's CoLA.
+    """
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features(
+        {"sentence": Value("string"), "label": ClassLabel(names=["displaced", "as_written"])}
+    )
+    splits = {}
+    for name, part in zip(("train", "validation"), _splits(), strict=True):
+        rows = []
+        for sentence in part:
+            displaced = _displace(sentence)
+            if displaced is not None:
+                rows += [(sentence, 1), (displaced, 0)]
+        random.Random(0).shuffle(rows)
+        columns = {"sentence": [row[0] for row in rows], "label": [row[1] for row in rows]}
+        splits[name] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(splits)
+
+
+def train_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the training sentences; takes about a second.
+
+    Args:
+        vocab_size: number of tokens, at least 300.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_splits()[0], trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
+    )
+
+
+def _splits() -> tuple[list[str], list[str]]:
+    """Split by a hash of each sentence, so that one never moves when others come or go."""
+    train: list[str] = []
+    validation: list[str] = []
+    for sentence in sentences():
+        digest = hashlib.sha256(sentence.encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        (validation if share < VALIDATION_SHARE else train).append(sentence)
+    return train, validation
+
+
+def _split(paragraph: str) -> list[str]:
+    result, start = [], 0
+    for match in re.finditer(r"\.(?= |$)", paragraph):
+        candidate = paragraph[start : match.end()].strip()
+        if candidate and not _ABBREVIATION.search(candidate):
+            result.append(candidate)
+            start = match.end()
+    return result
+
+
+def _displace(sentence: str) -> str | None:
+    """Rotate three words of a sentence, or return `None` where that changes nothing."""
+    words = sentence[:-1].split()
+    movable = [i for i, word in enumerate(words) if i and _WORD.fullmatch(word)]
+    if len(movable) < _DISPLACED:
+        return None
+    rng = random.Random(sentence)
+    chosen = sorted(rng.sample(movable, _DISPLACED))
+    moved = list(words)
+    for here, there in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+        moved[here] = words[there]
+    return None if moved == words else " ".join(moved) + "."

@@ -1,0 +1,63 @@
+"""What a person watching a run sees: a line for every episode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pulseopt_hf.optim import AEES
+
+
+class EpisodeLines(TrainerCallback):
+    """Prints a line when an episode ends, above a progress bar where there is one.
+
+    Args:
+        trainer: a Trainer with AEES.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        """See the class."""
+        self._trainer = trainer
+        self._printed = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pass over the episodes of a checkpoint that is resumed."""
+        aees = self._aees()
+        self._printed = 0 if aees is None else len(aees.controller.records)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the episode that this step closed, if it closed one."""
+        self._print(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the last episode, which may be a partial one."""
+        self._print(state)
+
+    def _print(self, state: TrainerState) -> None:
+        aees = self._aees()
+        if aees is None or not state.is_world_process_zero:
+            return
+        records = aees.controller.records
+        while self._printed < len(records):
+            record = records[self._printed]
+            self._printed += 1
+            learning_rate = aees.learning_rate
+            shown = "" if learning_rate is None else f" = {learning_rate:.2e}"
+            noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
+            tqdm.write(
+                f"episode {self._printed:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "
+                f"LR x{record.lr_value:<4g}{shown}{noise}  "
+                f"loss {record.start_loss:.3f} to {record.end_loss:.3f}  "
+                f"reward {record.reward:+.4f}"
+            )
+
+    def _aees(self) -> AEES | None:
+        return getattr(self._trainer, "aees", None)

@@ -1,0 +1,97 @@
+"""What all tests share: a tiny model from a config, data without downloads, quiet Trainers."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and Transformers are imported: no hub, no GPU of the machine that runs the tests.
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1"
+)
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="session")
+def _gpt2() -> GPT2LMHeadModel:
+    set_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLM",
+    )
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def tiny_model(_gpt2: GPT2LMHeadModel) -> Callable[[], GPT2LMHeadModel]:
+    """Return a maker of equal copies of a two-layer GPT-2 with dropout, 28k parameters."""
+    return lambda: copy.deepcopy(_gpt2)
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> list[dict[str, torch.Tensor]]:
+    """Return 70 sequences of 16 tokens, from an eighth of the vocabulary, so that loss falls."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, VOCABULARY // 8, (70, 16), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+@pytest.fixture
+def arguments(tmp_path: Any) -> Callable[..., TrainingArguments]:
+    """Return a maker of training arguments: 24 steps of batch 4 on CPU, logged at every step."""
+
+    def make(cls: type[TrainingArguments] = TrainingArguments, **overrides: Any) -> Any:
+        made = make.__dict__["count"] = make.__dict__.get("count", 0) + 1
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / f"run{made}"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 24,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return cls(**{**settings, **overrides})
+
+    return make
+
+
+def parameters_equal(one: Any, other: Any) -> bool:
+    """Whether two models' parameters are equal bit for bit."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def history(trainer: Trainer) -> list[dict[str, float]]:
+    """Return a Trainer's log history without the entries that are clock times."""
+    clocks = ("runtime", "per_second")
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(clocks)}
+        for entry in trainer.state.log_history
+    ]
