@@ -1,0 +1,139 @@
+"""One contract for every bandit, and what each does beyond it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pulseopt_hf.aees import Bandit, DiscountedUCB, RandomBandit, StateError, TrendBandit
+from pulseopt_hf.aees.context import BUCKETS
+
+BANDITS: list[Callable[[int, int | None], Bandit]] = [DiscountedUCB, RandomBandit, TrendBandit]
+contract = pytest.mark.parametrize("make", BANDITS)
+
+rewards = st.lists(st.floats(-1.0, 1.0), max_size=40)
+contexts = st.sampled_from(BUCKETS)
+
+
+def play(bandit: Bandit, history: list[float], context: str = "stable") -> list[int]:
+    arms = []
+    for reward in history:
+        arms.append(bandit.select(context))
+        bandit.update(arms[-1], reward, context)
+    return arms
+
+
+@contract
+@given(arms=st.integers(1, 6), seed=st.integers(0, 2**32), history=rewards, context=contexts)
+def test_a_choice_is_always_one_of_the_arms(
+    make: Callable[[int, int], Bandit], arms: int, seed: int, history: list[float], context: str
+) -> None:
+    assert all(0 <= arm < arms for arm in play(make(arms, seed), history, context))
+
+
+@contract
+@given(seed=st.integers(0, 2**32), history=rewards)
+def test_equal_seeds_and_rewards_make_equal_choices(
+    make: Callable[[int, int], Bandit], seed: int, history: list[float]
+) -> None:
+    assert play(make(4, seed), history) == play(make(4, seed), history)
+
+
+@contract
+@given(seed=st.integers(0, 2**32), before=rewards, after=rewards, context=contexts)
+@settings(max_examples=50)
+def test_a_restored_bandit_goes_on_as_if_never_saved(
+    make: Callable[[int, int | None], Bandit],
+    seed: int,
+    before: list[float],
+    after: list[float],
+    context: str,
+) -> None:
+    bandit = make(3, seed)
+    play(bandit, before)
+    state = json.loads(json.dumps(bandit.state_dict()))
+    # A bucket of the trend context that is yet to come is seeded from the bandit's own seed.
+    restored = make(3, seed)
+    restored.load_state_dict(state)
+    assert restored.state_dict() == bandit.state_dict()
+    assert play(restored, after, context) == play(bandit, after, context)
+
+
+@contract
+def test_a_state_of_another_kind_or_size_is_refused_and_changes_nothing(
+    make: Callable[[int, int | None], Bandit],
+) -> None:
+    bandit = make(3, 0)
+    before = bandit.state_dict()
+    others = [other(3, 1).state_dict() for other in BANDITS if other is not make]
+    for state in [*others, make(4, 1).state_dict(), {}, [], None, {**before, "rng": [1, 2]}]:
+        with pytest.raises(StateError):
+            bandit.load_state_dict(state)
+        assert bandit.state_dict() == before
+
+
+@given(seed=st.integers(0, 2**32))
+def test_ucb_plays_every_arm_once_before_any_twice(seed: int) -> None:
+    assert sorted(play(DiscountedUCB(5, seed), [0.5] * 5)) == [0, 1, 2, 3, 4]
+
+
+@given(history=st.lists(st.tuples(st.integers(0, 2), st.floats(-1.0, 1.0)), max_size=30))
+def test_ucb_statistics_equal_discounted_sums_over_the_whole_history(
+    history: list[tuple[int, float]],
+) -> None:
+    bandit = DiscountedUCB(3, 0)
+    for arm, reward in history:
+        bandit.update(arm, reward)
+    for arm in range(3):
+        ages = [(len(history) - 1 - i, r) for i, (a, r) in enumerate(history) if a == arm]
+        assert bandit.counts[arm] == pytest.approx(sum(0.95**age for age, _ in ages))
+        assert bandit.sums[arm] == pytest.approx(sum(0.95**age * r for age, r in ages), abs=1e-12)
+
+
+def test_ucb_chooses_the_largest_mean_plus_bonus() -> None:
+    bandit = DiscountedUCB(2, 0)
+    bandit.counts, bandit.sums = [4.0, 9.0], [2.0, 6.0]
+    bonus = [math.sqrt(math.log(14.0) / count) for count in bandit.counts]
+    assert 2.0 / 4.0 + bonus[0] > 6.0 / 9.0 + bonus[1]
+    assert bandit.select() == 0
+    bandit.sums = [1.0, 6.0]
+    assert 1.0 / 4.0 + bonus[0] < 6.0 / 9.0 + bonus[1]
+    assert bandit.select() == 1
+
+
+def test_a_clear_difference_in_reward_decides_what_ucb_plays() -> None:
+    bandit = DiscountedUCB(3, 0)
+    arms = []
+    for _ in range(200):
+        arm = bandit.select()
+        bandit.update(arm, (0.0, 1.0, 0.0)[arm])
+        arms.append(arm)
+    assert arms.count(1) > 120
+
+
+def test_the_random_control_learns_nothing() -> None:
+    bandit, twin = RandomBandit(3, 7), RandomBandit(3, 7)
+    assert play(bandit, [1.0] * 300) == play(twin, [-1.0] * 300)
+    counts = [play(RandomBandit(3, 1), [0.0] * 3000).count(arm) for arm in range(3)]
+    assert min(counts) > 900
+
+
+def test_a_new_trend_starts_from_what_all_episodes_taught() -> None:
+    bandit = TrendBandit(2, 0)
+    play(bandit, [0.1, 0.9, 0.5], "improving")
+    bandit.select("worsening")
+    buckets = bandit.state_dict()["buckets"]
+    assert buckets["worsening"]["sums"] == bandit.state_dict()["global"]["sums"]
+    bandit.update(0, 1.0, "worsening")
+    buckets = bandit.state_dict()["buckets"]
+    assert buckets["worsening"]["sums"] != buckets["improving"]["sums"]
+
+
+def test_the_trend_bandit_refuses_a_context_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="improving, stable, worsening"):
+        TrendBandit(2, 0).select("sideways")

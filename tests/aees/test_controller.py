@@ -1,0 +1,123 @@
+"""The controller: seeds, state, and the order of calls."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pulseopt_hf import PulseOptConfig
+from pulseopt_hf.aees import Controller, StateError
+
+knob_sets = st.fixed_dictionaries(
+    {
+        "lr_candidates": st.sampled_from([[1.0], [0.5, 2.0], [0.5, 1.0, 2.0]]),
+        "noise_candidates": st.sampled_from([[0.0], [0.0, 0.01]]),
+        "control_mode": st.sampled_from(["adaptive", "random"]),
+        "structured_control_mode": st.sampled_from(["independent", "conditional"]),
+        "context_mode": st.sampled_from(["none", "trend"]),
+        "seed": st.integers(0, 2**32),
+    }
+)
+
+
+def run(controller: Controller, episodes: int, losses: random.Random) -> None:
+    for _ in range(episodes):
+        if controller.episode is None:
+            controller.open(controller.choose(), 10 * len(controller.records))
+        controller.close([1.0 + losses.random() for _ in range(3)], 10 * len(controller.records))
+
+
+@given(knobs=knob_sets, before=st.integers(0, 12), after=st.integers(1, 8), mid=st.booleans())
+@settings(max_examples=100)
+def test_a_restored_controller_goes_on_bit_for_bit(
+    knobs: dict[str, Any], before: int, after: int, mid: bool
+) -> None:
+    config = PulseOptConfig.published(**knobs)
+    controller, losses = Controller(config), random.Random(0)
+    run(controller, before, losses)
+    if mid:
+        controller.open(controller.choose(), 7)
+    restored = Controller(config)
+    restored.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert restored.state_dict() == controller.state_dict()
+    tail = losses.getstate()
+    run(controller, after, losses)
+    losses.setstate(tail)
+    run(restored, after, losses)
+    assert restored.logs() == controller.logs()
+    assert restored.state_dict() == controller.state_dict()
+
+
+def test_other_settings_are_refused_with_both_values() -> None:
+    saved = Controller(PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=10, seed=1))
+    resumed = Controller(PulseOptConfig(lr_candidates=[0.5, 4.0], episode_length=20, seed=1))
+    with pytest.raises(StateError) as error:
+        resumed.load_state_dict(saved.state_dict())
+    message = str(error.value)
+    assert "`lr_candidates` was [0.5, 2.0] and is now [0.5, 4.0]" in message
+    assert "`episode_length` was 10 and is now 20" in message
+    assert "seed" not in message
+
+
+def test_knobs_that_only_watch_over_a_run_may_change() -> None:
+    saved = Controller(PulseOptConfig(episode_length=10, seed=1)).state_dict()
+    config = PulseOptConfig(
+        episode_length=10, seed=1, nonfinite="raise", max_consecutive_skips=3, log_update_norm=True
+    )
+    Controller(config).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": "1"}, "`version` must be a whole number"),
+        ({"settings": None}, "mapping with `lr_candidates`"),
+        ({"noise_bandits": [{}]}, "`noise_bandits` must have 0 items"),
+        ({"lr_bandit": None}, "mapping with `counts`"),
+        ({"episode": {"lr_index": 3, "noise_index": 0, "context": None}}, "names no candidate"),
+        ({"records": {}}, "has no `lr_index`"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(
+    change: dict[str, Any], message: str
+) -> None:
+    config = PulseOptConfig(episode_length=10, seed=1)
+    controller = Controller(config)
+    run(controller, 3, random.Random(0))
+    before = controller.state_dict()
+    with pytest.raises(StateError, match=message):
+        controller.load_state_dict({**before, **change})
+    assert controller.state_dict() == before
+
+
+def test_columns_of_the_record_that_differ_in_length_are_refused() -> None:
+    controller = Controller(PulseOptConfig(episode_length=10, seed=1))
+    run(controller, 3, random.Random(0))
+    state = controller.state_dict()
+    state["records"]["reward"].pop()
+    with pytest.raises(StateError, match="differ in length"):
+        controller.load_state_dict(state)
+
+
+def test_calls_out_of_order_are_refused() -> None:
+    controller = Controller(PulseOptConfig(episode_length=10, seed=1))
+    with pytest.raises(RuntimeError, match="No episode is open"):
+        controller.close([1.0], 0)
+    controller.open(controller.choose(), 0)
+    with pytest.raises(RuntimeError, match="is open"):
+        controller.open(controller.choose(), 1)
+
+
+def test_an_axis_with_one_candidate_is_a_constant() -> None:
+    controller = Controller(PulseOptConfig(lr_candidates=[3.0], episode_length=10, seed=1))
+    run(controller, 5, random.Random(0))
+    assert controller.logs()["selected_lr_values"] == [3.0] * 5
+    assert controller.state_dict()["lr_bandit"] is None
+    assert not controller.is_neutral
+    assert Controller(PulseOptConfig(lr_candidates=[1.0], episode_length=1)).is_neutral
