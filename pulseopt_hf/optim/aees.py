@@ -213,11 +213,14 @@ class AEES:
             ValueError: the loss is not finite and `nonfinite` is `raise`. The step stays open.
         """
         self._require_open_step()
-        if not math.isfinite(float(loss)):
+        if isinstance(loss, Tensor):
+            loss = loss.detach().clone()
+        value = float(loss)
+        if not math.isfinite(value):
             if self.config.nonfinite == "raise":
-                raise ValueError(f"`loss` must be finite, got {float(loss)} at {self._where()}.")
+                raise ValueError(f"`loss` must be finite, got {value} at {self._where()}.")
             self._step_is_finite = False
-        self._micro_batches.append(loss.detach().clone() if isinstance(loss, Tensor) else loss)
+        self._micro_batches.append(loss)
         if accumulates(self.optimizer):
             self.optimizer.step()  # Accelerate passes over it, but counts on being called
             self.current_candidate = None

@@ -75,9 +75,11 @@ class ArmHooks:
         self._update_norm = update_norm
         self._current: tuple[Arm, int, StepOutcome] | None = None
         self._base: list[tuple[dict[str, Any], float | Tensor]] = []
+        # A compiled `step` must not trace the hooks: it would compile again for every arm.
+        untraced: Any = torch.compiler.disable
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(untraced(self._before_step)),
+            optimizer.register_step_post_hook(untraced(self._after_step)),
         ]
 
     @contextmanager

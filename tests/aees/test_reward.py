@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_place(bad: float) -> None
 
 
 def test_a_negative_loss_has_no_logarithm() -> None:
-    with pytest.raises(ValueError, match="positive loss.*-1"):
+    with pytest.raises(ValueError, match=r"positive loss.*-1"):
         episode_reward([-1.0, -2.0], **PUBLISHED)
 
 

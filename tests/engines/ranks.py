@@ -1,0 +1,116 @@
+"""Ranks forked from the process that runs the tests: real gloo groups without a second import.
+
+A rank reports over a pipe what its body returned or raised. Nothing waits longer than the limit:
+whoever is left then is killed, and the test fails.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+TIMEOUT = 60.0  # seconds that ranks may take, imports excluded
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised, and how many seconds after the start."""
+
+    error: str
+    seconds: float
+
+
+def run_ranks(world_size: int, body: Callable[[int], Any], timeout: float = TIMEOUT) -> list[Any]:
+    """Return what `body(rank)` returned on every rank; a rank that raises fails the test."""
+    results = ranks_with_failures(world_size, body, timeout)
+    failures = [result for result in results if isinstance(result, Failure)]
+    assert not failures, failures[0].error
+    return results
+
+
+def ranks_with_failures(
+    world_size: int, body: Callable[[int], Any], timeout: float = TIMEOUT
+) -> list[Any]:
+    """Return for every rank what `body(rank)` returned, or a `Failure`."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    deadline = time.monotonic() + timeout
+    readers: list[Connection] = []
+    processes = []
+    for rank in range(world_size):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, body, writer))
+        process.start()
+        writer.close()
+        readers.append(reader)
+        processes.append(process)
+    results: list[Any] = [None] * world_size
+    waiting = {reader: rank for rank, reader in enumerate(readers)}
+    try:
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks {sorted(waiting.values())} hung for {timeout:g} s"
+            for reader in ready:
+                rank = waiting.pop(reader)  # type: ignore[index]
+                try:
+                    results[rank] = reader.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    results[rank] = Failure(f"rank {rank} died without a word", 0.0)
+    finally:
+        for process in processes:
+            process.join(timeout=5.0 if not waiting else 0.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return results
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _rank(rank: int, world_size: int, port: int, body: Callable[[int], Any], to: Any) -> None:
+    start = time.monotonic()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    # Tests before this one may have left Accelerate's singletons, which describe one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    code = 0
+    try:
+        to.send(body(rank))
+    except BaseException:
+        to.send(Failure(traceback.format_exc(), time.monotonic() - start))
+        code = 1
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's exit, where gloo's threads can abort the process.
+    os._exit(code)

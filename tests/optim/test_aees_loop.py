@@ -1,0 +1,316 @@
+"""`AEES` in a hand-written loop: parity with `pulseopt`, transience, order of calls, state."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pulseopt import AEES as PublishedAEES
+from torch import nn
+
+from pulseopt_hf import AEES
+from pulseopt_hf.aees import StateError
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+}
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(32, 8, generator=generator) for _ in range(count)]
+
+
+def train(
+    make_aees: Callable[..., Any], optimizer_name: str, steps: int, **knobs: Any
+) -> tuple[nn.Module, Any]:
+    model = small_model()
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    aees = make_aees(optimizer, lr_scheduler=scheduler, seed=3, **knobs)
+    for step, batch in enumerate(batches(steps)):
+        aees.step_start(step)
+        optimizer.zero_grad()
+        loss = (model(batch) - batch[:, :4]).pow(2).mean()
+        loss.backward()
+        aees.step_end(loss)
+    aees.finalize()
+    return model, aees
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_300_steps_end_bit_equal_to_the_published_package(optimizer_name: str) -> None:
+    knobs = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 7}
+    published_model, published = train(PublishedAEES, optimizer_name, 300, **knobs)
+    model, aees = train(AEES, optimizer_name, 300, **knobs, log_update_norm=True)
+    for ours, theirs in zip(model.parameters(), published_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    logs, published_logs = aees.get_logs(), published.get_logs()
+    norms = logs.pop("mean_update_norms")
+    assert norms == pytest.approx(published_logs.pop("mean_update_norms"), rel=1e-5)
+    assert logs == published_logs
+    assert len(set(logs["selected_lr_values"])) == 3
+
+
+# The quick start of the PyPI page of pulseopt, with the module as the only thing that changes.
+QUICK_START = """
+import torch
+from torch import nn
+from {module} import AEES
+
+model = nn.Linear(8, 4)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
+
+aees = AEES(
+    optimizer,
+    lr_candidates=[0.5, 1.0, 2.0],
+    noise_candidates=[0.0, 0.005],
+    episode_length=50,
+    lr_scheduler=scheduler,
+    seed=0,
+)
+
+for step in range(1000):
+    aees.step_start(step)
+    optimizer.zero_grad()
+    loss = model(torch.randn(32, 8)).pow(2).mean()
+    loss.backward()
+    aees.step_end(loss)
+
+aees.finalize()
+logs = aees.get_logs()
+"""
+
+
+def test_the_quick_start_of_pulseopt_runs_with_only_its_import_changed() -> None:
+    logs = {}
+    for module in ("pulseopt", "pulseopt_hf"):
+        torch.manual_seed(0)
+        namespace: dict[str, Any] = {}
+        exec(QUICK_START.format(module=module), namespace)
+        logs[module] = namespace["logs"]
+    ours, published = logs["pulseopt_hf"], logs["pulseopt"]
+    assert list(ours) == list(published)
+    assert len(ours["episode_rewards"]) == 20
+    # The first arms come before any noise could make a difference.
+    assert ours["selected_combined_names"][0] == published["selected_combined_names"][0]
+    assert ours["episode_start_steps"] == published["episode_start_steps"]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_scaled_lr_is_seen_by_the_step_alone(foreach: bool) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25, foreach=foreach)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    aees = AEES(optimizer, lr_candidates=[3.0], lr_scheduler=scheduler)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for step, base in enumerate([0.25, 0.125]):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        aees.step_start(step)
+        assert optimizer.param_groups[0]["lr"] == base
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        aees.step_end(1.0)
+        assert scheduler.get_last_lr() == [base / 2]
+        assert aees.learning_rate == 3.0 * base
+        for old, new in zip(before, model.parameters(), strict=True):
+            torch.testing.assert_close(old - new, torch.full_like(old, 3.0 * base))
+
+
+def test_an_exception_in_the_step_leaves_the_base_lr_behind() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    aees = AEES(optimizer, lr_candidates=[3.0])
+
+    def fail(*_: Any) -> None:
+        assert optimizer.param_groups[0]["lr"] == 0.75
+        raise KeyboardInterrupt
+
+    optimizer.register_step_pre_hook(fail)
+    aees.step_start(0)
+    with pytest.raises(KeyboardInterrupt):
+        aees.step_end(1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_the_current_candidate_is_there_between_start_and_end_only() -> None:
+    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), seed=0)
+    assert aees.current_candidate is None
+    arm = aees.step_start(0)
+    assert (arm.name, arm.lr_multiplier, arm.noise_std) == ("lr1_n0", 1.0, 0.0)
+    assert aees.current_candidate is arm
+    aees.step_end(1.0)
+    assert aees.current_candidate is None
+
+
+def test_calls_out_of_order_raise_and_say_what_to_call() -> None:
+    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="call `step_start`"):
+        aees.step_end(1.0)
+    aees.step_start(0)
+    with pytest.raises(RuntimeError, match="called twice"):
+        aees.step_start(1)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, None, "1"])
+def test_a_global_step_that_is_no_step_is_refused(step: Any) -> None:
+    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1))
+    with pytest.raises(
+        ValueError, match=f"`global_step` must be a whole number >= 0, got {step!r}"
+    ):
+        aees.step_start(step)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_loss_that_is_not_finite_raises_before_the_update_as_published(loss: Any) -> None:
+    model = small_model()
+    aees = AEES(torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    aees.step_start(5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"`loss` must be finite, got .* at global step 5"):
+        aees.step_end(loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    aees.step_end(1.0)  # the step stayed open, for the loop to end as it sees fit
+
+
+def test_a_skipped_step_counts_nowhere() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    aees = AEES(optimizer, lr_scheduler=scheduler, episode_length=2, nonfinite="skip")
+    for step, loss in enumerate([3.0, math.nan, 2.0, 1.0, math.inf]):
+        aees.step_start(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, loss)
+        aees.step_end(loss)
+    assert aees.skipped_steps == 2
+    assert optimizer.param_groups[0]["lr"] == 0.1 / 8
+    logs = aees.get_logs()
+    assert logs["episode_start_losses"] == [3.0]
+    assert logs["episode_end_losses"] == [2.0]
+    assert logs["episode_end_steps"] == [2]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_too_many_skips_in_a_row_end_the_run_with_their_number_and_place() -> None:
+    aees = AEES(
+        torch.optim.SGD(small_model().parameters(), lr=0.1),
+        nonfinite="skip",
+        max_consecutive_skips=3,
+    )
+    for step in range(2):
+        aees.step_start(step)
+        aees.step_end(math.nan)
+    aees.step_start(2)
+    with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row .* global step 2"):
+        aees.step_end(math.nan)
+
+
+def test_a_partial_episode_is_closed_by_finalize_once() -> None:
+    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), episode_length=5)
+    aees.finalize()
+    for step in range(7):
+        aees.step_start(step)
+        aees.step_end(torch.tensor(1.0))
+    aees.step_start(7)  # a step that is begun and never ended leaves no trace
+    aees.finalize()
+    aees.finalize()
+    assert aees.get_logs()["episode_end_steps"] == [4, 6]
+
+
+def test_a_loss_tensor_is_read_when_it_is_given_not_when_the_episode_ends() -> None:
+    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), episode_length=2)
+    loss = torch.tensor(2.0)
+    for step in range(2):
+        aees.step_start(step)
+        aees.step_end(loss)
+        loss /= 2
+    assert aees.get_logs()["episode_start_losses"] == [2.0]
+    assert aees.get_logs()["episode_end_losses"] == [1.0]
+
+
+KNOBS = {
+    "lr_candidates": [0.5, 1.0, 2.0],
+    "noise_candidates": [0.0, 0.01],
+    "episode_length": 4,
+    "seed": 3,
+}
+MODES = [
+    {},
+    {"context_mode": "trend", "structured_control_mode": "conditional"},
+    {"control_mode": "random", "noise_mode": "relative"},
+]
+
+
+@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("stop", [1, 4, 6, 23])
+def test_a_loop_resumed_at_any_step_ends_as_if_never_stopped(
+    modes: dict[str, Any], stop: int
+) -> None:
+    def run(model: nn.Module, optimizer: Any, aees: AEES, steps: range) -> None:
+        for step in steps:
+            aees.step_start(step)
+            optimizer.zero_grad()
+            loss = (model(data[step]) - data[step][:, :4]).pow(2).mean()
+            loss.backward()
+            aees.step_end(loss)
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, AEES]:
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, optimizer, AEES(optimizer, **{**KNOBS, **modes})
+
+    data = batches(40)
+    whole_model, whole_optimizer, whole = fresh()
+    run(whole_model, whole_optimizer, whole, range(40))
+    model, optimizer, aees = fresh()
+    run(model, optimizer, aees, range(stop))
+    saved = json.loads(json.dumps(aees.state_dict()))
+    weights, moments = model.state_dict(), optimizer.state_dict()
+    model, optimizer, aees = fresh()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    aees.load_state_dict(saved)
+    run(model, optimizer, aees, range(stop, 40))
+    assert aees.get_logs() == whole.get_logs()
+    assert aees.state_dict() == whole.state_dict()
+    for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_state_with_too_many_losses_or_no_episode_for_them_is_refused() -> None:
+    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), **KNOBS)
+    state = aees.state_dict()
+    with pytest.raises(StateError, match="4 losses, and an episode 4"):
+        aees.load_state_dict({**state, "losses": [1.0] * 4})
+    with pytest.raises(StateError, match="2 losses, but no episode is open"):
+        aees.load_state_dict({**state, "losses": [1.0] * 2})
+    with pytest.raises(StateError, match=r"`losses\[0\]` must be finite"):
+        aees.load_state_dict({**state, "losses": [math.nan]})
+
+
+def test_a_seed_drawn_from_the_system_travels_with_the_state() -> None:
+    one = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), lr_candidates=[1.0, 2.0])
+    other = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), lr_candidates=[1.0, 2.0])
+    assert one.state_dict() != other.state_dict()
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict() == one.state_dict()
+
+
+def test_importing_the_package_loads_nothing_that_takes_long() -> None:
+    module = importlib.import_module("pulseopt_hf")
+    assert set(module.__all__) <= set(dir(module))
