@@ -14,7 +14,7 @@ from pulseopt_hf import PulseOptTrainer
 
 
 class CpuFp16:
-    """Gives a Trainer what Accelerate leaves out on a CPU: float16 autocast and a real scaler."""
+    """Gives a Trainer with `fp16=True` what Accelerate leaves out on a CPU: autocast and a scaler."""
 
     init_scale = 2.0**22  # overflows at once, so that the first steps are skipped
 
@@ -25,9 +25,6 @@ class CpuFp16:
             "cpu", init_scale=self.init_scale, growth_interval=3
         )
         self.accelerator.native_amp = True
-
-    def compute_loss_context_manager(self) -> Any:
-        return torch.autocast("cpu", dtype=torch.float16)
 
 
 class Fp16Trainer(CpuFp16, Trainer):

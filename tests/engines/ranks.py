@@ -6,8 +6,10 @@ whoever is left then is killed, and the test fails.
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
@@ -20,6 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if importlib.util.find_spec("deepspeed"):
+    # Accelerate imports it where it is installed; better once here than in every rank.
+    import deepspeed.ops
+
+    # Spares its CPU collectives, which gloo stands in for and which take a minute to compile.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 TIMEOUT = 60.0  # seconds that ranks may take, imports excluded
 
@@ -65,7 +75,8 @@ def ranks_with_failures(
             for reader in ready:
                 rank = waiting.pop(reader)  # type: ignore[index]
                 try:
-                    results[rank] = reader.recv()  # type: ignore[union-attr]
+                    # Whole, not by torch's shared memory, which the rank would have to outlive.
+                    results[rank] = pickle.loads(reader.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     results[rank] = Failure(f"rank {rank} died without a word", 0.0)
     finally:
@@ -104,9 +115,10 @@ def _rank(rank: int, world_size: int, port: int, body: Callable[[int], Any], to:
     PartialState._reset_state()
     code = 0
     try:
-        to.send(body(rank))
+        to.send_bytes(pickle.dumps(body(rank)))
     except BaseException:
-        to.send(Failure(traceback.format_exc(), time.monotonic() - start))
+        failure = Failure(traceback.format_exc(), time.monotonic() - start)
+        to.send_bytes(pickle.dumps(failure))
         code = 1
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
