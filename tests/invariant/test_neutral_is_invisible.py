@@ -1,0 +1,84 @@
+"""With one arm that does nothing, PulseOptTrainer is Trainer, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from tests.conftest import history, parameters_equal
+
+OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
+NEUTRAL = PulseOptConfig(lr_candidates=[1.0], noise_candidates=[0.0])
+
+
+def checkpoint_weights(trainer: Trainer) -> dict[str, Any]:
+    return load_file(Path(trainer.args.output_dir) / "checkpoint-8" / "model.safetensors")
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_neutral_arms_are_invisible(
+    tiny_model: Any,
+    tiny_data: Any,
+    arguments: Any,
+    optim: str,
+    bf16: bool,
+    max_grad_norm: float,
+    accumulation: int,
+) -> None:
+    settings = {
+        "optim": optim,
+        "bf16": bf16,
+        "max_grad_norm": max_grad_norm,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 12,
+        "save_strategy": "steps",
+        "save_steps": 8,
+        "warmup_steps": 3,
+    }
+    vanilla = Trainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
+    vanilla.train()
+    pulse = PulseOptTrainer(
+        tiny_model(), arguments(**settings), train_dataset=tiny_data, pulse=NEUTRAL
+    )
+    pulse.train()
+    assert parameters_equal(pulse.model, vanilla.model)
+    assert history(pulse) == history(vanilla)
+    ours, theirs = checkpoint_weights(pulse), checkpoint_weights(vanilla)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert not parameters_equal(pulse.model, tiny_model())  # it trained
+
+
+def test_a_neutral_callback_is_invisible_too(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    vanilla = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    vanilla.train()
+    attached = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    PulseOptCallback(NEUTRAL).attach(attached)
+    attached.train()
+    assert parameters_equal(attached.model, vanilla.model)
+    assert history(attached) == history(vanilla)
+
+
+def test_an_arm_that_does_something_is_visible(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    vanilla = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    vanilla.train()
+    pulse = PulseOptTrainer(
+        tiny_model(),
+        arguments(),
+        train_dataset=tiny_data,
+        pulse=PulseOptConfig(lr_candidates=[1.5], noise_candidates=[0.0]),
+    )
+    pulse.train()
+    assert not parameters_equal(pulse.model, vanilla.model)

@@ -1,0 +1,111 @@
+"""Attaching the callback, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import Trainer
+
+from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+
+PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
+
+
+@pytest.mark.parametrize("given", [PulseOptCallback(PULSE), PulseOptCallback])
+def test_a_callback_that_was_never_attached_raises_at_the_start_and_says_how(
+    tiny_model: Any, tiny_data: Any, arguments: Any, given: Any
+) -> None:
+    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data, callbacks=[given])
+    with pytest.raises(RuntimeError, match=r"PulseOptCallback\(config\).attach\(trainer\)"):
+        trainer.train()
+
+
+def test_a_callback_in_the_list_and_attached_is_there_once(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    callback = PulseOptCallback(PULSE)
+    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data, callbacks=[callback])
+    assert callback.attach(trainer) is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    assert callback.aees is trainer.aees
+    assert len(trainer.aees.get_logs()["episode_rewards"]) == 6
+
+
+def test_attaching_twice_or_to_a_trainer_that_has_aees_is_refused(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    PulseOptCallback(PULSE).attach(trainer)
+    with pytest.raises(RuntimeError, match="has AEES already"):
+        PulseOptCallback(PULSE).attach(trainer)
+    with pytest.raises(RuntimeError, match="PulseOptTrainer has AEES already"):
+        PulseOptCallback(PULSE).attach(PulseOptTrainer(tiny_model(), arguments()))
+    with pytest.raises(TypeError, match="must be a Trainer"):
+        PulseOptCallback(PULSE).attach(tiny_model())
+
+
+def test_a_trainer_whose_training_step_went_another_way_is_refused_naming_the_subclass(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    PulseOptCallback(PULSE).attach(trainer)
+    trainer.training_step = lambda *args, **kwargs: Trainer.training_step(trainer, *args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"Use `with_pulseopt\(Trainer\)`"):
+        trainer.train()
+
+
+def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    class Doubling(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    trainer = Doubling(tiny_model(), arguments(), train_dataset=tiny_data)
+    PulseOptCallback(PulseOptConfig(episode_length=1)).attach(trainer)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.aees.get_logs()["episode_start_losses"] == logged
+    assert logged[0] > 7  # twice ln 64
+
+
+def test_after_training_the_trainer_and_its_optimizer_are_as_before(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=PULSE)
+    trainer.train()
+    inner = trainer.optimizer.optimizer
+    assert not inner._optimizer_step_pre_hooks
+    assert not inner._optimizer_step_post_hooks
+    assert "backward" not in vars(trainer.accelerator)
+    assert "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+def test_an_exception_in_training_leaves_neither_a_scaled_lr_nor_hooks_behind(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = PulseOptTrainer(
+        tiny_model(),
+        arguments(lr_scheduler_type="constant"),
+        train_dataset=tiny_data,
+        pulse=PulseOptConfig(lr_candidates=[3.0], episode_length=4),
+    )
+    calls = []
+
+    def fail(optimizer: Any, *_: Any) -> None:
+        calls.append(optimizer.param_groups[0]["lr"])
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    trainer.create_optimizer()
+    handle = trainer.optimizer.register_step_post_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    inner = trainer.optimizer.optimizer
+    assert inner.param_groups[0]["lr"] == trainer.args.learning_rate
+    assert not inner._optimizer_step_pre_hooks
+    handle.remove()
+    trainer.train()
+    assert len(trainer.aees.get_logs()["episode_rewards"]) == 6

@@ -1,0 +1,140 @@
+"""Steps with a non-finite loss or gradient: skipped, counted, or an error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from tests.conftest import parameters_equal
+
+SETTINGS = {"lr_candidates": [0.5, 2.0], "episode_length": 4}
+
+
+def spoiling(base: type[Trainer], bad: float, steps: set[int], only_loss: bool = False) -> Any:
+    """Return a subclass whose loss is `bad` at some steps; `only_loss` keeps gradients finite."""
+
+    class Spoiling(base):  # type: ignore[misc, valid-type]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if self.model.training and self.state.global_step in steps:
+                return loss + bad if only_loss else loss * bad
+            return loss
+
+    return Spoiling
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("only_loss", [False, True], ids=["gradients too", "loss only"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
+def test_a_step_that_is_not_finite_is_skipped_and_counts_nowhere(
+    tiny_model: Any,
+    tiny_data: Any,
+    arguments: Any,
+    bad: float,
+    only_loss: bool,
+    max_grad_norm: float,
+) -> None:
+    trainer = spoiling(PulseOptTrainer, bad, {2, 3, 9}, only_loss)(
+        tiny_model(),
+        arguments(max_grad_norm=max_grad_norm, lr_scheduler_type="linear"),
+        train_dataset=tiny_data,
+        pulse=PulseOptConfig(**SETTINGS),
+    )
+    trainer.train()
+    aees = trainer.aees
+    assert aees.skipped_steps == 3
+    assert aees.optimizer_steps == 21
+    logs = aees.get_logs()
+    assert logs["episode_end_steps"] == [5, 10, 14, 18, 22, 23]
+    assert all(math.isfinite(loss) for loss in logs["episode_end_losses"])
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    # The scheduler advanced 21 times of 24.
+    assert trainer.lr_scheduler.last_epoch == 21
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["pulse/skipped_steps"] for entry in entries][1:5] == [0, 1, 2, 2]
+
+
+def test_a_skipped_step_changes_no_parameter_and_no_moment(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    cls = spoiling(PulseOptTrainer, math.nan, set(range(24)))
+    model = tiny_model()
+    config = PulseOptConfig(**SETTINGS, max_consecutive_skips=100)
+    trainer = cls(model, arguments(), train_dataset=tiny_data, pulse=config)
+    trainer.train()
+    assert trainer.aees.skipped_steps == 24
+    assert parameters_equal(model, tiny_model())
+    assert not trainer.optimizer.state
+    assert trainer.aees.get_logs()["episode_rewards"] == []
+
+
+def test_the_callback_skips_as_the_subclass_does(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    subclass = spoiling(PulseOptTrainer, math.inf, {3, 4})(
+        tiny_model(), arguments(), train_dataset=tiny_data, pulse=PulseOptConfig(**SETTINGS)
+    )
+    subclass.train()
+    vanilla = spoiling(Trainer, math.inf, {3, 4})(
+        tiny_model(), arguments(), train_dataset=tiny_data
+    )
+    PulseOptCallback(PulseOptConfig(**SETTINGS)).attach(vanilla)
+    vanilla.train()
+    assert vanilla.aees.skipped_steps == 2
+    assert vanilla.aees.get_logs() == subclass.aees.get_logs()
+    assert parameters_equal(vanilla.model, subclass.model)
+
+
+def test_one_bad_micro_batch_skips_the_whole_step(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    class OneBad(PulseOptTrainer):
+        batches = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            self.batches += 1
+            return loss * math.nan if self.batches == 2 else loss
+
+    trainer = OneBad(
+        tiny_model(),
+        arguments(gradient_accumulation_steps=3, max_steps=8),
+        train_dataset=tiny_data,
+        pulse=PulseOptConfig(**SETTINGS),
+    )
+    trainer.train()
+    assert trainer.aees.skipped_steps == 1
+    assert trainer.aees.optimizer_steps == 7
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_raise_ends_the_run_at_the_step_before_the_update(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = spoiling(PulseOptTrainer, math.nan, {5})(
+        tiny_model(),
+        arguments(),
+        train_dataset=tiny_data,
+        pulse=PulseOptConfig(**SETTINGS, nonfinite="raise"),
+    )
+    with pytest.raises(ValueError, match="not finite at global step 5; the step's loss is nan"):
+        trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_too_many_skips_in_a_row_end_the_run_saying_how_many_and_where(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = spoiling(PulseOptTrainer, math.nan, set(range(7, 24)))(
+        tiny_model(),
+        arguments(),
+        train_dataset=tiny_data,
+        pulse=PulseOptConfig(**SETTINGS, max_consecutive_skips=4),
+    )
+    with pytest.raises(RuntimeError, match=r"4 optimizer steps in a row .* global step 10"):
+        trainer.train()

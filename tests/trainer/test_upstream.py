@@ -1,0 +1,33 @@
+"""What `pulseopt_hf.trainer.upstream` needs of others is still there, and still private."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import Trainer
+
+from pulseopt_hf.trainer.upstream import SAVE_CHECKPOINT, mark_step_skipped
+
+
+def test_save_checkpoint_is_where_every_rank_takes_part() -> None:
+    source = inspect.getsource(getattr(Trainer, SAVE_CHECKPOINT))
+    # It asks for the state of callbacks on the saving rank alone, which is why it is needed.
+    assert "should_save" in source
+    assert ".state()" in source
+
+
+def test_the_mark_is_what_accelerate_reports_as_a_skipped_step() -> None:
+    optimizer: Any = AcceleratedOptimizer.__new__(AcceleratedOptimizer)
+    for skipped in (True, False):
+        mark_step_skipped(optimizer, skipped)
+        assert optimizer.step_was_skipped is skipped
+    assert AcceleratedOptimizer.step_was_skipped.fset is None
+
+
+def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler() -> None:
+    loop = getattr(Trainer, "_run_epoch", Trainer._inner_training_loop)
+    source = inspect.getsource(loop)
+    asked = source.index("optimizer_step_was_skipped")
+    assert source.index("self.optimizer.step()") < asked < source.index("self.lr_scheduler.step()")
