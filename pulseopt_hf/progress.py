@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -15,11 +16,13 @@ class EpisodeLines(TrainerCallback):
 
     Args:
         trainer: a Trainer with AEES.
+        write: takes each line.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
         """See the class."""
         self._trainer = trainer
+        self._write = write
         self._printed = 0
 
     def on_train_begin(
@@ -52,7 +55,7 @@ class EpisodeLines(TrainerCallback):
             learning_rate = aees.learning_rate
             shown = "" if learning_rate is None else f" = {learning_rate:.2e}"
             noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
-            tqdm.write(
+            self._write(
                 f"episode {self._printed:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "
                 f"LR x{record.lr_value:<4g}{shown}{noise}  "
                 f"loss {record.start_loss:.3f} to {record.end_loss:.3f}  "

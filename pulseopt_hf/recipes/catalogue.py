@@ -1,0 +1,52 @@
+"""The recipes that come with the package, by name. Loads neither torch nor Transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pulseopt_hf.recipes.errors import UsageError, nearest
+
+LAUNCH = "launch"  # the folder of Accelerate's launch profiles, which are no recipes
+
+
+def folder() -> Path:
+    """Return the folder of the YAML files: in the installed package, or beside it in a checkout."""
+    installed = Path(__file__).parent / "library"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def names() -> list[str]:
+    """Return the names of all recipes, such as `glue/sst2`."""
+    return [name for name in _all() if not name.startswith(f"{LAUNCH}/")]
+
+
+def profiles() -> list[str]:
+    """Return the names of all launch profiles, such as `launch/ddp`."""
+    return [name for name in _all() if name.startswith(f"{LAUNCH}/")]
+
+
+def find(name: str) -> Path:
+    """Return the file of a recipe or launch profile.
+
+    Args:
+        name: a name as `names()` and `profiles()` list it, or the path of a YAML file.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name in _all():
+        return folder() / f"{name}.yaml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or path.is_absolute():
+        raise UsageError(f"{name}: there is no such file.")
+    raise UsageError(
+        f"There is no recipe `{name}`{nearest(name, _all()) or '.'} `pulseopt-hf list` shows all."
+    )
+
+
+def _all() -> list[str]:
+    root = folder()
+    found = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in found)

@@ -1,0 +1,31 @@
+"""The one exception for what a user can put right. Standard library only."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UsageError(ValueError):
+    """A recipe, a command line, a file or a name is wrong; the run has not begun.
+
+    Args:
+        problems: one line each, which names the key or file, and the fix.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        """See the class."""
+        super().__init__("\n".join(problems))
+        self.problems: Sequence[str] = problems
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean `x`?" for the most similar known name, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{matches[0]}`?" if matches else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, or its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,195 @@
+"""The run folder: where it lies, what it says of its run, and what a run is resumed from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
+
+RECIPE, RUN, LOG = "recipe.yaml", "run.json", "train.log"
+_PACKAGES = ("pulseopt-hf", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
+_LIBRARIES = ("tokenizers", "scikit-learn", "scipy", "numpy")
+_WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model*", "global_step*")
+
+
+def choose(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
+    """Return the run folder, which may not be there yet. Nothing is written.
+
+    One that the user named must be free of other runs; else it is the first free one of
+    `runs/NAME`, `runs/NAME-2`, ..., or the last one to resume.
+
+    Raises:
+        UsageError: the named folder holds a run already, or is no folder.
+    """
+    named = resolved.training.output_dir
+    if named is not None:
+        path = Path(named)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"`output_dir`: {path} is a file.")
+        if not resume and not overwrite and _holds_run(path):
+            raise UsageError(
+                f"`output_dir`: {path} holds a run already. Go on with it by `--resume`, replace "
+                "it by `--overwrite`, or name another folder."
+            )
+        return path
+    stem = resolved.path.parent.name if resolved.path.name == RECIPE else resolved.path.stem
+    if resolved.path != Path(resolved.name):
+        stem = resolved.name.replace("/", "-")
+    candidates = [Path("runs") / stem]
+    while candidates[-1].exists():
+        candidates.append(Path("runs") / f"{stem}-{len(candidates) + 1}")
+    taken = candidates[:-1]
+    if resume and taken:
+        return next((path for path in reversed(taken) if checkpoints(path)), taken[-1])
+    return taken[-1] if overwrite and taken else candidates[-1]
+
+
+def clear(path: Path) -> None:
+    """Delete what a run before has left: checkpoints, results and records, nothing else."""
+    for checkpoint in checkpoints(path):
+        shutil.rmtree(checkpoint)
+    for pattern in ("*_results.json", RECIPE, RUN, LOG, "episodes.json", "trainer_state.json"):
+        for file in path.glob(pattern):
+            file.unlink()
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Return the folders of checkpoints, latest step first, whole or not."""
+    found = []
+    for child in path.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", child.name)
+        if match and child.is_dir():
+            found.append((int(match[1]), child))
+    return [child for _, child in sorted(found, reverse=True)]
+
+
+def newest_whole_checkpoint(path: Path) -> tuple[Path | None, list[str]]:
+    """Find what to resume from.
+
+    Returns:
+        The checkpoint of the latest step that is whole, or `None`, and a line for each later one
+        that was passed over, which says what is wrong with it.
+    """
+    passed_over: list[str] = []
+    for checkpoint in checkpoints(path):
+        damage = next(_damage(checkpoint), None)
+        if damage is None:
+            return checkpoint, passed_over
+        passed_over.append(f"passed over {checkpoint.name}: {damage}")
+    return None, passed_over
+
+
+def write_recipe(path: Path, resolved: Resolved) -> None:
+    """Write the recipe that makes the same run again."""
+    header = (
+        f"# The resolved recipe of the run in this folder. To run it again, in another folder:\n"
+        f"#   pulseopt-hf train {path / RECIPE}\n"
+    )
+    values = yaml.safe_dump(to_yaml_values(resolved), sort_keys=False, allow_unicode=True)
+    (path / RECIPE).write_text(header + values, encoding="utf-8")
+
+
+def write_run(path: Path, resolved: Resolved, command: list[str], resumed: Path | None) -> None:
+    """Add this command to the record of what was run here, on what."""
+    file = path / RUN
+    commands = []
+    if resumed is not None and file.exists():
+        commands = json.loads(file.read_text(encoding="utf-8"))["commands"]
+    training = resolved.training
+    commands.append(
+        {
+            "command": _without_secrets(command),
+            "recipe": resolved.name,
+            "resumed_from": None if resumed is None else resumed.name,
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "device": str(training.device),
+            "processes": training.world_size,
+        }
+    )
+    file.write_text(json.dumps({"commands": commands}, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, the platform and the packages that a run uses."""
+    result = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in (*_PACKAGES, *_LIBRARIES):
+        try:
+            result[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return result
+
+
+def git_commit() -> str | None:
+    """Return the commit of the working folder, marked where files differ from it, if it has one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + (" with changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _holds_run(path: Path) -> bool:
+    return (path / RECIPE).exists() or bool(checkpoints(path))
+
+
+def _damage(checkpoint: Path) -> Iterator[str]:
+    """Say what keeps a run from being resumed from here."""
+    state = checkpoint / "trainer_state.json"
+    try:
+        content = json.loads(state.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        yield "it has no trainer_state.json"
+        return
+    except (OSError, ValueError):
+        yield "its trainer_state.json is cut short"
+        return
+    step = content.get("global_step") if isinstance(content, dict) else None
+    if step != int(checkpoint.name.rpartition("-")[2]):
+        yield f"its trainer_state.json is of step {step}"
+    if not any(any(checkpoint.glob(pattern)) for pattern in _WEIGHTS):
+        yield "it has no weights"
+    if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):
+        yield "it has no optimizer state"
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    opened.keys()
+            except (OSError, SafetensorError):
+                yield f"its {file.name} is cut short"
+        elif file.suffix in (".pt", ".pth", ".bin") and not _is_whole_archive(file):
+            yield f"its {file.name} is cut short"
+
+
+def _is_whole_archive(file: Path) -> bool:
+    """Whether torch wrote the file to its end; small arguments are plain pickles in no archive."""
+    return file.name == "training_args.bin" or zipfile.is_zipfile(file)
+
+
+def _without_secrets(command: list[str]) -> list[str]:
+    result, hide = [], False
+    for word in command:
+        secret = re.match(r"(--hub[_-]token)(=.*)?$", word)
+        result.append("..." if hide else f"{secret[1]}=..." if secret and secret[2] else word)
+        hide = bool(secret and not secret[2])
+    return result
