@@ -17,7 +17,13 @@ from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.hooks import ArmHooks, check_optimizer
 from pulseopt_hf.optim.losses import LossBuffer
 from pulseopt_hf.optim.noise import GradientNoise, all_parameters
-from pulseopt_hf.optim.unwrap import accumulates, device_of, has_scaler, innermost
+from pulseopt_hf.optim.unwrap import (
+    accumulates,
+    device_of,
+    has_scaler,
+    innermost,
+    is_stepped_by_deepspeed,
+)
 from pulseopt_hf.optim.update_norm import UpdateNorm
 
 
@@ -125,6 +131,11 @@ class AEES:
             "max_consecutive_skips": max_consecutive_skips,
             "log_update_norm": log_update_norm,
         }
+        if is_stepped_by_deepspeed(optimizer):
+            raise ValueError(
+                "DeepSpeed steps the optimizer inside `accelerator.backward`, before `step_end` "
+                "could. Train with PulseOptTrainer, or prepare the loop with DDP or FSDP2."
+            )
         self._set_up(optimizer, PulseOptConfig(**settings), lr_scheduler, distributed)
 
     @classmethod
@@ -135,10 +146,14 @@ class AEES:
         *,
         lr_scheduler: Scheduler | None = None,
         distributed: bool = True,
+        shard: int = 0,
     ) -> AEES:
-        """Create from a config instead of single knobs; its `episode_length` must be set."""
+        """Create from a config instead of single knobs; its `episode_length` must be set.
+
+        `shard` is for loops round an engine; see `ArmHooks`.
+        """
         self = cls.__new__(cls)
-        self._set_up(optimizer, config, lr_scheduler, distributed)
+        self._set_up(optimizer, config, lr_scheduler, distributed, shard)
         return self
 
     def _set_up(
@@ -147,6 +162,7 @@ class AEES:
         config: PulseOptConfig,
         lr_scheduler: Scheduler | None,
         distributed: bool,
+        shard: int = 0,
     ) -> None:
         if config.episode_length is None:
             raise ValueError(
@@ -174,7 +190,7 @@ class AEES:
         self._update_norm = None
         if config.log_update_norm:
             self._update_norm = UpdateNorm(all_parameters(inner))
-        self._hooks = ArmHooks(inner, self._noise, self._update_norm)
+        self._hooks = ArmHooks(inner, self._noise, self._update_norm, shard)
 
     def step_start(self, global_step: int) -> Arm:
         """Begin an optimizer step, or a micro-batch of one; opens an episode where none is open.
@@ -310,6 +326,10 @@ class AEES:
                 f"non-finite losses or gradients, the last at {where}. Lower the learning rate or "
                 "look into the data; `max_consecutive_skips` sets how many are borne."
             )
+
+    def any_rank(self, value: bool) -> bool:
+        """Return whether `value` is true on any rank; every rank must call it. One all-reduce."""
+        return self._agreement.any(value)
 
     def abandon(self) -> None:
         """Forget the open step, which will not be taken, and the micro-batches it had."""

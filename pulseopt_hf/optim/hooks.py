@@ -26,6 +26,7 @@ class StepOutcome:
     def __init__(self) -> None:
         """Start from nothing having happened."""
         self.fired = False
+        self.parameters = 0  # that were stepped; engines call the optimizer once for each group
         self._found_inf: Tensor | None = None
 
     def mark(self, found_inf: Tensor | None) -> None:
@@ -55,6 +56,8 @@ class ArmHooks:
         optimizer: any `torch.optim.Optimizer` whose groups carry their LR as a number or tensor.
         noise: source of the gradient noise.
         update_norm: measures how far a step moves the parameters, if given.
+        shard: number of this rank's part, where an engine hands the optimizer parts of parameters
+            that are not DTensors.
 
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
@@ -66,6 +69,7 @@ class ArmHooks:
         optimizer: torch.optim.Optimizer,
         noise: GradientNoise,
         update_norm: UpdateNorm | None = None,
+        shard: int = 0,
     ) -> None:
         """See the class."""
         check_optimizer(optimizer)
@@ -73,6 +77,7 @@ class ArmHooks:
         self.noise = noise
         self.learning_rate: float | Tensor | None = None
         self._update_norm = update_norm
+        self._shard = shard
         self._current: tuple[Arm, int, StepOutcome] | None = None
         self._base: list[tuple[dict[str, Any], float | Tensor]] = []
         # A compiled `step` must not trace the hooks: it would compile again for every arm.
@@ -114,7 +119,14 @@ class ArmHooks:
         outcome.mark(getattr(optimizer, "found_inf", None))
         if arm.noise_std > 0.0:
             grad_scale = getattr(optimizer, "grad_scale", None)
-            self.noise.add(all_parameters(optimizer), arm.noise_std, step, grad_scale)
+            outcome.parameters = self.noise.add(
+                all_parameters(optimizer),
+                arm.noise_std,
+                step,
+                grad_scale,
+                shard=self._shard,
+                first_index=outcome.parameters,
+            )
         if self._update_norm is not None:
             self._update_norm.before_step()
         self._scale(optimizer, arm.lr_multiplier)

@@ -53,7 +53,10 @@ class GradientNoise:
         level: float,
         step: int,
         grad_scale: Tensor | None = None,
-    ) -> None:
+        *,
+        shard: int = 0,
+        first_index: int = 0,
+    ) -> int:
         """Add the noise of one optimizer step to every gradient that there is.
 
         Args:
@@ -63,15 +66,23 @@ class GradientNoise:
             step: number of optimizer steps taken before this one.
             grad_scale: factor that the gradients still carry from loss scaling, shape (), or
                 `None`. The noise is scaled alike.
+            shard: number of this rank's part, where the parameters are parts of an engine's
+                making. That of a `DTensor` is found out.
+            first_index: index of the first parameter, where an engine updates them in several
+                calls.
+
+        Returns:
+            The index after the last parameter.
         """
         blocks: list[_Block] = []
-        for index, parameter in enumerate(parameters):
+        index = first_index - 1
+        for index, parameter in enumerate(parameters, first_index):
             gradient = parameter.grad
             if gradient is None:
                 continue
-            shard = 0
+            part = shard
             if isinstance(gradient, DTensor):
-                shard, gradient = _shard_of(gradient), gradient.to_local()
+                part, gradient = _shard_of(gradient), gradient.to_local()
             if gradient.is_sparse:
                 # Rows that got no gradient get no noise. Duplicates are summed first, or the noise
                 # of a row would grow with how often it was looked up.
@@ -83,10 +94,11 @@ class GradientNoise:
                 norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
                 factor = norm / math.sqrt(max(1, flat.numel()))
             size = CPU_BLOCK if flat.device.type == "cpu" else ACCELERATOR_BLOCK
-            for number, part in enumerate(torch.split(flat, size)):
-                seed = _mix(self.seed, step, index, shard, number)
-                blocks.append(_Block(part, seed, level, factor))
+            for number, piece in enumerate(torch.split(flat, size)):
+                seed = _mix(self.seed, step, index, part, number)
+                blocks.append(_Block(piece, seed, level, factor))
         self._draw(blocks)
+        return index + 1
 
     def _draw(self, blocks: list[_Block]) -> None:
         """Draw every block, on a CPU with as many threads as torch may use.

@@ -13,9 +13,24 @@ def innermost(optimizer: Any) -> Any:
 
     Accelerate's wrapper is an `Optimizer` by inheritance only: it has no step hooks of its own.
     """
-    if is_accelerated(optimizer):
+    if is_accelerated(optimizer) or is_deepspeed(optimizer):
         return innermost(optimizer.optimizer)
     return optimizer
+
+
+def is_deepspeed(optimizer: object) -> bool:
+    """Whether this is one of DeepSpeed's optimizers, which hold the one that updates their parts.
+
+    They are no torch optimizers themselves.
+    """
+    deepspeed = sys.modules.get("deepspeed.runtime.base_optimizer")
+    return deepspeed is not None and isinstance(optimizer, deepspeed.DeepSpeedOptimizer)
+
+
+def is_stepped_by_deepspeed(optimizer: Any) -> bool:
+    """Whether this is Accelerate's wrapper whose `step` does nothing: the engine steps."""
+    wrappers = sys.modules.get("accelerate.utils.deepspeed")
+    return wrappers is not None and isinstance(optimizer, wrappers.DeepSpeedOptimizerWrapper)
 
 
 def is_accelerated(optimizer: object) -> bool:

@@ -15,9 +15,11 @@ from transformers import Trainer, TrainerState
 from pulseopt_hf.aees.state import StateDict, field, integer
 from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.trainer import deepspeed
+from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
 from pulseopt_hf.trainer.guard import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
-from pulseopt_hf.trainer.upstream import mark_step_skipped
+from pulseopt_hf.trainer.upstream import mark_engine_step_skipped, mark_step_skipped
 
 logger = logging.getLogger("pulseopt_hf")
 
@@ -59,6 +61,7 @@ class PulseSession:
         self._guard: NonFiniteGuard | None = None
         self._plain_step: Callable[[], object] | None = None
         self._loss: Tensor | None = None
+        self._engine_stepped = False
         self._check_engine()
         SESSIONS.add(self)
 
@@ -73,7 +76,12 @@ class PulseSession:
         trainer = self.trainer
         resuming = state.global_step > 0
         config = self._run_config(state.max_steps, saved if resuming else None)
-        aees = AEES.from_config(trainer.optimizer, config)
+        wrapped_engine = trainer.accelerator.deepspeed_engine_wrapped
+        engine = wrapped_engine.engine if trainer.is_deepspeed_enabled else None
+        if engine is not None:
+            deepspeed.check_knobs(config, engine)
+        shard = 0 if engine is None else deepspeed.shard_number(engine)
+        aees = AEES.from_config(trainer.optimizer, config, shard=shard)
         if resuming and saved is not None:
             aees.load_state_dict(saved)
         elif resuming:
@@ -84,11 +92,16 @@ class PulseSession:
             )
         self._aees = trainer.aees = aees
         self._loss = None
+        self._engine_stepped = False
         self._guard = NonFiniteGuard(
             trainer.accelerator, self._patches, trainer.model_wrapped.parameters()
         )
         self._plain_step = trainer.optimizer.step
-        self._patches.wrap(trainer.optimizer, "step", lambda step: lambda closure=None: self.seam())
+        at_step: Callable[[], None] = lambda: self.seam()  # noqa: E731
+        if engine is not None:
+            self._plain_step = DeepSpeedSteps(engine, self._patches, at_step).run
+            at_step = self._settle_engine_step
+        self._patches.wrap(trainer.optimizer, "step", lambda step: lambda closure=None: at_step())
 
     def begin_step(self, global_step: int) -> None:
         """Note that Trainer starts on the first micro-batch of an optimizer step."""
@@ -111,6 +124,9 @@ class PulseSession:
     def optimizer_step(self) -> None:
         """Do what stands where Trainer steps the optimizer: guard, then the step under the arm.
 
+        A DeepSpeed engine steps earlier, inside `training_step`, and this is called there; what
+        became of the step counts where Trainer would take it, when its loss is known.
+
         Raises:
             RuntimeError: `training_step` was not seen, or too many steps were skipped in a row.
             ValueError: the step is not finite and `nonfinite` is `raise`.
@@ -120,20 +136,25 @@ class PulseSession:
             raise RuntimeError(
                 "`optimizer_step` is called by Trainer's loop, during training only."
             )
-        loss, self._loss = self._loss, None
-        if loss is None:
-            name = type(self.trainer).__name__
-            raise RuntimeError(
-                f"An optimizer step came without a loss: this {name} does not go through the "
-                f"`training_step` that pulseopt_hf listens to. Use `with_pulseopt({name})`, and "
-                "have `training_step` return the loss."
-            )
-        trainer = self.trainer
+        if self.trainer.is_deepspeed_enabled:
+            self._engine_stepped = aees.apply(plain_step)
+            return
+        loss = self._take_loss()
         # A gradient scaler is a guard itself, and has to be stepped to lower its scale.
-        happened = trainer.optimizer.scaler is not None or guard.is_finite()
+        happened = self.trainer.optimizer.scaler is not None or guard.is_finite()
         if happened:
             happened = aees.apply(plain_step)
-        mark_step_skipped(trainer.optimizer, not happened)
+        mark_step_skipped(self.trainer.optimizer, not happened)
+        self._settle(aees, loss, happened)
+
+    def _settle_engine_step(self) -> None:
+        assert self._aees is not None
+        happened, self._engine_stepped = self._engine_stepped, False
+        mark_engine_step_skipped(self.trainer.optimizer, not happened)
+        self._settle(self._aees, self._take_loss(), happened)
+
+    def _settle(self, aees: AEES, loss: Tensor, happened: bool) -> None:
+        """Count the step or skip it."""
         if happened:
             record = aees.record(loss)
             if record is not None:
@@ -145,13 +166,24 @@ class PulseSession:
                     record.ema_end,
                     record.reward,
                 )
-        elif aees.config.nonfinite == "raise" and not self._is_overflow(loss):
+        elif aees.config.nonfinite == "raise" and not self._is_overflow(aees, loss):
             raise ValueError(
                 f"The loss or a gradient is not finite at global step "
-                f"{trainer.state.global_step}; the step's loss is {loss.item()}."
+                f"{self.trainer.state.global_step}; the step's loss is {loss.item()}."
             )
         else:
             aees.skip()
+
+    def _take_loss(self) -> Tensor:
+        loss, self._loss = self._loss, None
+        if loss is None:
+            name = type(self.trainer).__name__
+            raise RuntimeError(
+                f"An optimizer step came without a loss: this {name} does not go through the "
+                f"`training_step` that pulseopt_hf listens to. Use `with_pulseopt({name})`, and "
+                "have `training_step` return the loss."
+            )
+        return loss
 
     def agree(self) -> None:
         """Make ready for a checkpoint; every rank takes part."""
@@ -198,10 +230,13 @@ class PulseSession:
             values["pulse/reward"] = records[-1].reward
         return values
 
-    def _is_overflow(self, loss: Tensor) -> bool:
-        """Whether a skip is a gradient scaler's ordinary overflow: the loss itself is finite."""
+    def _is_overflow(self, aees: AEES, loss: Tensor) -> bool:
+        """Whether a skip is a gradient scaler's ordinary overflow: all ranks' losses are finite."""
         scaled = self.trainer.optimizer.scaler is not None
-        return scaled and bool(torch.isfinite(loss).item())
+        if self.trainer.is_deepspeed_enabled:
+            scaled = self.trainer.accelerator.mixed_precision == "fp16"
+        # One rank alone must not raise: the others would wait for it.
+        return scaled and not aees.any_rank(not bool(torch.isfinite(loss).item()))
 
     def _run_config(self, max_steps: int, saved: object | None) -> PulseOptConfig:
         args = self.trainer.args
@@ -232,10 +267,7 @@ class PulseSession:
     def _check_engine(self) -> None:
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "DeepSpeed steps the optimizer inside its engine, where the arm does not reach "
-                "it. Train with DDP or FSDP2."
-            )
+            deepspeed.check_settings(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if "lomo" in optim or "layerwise" in optim:
             raise ValueError(

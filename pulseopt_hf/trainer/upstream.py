@@ -22,3 +22,13 @@ def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
     optimizer skips an overflow in its kernel (accelerate issue 4242). Accelerate 1.1 - 1.15.
     """
     optimizer._is_overflow = skipped
+
+
+def mark_engine_step_skipped(optimizer: Any, skipped: bool) -> None:
+    """Tell Trainer the same of a step that a DeepSpeed engine took.
+
+    `DeepSpeedOptimizerWrapper` asks DeepSpeed's optimizer for `overflow`, if that had one when it
+    was wrapped; those that do not look for overflow have none. Accelerate 1.1 - 1.15.
+    """
+    optimizer.optimizer.overflow = skipped
+    optimizer.__has_overflow__ = True

@@ -1,42 +1,15 @@
-"""Fixtures of the engines: a Trainer with a real GradScaler on CPU, and FSDP2 on CPU."""
+"""What the tests of the engines share: FSDP2 on CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import accelerate.state
 import pytest
-import torch
-from transformers import Trainer
-
-from pulseopt_hf import PulseOptTrainer
-
-
-class CpuFp16:
-    """Gives a Trainer with `fp16=True` what Accelerate leaves out on a CPU: autocast and a scaler."""
-
-    init_scale = 2.0**22  # overflows at once, so that the first steps are skipped
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        self.accelerator: Any
-        self.accelerator.scaler = torch.amp.GradScaler(
-            "cpu", init_scale=self.init_scale, growth_interval=3
-        )
-        self.accelerator.native_amp = True
-
-
-class Fp16Trainer(CpuFp16, Trainer):
-    pass
-
-
-class Fp16PulseTrainer(CpuFp16, PulseOptTrainer):
-    pass
 
 
 @pytest.fixture
-def fsdp2_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def fsdp2_on_cpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Let Accelerate choose FSDP on CPU, and return the training arguments that ask for it.
 
     Accelerate upgrades only GPU types to FSDP and would silently run DDP.
@@ -56,7 +29,7 @@ def fsdp2_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
             state["distributed_type"] = self.distributed_type
 
     monkeypatch.setattr(accelerate.state.AcceleratorState, "__init__", init)
-    yield {
+    return {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "GPT2Block"},
     }

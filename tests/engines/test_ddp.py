@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Failure, ranks_with_failures, run_ranks
 from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from tests.engines.ranks import Failure, ranks_with_failures, run_ranks
 
 LR_AND_NOISE: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],

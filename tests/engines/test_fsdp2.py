@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.optim import GradientNoise
+from tests.engines.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],

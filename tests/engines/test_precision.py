@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Fp16PulseTrainer, Fp16Trainer
-from ranks import run_ranks
 from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from tests.engines.ranks import run_ranks
+from tests.engines.trainers import Fp16PulseTrainer, Fp16Trainer
 
 OPTIMIZERS = {
     "plain": ("adamw_torch", {"foreach": False}),
