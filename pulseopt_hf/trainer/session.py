@@ -76,9 +76,9 @@ class PulseSession:
         trainer = self.trainer
         resuming = state.global_step > 0
         config = self._run_config(state.max_steps, saved if resuming else None)
-        wrapped_engine = trainer.accelerator.deepspeed_engine_wrapped
-        engine = wrapped_engine.engine if trainer.is_deepspeed_enabled else None
-        if engine is not None:
+        engine = None
+        if trainer.is_deepspeed_enabled:
+            engine = trainer.accelerator.deepspeed_engine_wrapped.engine
             deepspeed.check_knobs(config, engine)
         shard = 0 if engine is None else deepspeed.shard_number(engine)
         aees = AEES.from_config(trainer.optimizer, config, shard=shard)
