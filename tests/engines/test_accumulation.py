@@ -1,0 +1,162 @@
+"""Gradient accumulation: an episode counts optimizer steps, and the arm is fixed within one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+from tests.engines.ranks import run_ranks
+
+
+class Counting(PulseOptTrainer):
+    """Notes the arm of every micro-batch and the loss that `training_step` returned."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        assert self.aees is not None
+        assert self.aees.current_candidate is not None
+        self.__dict__.setdefault("seen", []).append(
+            (self.state.global_step, self.aees.current_candidate.name, float(loss))
+        )
+        return loss
+
+
+@pytest.mark.parametrize(("accumulation", "rows"), [(2, 64), (4, 64), (4, 70), (3, 70)])
+def test_an_episode_counts_optimizer_steps_also_when_the_last_one_of_an_epoch_is_short(
+    accumulation: int,
+    rows: int,
+    tiny_model: Callable[[], Any],
+    tiny_data: Any,
+    arguments: Callable[..., Any],
+) -> None:
+    settings = arguments(max_steps=-1, num_train_epochs=4, gradient_accumulation_steps=accumulation)
+    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=2)
+    trainer = Counting(tiny_model(), settings, train_dataset=tiny_data[:rows], pulse=config)
+    trainer.train()
+    assert trainer.accelerator.gradient_accumulation_steps == 1  # Trainer does it itself
+    batches = -(-rows // 4)
+    steps_in_epoch = -(-batches // accumulation)
+    aees = trainer.aees
+    assert aees is not None
+    assert aees.optimizer_steps == trainer.state.max_steps == 4 * steps_in_epoch
+
+    seen: list[tuple[int, str, float]] = trainer.__dict__["seen"]
+    by_step: dict[int, list[tuple[str, float]]] = {}
+    for step, name, loss in seen:
+        by_step.setdefault(step, []).append((name, loss))
+    sizes = [len(by_step[step]) for step in range(steps_in_epoch)]
+    assert sizes[:-1] == [accumulation] * (steps_in_epoch - 1)
+    assert sizes[-1] == (batches % accumulation or accumulation)
+    assert all(len({name for name, _ in micro}) == 1 for micro in by_step.values())
+
+    logs = aees.get_logs()
+    lengths = [
+        end - start + 1
+        for start, end in zip(logs["episode_start_steps"], logs["episode_end_steps"], strict=True)
+    ]
+    assert set(lengths[:-1]) == {2}
+    names = logs["selected_combined_names"]
+    for step, micro in by_step.items():
+        assert micro[0][0] == names[step // 2]
+    for start, loss in zip(logs["episode_start_steps"], logs["episode_start_losses"], strict=True):
+        assert loss == pytest.approx(sum(loss for _, loss in by_step[start]), rel=1e-6)
+
+
+@pytest.mark.parametrize("sync_each_batch", [False, True])
+def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(
+    sync_each_batch: bool,
+    tiny_model: Callable[[], Any],
+    tiny_data: Any,
+    arguments: Callable[..., Any],
+) -> None:
+    config = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=2)
+
+    def body(rank: int, sync: bool) -> Any:
+        settings = arguments(
+            max_steps=12,
+            gradient_accumulation_steps=3,
+            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sync}},
+        )
+        trainer = PulseOptTrainer(tiny_model(), settings, train_dataset=tiny_data, pulse=config)
+        reductions = Reductions(trainer)
+        trainer.add_callback(reductions)
+        trainer.train()
+        assert trainer.args.world_size == dist.get_world_size() == 2
+        assert trainer.aees is not None
+        parameters = [p.detach().reshape(-1) for p in trainer.model.parameters()]
+        return trainer.aees.get_logs(), torch.cat(parameters), reductions.count
+
+    first, second = run_ranks(2, lambda rank: body(rank, sync_each_batch))
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+    assert first[2] == (36 if sync_each_batch else 12)
+    if sync_each_batch:
+        lazy = run_ranks(2, lambda rank: body(rank, False))[0]
+        assert lazy[0]["selected_combined_names"] == first[0]["selected_combined_names"]
+        assert torch.allclose(lazy[1], first[1], atol=1e-3)
+
+
+class Reductions(TrainerCallback):
+    """Counts the backward passes in which DDP averages gradients."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.count = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        ddp = self.trainer.model_wrapped
+        assert isinstance(ddp, torch.nn.parallel.DistributedDataParallel)
+
+        def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch inspects annotations
+            self.count += bucket.is_last()
+            return allreduce_hook(state, bucket)
+
+        ddp.register_comm_hook(None, hook)
+
+
+def test_a_loop_under_accelerate_accumulates_on_two_ranks_as_in_one_process() -> None:
+    def loop(world_size: int, batch: int) -> Any:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        assert accelerator.num_processes == world_size
+        torch.manual_seed(0)
+        rows = torch.randn(64, 8)
+        data = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(rows, rows.sum(1)), batch_size=batch
+        )
+        model = torch.nn.Linear(8, 1)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.05)
+        prepared: Any = accelerator.prepare(model, optimizer, data)
+        model, optimizer, data = prepared
+        aees = AEES(optimizer, lr_candidates=[0.5, 2.0], episode_length=2, seed=1)
+        step = 0
+        for _ in range(3):
+            for x, y in data:
+                with accelerator.accumulate(model):
+                    aees.step_start(step)
+                    loss = (model(x).squeeze(1) - y).square().mean()
+                    accelerator.backward(loss)
+                    aees.step_end(loss)
+                    optimizer.zero_grad()
+                    step += int(accelerator.sync_gradients)
+        aees.finalize()
+        weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        return aees.optimizer_steps, aees.get_logs(), weights
+
+    first, second = run_ranks(2, lambda rank: loop(2, 4))
+    alone = run_ranks(1, lambda rank: loop(1, 8))[0]
+    assert first[0] == second[0] == alone[0] == 12
+    assert first[1] == second[1]
+    assert torch.equal(first[2], second[2])
+    assert first[1]["selected_combined_names"] == alone[1]["selected_combined_names"]
+    assert first[1]["episode_rewards"] == pytest.approx(alone[1]["episode_rewards"], abs=1e-4)
+    assert torch.allclose(first[2], alone[2], atol=1e-5)

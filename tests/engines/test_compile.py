@@ -1,0 +1,103 @@
+"""`torch.compile` and gradient checkpointing: the same arms, and no compilation for a new one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+
+CONFIG: dict[str, Any] = {
+    "lr_candidates": [0.5, 1.0, 2.0],
+    "noise_candidates": [0.0, 1e-3],
+    "episode_length": 3,
+}
+
+
+def train(model: Any, settings: Any, data: Any, config: PulseOptConfig) -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own about its backends
+        trainer = PulseOptTrainer(model, settings, train_dataset=data, pulse=config)
+        trainer.train()
+    return trainer
+
+
+def flat(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_runs_the_arms_of_the_eager_one_and_compiles_no_more_for_them(
+    backend: str, tiny_model: Callable[[], Any], tiny_data: Any, arguments: Callable[..., Any]
+) -> None:
+    data = tiny_data[:64]  # no smaller last batch, which would be compiled for itself
+    settings = {"torch_compile": True, "torch_compile_backend": backend}
+    adaptive = PulseOptConfig(**CONFIG)
+    constant = PulseOptConfig(lr_candidates=[1.0], episode_length=3)
+    graphs = {}
+    for name, config in (("constant", constant), ("adaptive", adaptive)):
+        model = without_dropout(tiny_model())
+        trainer = train(model, arguments(**settings), data, config)
+        assert hasattr(trainer.model_wrapped, "_orig_mod")
+        graphs[name] = counters["stats"]["unique_graphs"]
+        assert graphs[name] >= 1
+    assert graphs["adaptive"] == graphs["constant"]
+    eager = train(without_dropout(tiny_model()), arguments(), data, adaptive)
+    assert counters["stats"]["unique_graphs"] == 0
+    names = trainer.aees.get_logs()["selected_combined_names"]
+    assert len(set(names)) > 3
+    assert names == eager.aees.get_logs()["selected_combined_names"]
+    assert torch.allclose(flat(trainer.model), flat(eager.model), atol=1e-4)
+
+
+def test_gradient_checkpointing_runs_the_same_arms_to_the_same_parameters(
+    tiny_model: Callable[[], Any], tiny_data: Any, arguments: Callable[..., Any]
+) -> None:
+    config = PulseOptConfig(**CONFIG)
+    plain = train(tiny_model(), arguments(), tiny_data, config)
+    settings = arguments(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    trainer = train(tiny_model(), settings, tiny_data, config)
+    assert trainer.model.is_gradient_checkpointing
+    assert not plain.model.is_gradient_checkpointing
+    assert trainer.aees.get_logs() == plain.aees.get_logs()
+    assert torch.equal(flat(trainer.model), flat(plain.model))
+
+
+def test_a_compiled_optimizer_with_a_tensor_lr_is_not_compiled_again_for_an_arm() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[int] = []
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), foreach=False)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=2, seed=0)
+    rows = torch.randn(16, 8)
+    for step in range(24):
+        aees.step_start(step)
+        optimizer.zero_grad()
+        loss = (model(rows).squeeze(1) - rows.sum(1)).square().mean()
+        loss.backward()
+        aees.step_end(loss)
+        graphs.append(counters["stats"]["unique_graphs"])
+    aees.finalize()
+    assert len(set(aees.get_logs()["selected_lr_values"])) == 3
+    assert graphs[0] >= 1
+    assert graphs[-1] == graphs[3], f"compiled again: {graphs}"
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
