@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-oldest lint format benchmark clean
+.PHONY: install quickstart test test-slow test-oldest lint format readme benchmark clean
 
 install: $(INSTALLED)
 
@@ -18,12 +18,12 @@ quickstart: install
 	$(BIN)/python -m pulseopt_hf.quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-# The lowest versions that pyproject.toml allows, as `benchmarks/oldest.txt` lists them. The torch
+# The lowest versions that pyproject.toml allows, as `tests/oldest.txt` lists them. The torch
 # of that age on PyPI is a CUDA build: about 6 GB.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
@@ -38,6 +38,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: install
+	$(BIN)/python benchmarks/knobs_table.py --write
 
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py

@@ -6,7 +6,10 @@ import os
 
 # Before torch and Transformers are imported: no hub, no GPU of the machine that runs the tests.
 os.environ.update(
-    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1"
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
 )
 
 import copy
@@ -26,6 +29,8 @@ from transformers import (
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+# Models this small gain nothing from threads, and ranks on the same cores lose much to them.
+torch.set_num_threads(1)
 
 VOCABULARY = 64
 

@@ -1,0 +1,58 @@
+"""The README's two commands, in a clean clone with nothing installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def make(target: str, folder: Path, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    return subprocess.run(
+        ["make", target, *(f"{name}={value}" for name, value in variables.items())],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+    ).stdout
+
+
+def test_both_commands_share_one_set_up() -> None:
+    for target in ("quickstart", "test"):
+        plan = subprocess.run(
+            ["make", "--dry-run", "--always-make", target],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        ).stdout
+        torch, package = (line for line in plan.splitlines() if "pip install" in line)
+        assert "--constraint constraints.txt torch" in torch
+        assert "--constraint constraints.txt --editable" in package
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_clean_clone_does_its_quickstart_and_collects_its_tests(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    output = make("quickstart", clone)
+    before, after = re.findall(r"eval loss (?:before|after) training: +([\d.]+)", output)
+    assert float(after) < float(before) - 2
+    run = clone / "runs" / "quickstart-lm"
+    episodes = json.loads((run / "episodes.json").read_text())
+    assert set(episodes["selected_lr_values"]) == {0.5, 1.0, 2.0}
+    assert json.loads((run / "all_results.json").read_text())["eval_loss"] == pytest.approx(
+        float(after), abs=1e-3
+    )
+    # The whole suite is what continuous integration runs; here a part shows that the command works.
+    tested = make("test", clone, TESTS="tests/aees/test_reward.py")
+    assert re.search(r"\d+ passed", tested)

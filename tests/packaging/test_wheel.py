@@ -1,0 +1,75 @@
+"""The wheel holds all that the package needs, and runs with no repository beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import json, sys, pulseopt_hf
+from pulseopt_hf.quickstart import main
+main(["--max_steps", "20", "--output_dir", "run"])
+print(json.dumps([pulseopt_hf.__file__, pulseopt_hf.__version__]))
+"""
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def run_quickstart(python: Path | str, folder: Path, environment: dict[str, str]) -> str:
+    output = subprocess.run(
+        [str(python), "-c", CODE],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+    ).stdout
+    assert (folder / "run" / "model.safetensors").exists()
+    episodes = json.loads((folder / "run" / "episodes.json").read_text())
+    assert episodes["episode_end_steps"][-1] == 19
+    loaded, version = json.loads(output.strip().splitlines()[-1])
+    assert version
+    return str(loaded)
+
+
+def test_the_wheel_is_typed_and_has_every_module(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "pulseopt_hf/py.typed" in names
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pulseopt_hf").rglob("*.py")}
+    assert modules <= names
+    assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
+
+
+def test_the_wheel_runs_the_embedded_example(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*command, str(site), str(wheel)], check=True)
+    loaded = run_quickstart(sys.executable, tmp_path, {"PYTHONPATH": str(site)})
+    assert loaded.startswith(str(site))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([*install, *constraints, "torch"], check=True)
+    subprocess.run([*install, *constraints, str(wheel)], check=True)
+    loaded = run_quickstart(python, tmp_path, {"PYTHONPATH": ""})
+    assert loaded.startswith(str(tmp_path / "env"))

@@ -1,0 +1,50 @@
+"""The benchmarks run, and their figures are what the README says they are."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_overhead_benchmark_measures_every_variant(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    command = [sys.executable, "benchmarks/overhead.py", "--layers", "1", "--width", "48"]
+    command += ["--rounds", "2", "--steps", "3", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    variants = json.loads(out.read_text())["variants"]
+    assert next(iter(variants)) == "vanilla"
+    assert variants["vanilla"]["step_ratio"] == 1.0
+    assert len(variants) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_cost_is_within_its_bounds(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    subprocess.run(
+        [sys.executable, "benchmarks/overhead.py", "--out", str(out)], check=True, cwd=ROOT
+    )
+    variants = json.loads(out.read_text())["variants"]
+    # What the clock takes two equal Trainers apart by is not ours.
+    resolution = abs(variants["vanilla again"]["step_ratio"] - 1.0)
+    assert variants["lr"]["step_ratio"] <= 1.01 + resolution
+    added = variants["lr+noise"]["step_ratio"] - 1.0
+    published = variants["published lr+noise"]["step_ratio"] - 1.0
+    assert added <= published / 2
+    assert variants["lr"]["extra_peak_mib"] <= 64
+    assert variants["lr+noise"]["extra_peak_mib"] <= 64
+
+
+def test_the_readmes_figures_are_those_of_the_committed_result() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for name, row in result["variants"].items():
+        pattern = rf"^{re.escape(name)} +{row['step_ratio']:.3f} x +{row['extra_peak_mib']:.0f} MiB"
+        assert re.search(pattern, readme, re.MULTILINE), name

@@ -1,0 +1,62 @@
+"""The README's commands run, its tables are made from the code, its script is the product's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# Every command in a block of the README, and the test that runs it.
+RUN_BY = {
+    "make quickstart": "tests/packaging/test_clean_clone.py",
+    "make test": "tests/packaging/test_clean_clone.py",
+    ".venv/bin/python examples/trainer.py": "tests/test_examples.py",
+    ".venv/bin/python examples/callback.py": "tests/test_examples.py",
+    ".venv/bin/python examples/accelerate_loop.py": "tests/test_examples.py",
+    "make benchmark": "tests/test_benchmarks.py",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_command_of_the_readme_is_run_by_a_test() -> None:
+    commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
+    assert set(commands) == set(RUN_BY)
+    assert all((ROOT / test).exists() for test in RUN_BY.values())
+
+
+def test_the_table_of_knobs_is_the_configs() -> None:
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import knobs_table as k;"
+    code += "text = k.README.read_text(); assert k.with_table(text) == text, 'run `make readme`'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_scripts_of_the_readme_run(
+    tiny_model: Any, tiny_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As written, but for the name of the hub's model, which a local folder takes the place of."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tiny = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertForSequenceClassification(tiny).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    data = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(tiny_data)]
+    scripts = blocks("python")
+    assert len(scripts) == 2
+    namespace: dict[str, Any] = {"train_data": data}
+    exec(scripts[0].replace("distilbert-base-uncased", str(tmp_path / "model")), namespace)
+    assert set(namespace["trainer"].aees.get_logs()["selected_lr_values"]) == {0.5, 1.0, 2.0}
+    from transformers import Trainer, TrainingArguments
+
+    vanilla = Trainer(tiny_model(), TrainingArguments("out", max_steps=15), train_dataset=tiny_data)
+    exec(scripts[1], {"trainer": vanilla})
+    assert len(vanilla.aees.get_logs()["episode_rewards"]) == 3  # type: ignore[attr-defined]
