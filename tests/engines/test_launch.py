@@ -1,0 +1,157 @@
+"""The same script through `torchrun` and `accelerate launch`, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.ranks import free_port
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "launch_anywhere.py"
+PROFILES = ROOT / "recipes" / "launch"
+TIMEOUT = 150.0
+STEPS = ("--use_cpu", "true", "--max_steps", "12", "--episode_length", "3")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return {
+        **inherited,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def start(tmp_path: Path, *command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Return the output; a launch that hangs is killed with all its ranks."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return output
+
+
+def launch(tmp_path: Path, *command: object) -> list[dict[str, Any]]:
+    """Return what each rank printed, by rank."""
+    process = start(tmp_path, *command)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return summaries(output)
+
+
+def summaries(output: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in re.findall(r'\{"rank".*\}', output)]
+    return sorted(found, key=lambda summary: summary["rank"])
+
+
+def check_ranks_agree(ranks: list[dict[str, Any]], world_size: int, engine: str) -> None:
+    assert [summary["rank"] for summary in ranks] == list(range(world_size))
+    for summary in ranks:
+        assert summary["world_size"] == world_size
+        assert summary["engine"] == engine
+        assert len(summary["arms"]) == 4
+        assert summary["arms"] == ranks[0]["arms"]
+        assert summary["loss"] == ranks[0]["loss"]
+
+
+def test_torchrun_starts_two_ranks_that_run_the_same_arms(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, *TORCHRUN, "--standalone", "--nproc_per_node", 2, SCRIPT, *STEPS)
+    check_ranks_agree(ranks, 2, "DistributedDataParallel")
+
+
+def test_the_ddp_profile_starts_two_ranks_that_run_the_same_arms(tmp_path: Path) -> None:
+    profile = ("--config_file", PROFILES / "ddp.yaml", "--main_process_port", free_port())
+    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
+    check_ranks_agree(ranks, 2, "DistributedDataParallel")
+
+
+def test_the_single_profile_starts_one_process(tmp_path: Path) -> None:
+    profile = ("--config_file", PROFILES / "single.yaml")
+    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
+    check_ranks_agree(ranks, 1, "GPT2LMHeadModel")
+
+
+def test_two_nodes_of_torchrun_run_the_same_arms(tmp_path: Path) -> None:
+    address = ("--master_addr", "127.0.0.1", "--master_port", free_port())
+    nodes = [
+        start(
+            tmp_path,
+            *TORCHRUN,
+            *("--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1, *address),
+            *(SCRIPT, *STEPS, "--output_dir", tmp_path / f"node{node}"),
+        )
+        for node in range(2)
+    ]
+    outputs = [finish(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert all(len(summaries(output)) == 1 for output in outputs), "one rank on each node"
+    check_ranks_agree([summaries(output)[0] for output in outputs], 2, "DistributedDataParallel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_deepspeed_profiles_start_two_ranks_that_run_the_same_arms(
+    stage: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
+    profile = ("--config_file", PROFILES / f"zero{stage}.yaml", "--main_process_port", free_port())
+    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
+    check_ranks_agree(ranks, 2, "DeepSpeedEngine")
+    assert ranks[0]["precision"] == "bf16"
+
+
+def test_a_rank_that_raises_under_torchrun_ends_the_launch_instead_of_hanging(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "one_rank_raises.py"
+    script.write_text(
+        "import os, runpy\n"
+        "from pulseopt_hf import PulseOptTrainer\n"
+        "plain = PulseOptTrainer.training_step\n"
+        "def step(self, *args, **kwargs):\n"
+        "    if os.environ['RANK'] == '1' and self.state.global_step == 4:\n"
+        "        raise KeyError('the trouble of one rank')\n"
+        "    return plain(self, *args, **kwargs)\n"
+        "PulseOptTrainer.training_step = step\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    began = time.monotonic()
+    process = start(tmp_path, *TORCHRUN, "--standalone", "--nproc_per_node", 2, script, *STEPS)
+    output = finish(process)
+    assert process.returncode != 0
+    assert "the trouble of one rank" in output
+    assert not summaries(output), "a rank went on alone"
+    assert time.monotonic() - began < TIMEOUT
