@@ -155,11 +155,13 @@ def _from_command_line(
         return {}, list(error.problems)
     known = [word for action in parser._actions for word in action.option_strings]
     problems = []
+    after_unknown = False
     for word in unknown:
         flag = word.split("=", 1)[0]
         if word.startswith("--"):
             problems.append(f"`{flag}` is no option{nearest(flag, known) or '.'}")
-        else:
+            after_unknown = True
+        elif not after_unknown:  # else it is that option's value, of which all is said
             problems.append(f"`{word}` belongs to no option.")
     return vars(namespace), problems
 

@@ -1,0 +1,103 @@
+"""What may lie in a YAML file from anywhere, and what it is read as."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.recipes.reading import read_yaml
+
+
+def read(tmp_path: Path, text: str) -> dict[str, Any]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("2E+3", 2000.0),
+        ("-1.5e3", -1500.0),
+        (".5", 0.5),
+        ("7", 7),
+        ("true", True),
+        ("no", "no"),
+        ("off", "off"),
+        ("'1e-4'", "1e-4"),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ("[1e-4, 2]", [1e-4, 2]),
+        ("{a: 1e-4}", {"a": 1e-4}),
+    ],
+)
+def test_numbers_are_numbers_and_no_is_a_word(text: str, value: object, tmp_path: Path) -> None:
+    found = read(tmp_path, f"key: {text}")["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n- b\n", "a list; a recipe is a mapping"),
+        ("just words", "a str; a recipe is a mapping"),
+        ("", "empty; a recipe is a mapping"),
+        ("a: 1\nb: 2\na: 3\n", "line 3: `a` is there already, on line 1"),
+        ("a: {b: 1, b: 2}", "`b` is there already"),
+        ("a: [1, 2", "line 1: no YAML"),
+        ("a: b: c", "no YAML"),
+        ("a: !!python/object/apply:os.system ['touch pwned']", "tags"),
+        ("1: a", "keys must be words"),
+        ("? [a, b]\n: c", "keys must be words"),
+        ("a: *b", "anchors and aliases"),
+        ("a: &a [*a]", "anchors and aliases"),
+        (BOMB, "anchors and aliases"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested deeper than 4"),
+        ("a: \x00", "no YAML"),
+        ("a: 2026-13-45", "no YAML"),
+    ],
+)
+def test_what_is_no_recipe_gets_one_line_that_says_why(
+    text: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as error:
+        read(tmp_path, text)
+    (problem,) = error.value.problems
+    assert says in problem
+    assert problem.startswith(str(tmp_path / "recipe.yaml"))
+    assert "\n" not in problem
+    assert not Path("pwned").exists()
+
+
+def test_ten_megabytes_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("# filler\n" * 1_200_000)
+    started = time.perf_counter()
+    with pytest.raises(UsageError, match=r"10,800,000 bytes long; a recipe has at most 65,536"):
+        read_yaml(path)
+    assert time.perf_counter() - started < 0.5
+
+
+def test_the_largest_file_that_is_read_is_read_in_seconds(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    assert len(read(tmp_path, "".join(f"key{i}: {i}\n" for i in range(3500)))) == 3500
+    assert time.perf_counter() - started < 10
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"a: \xff\xfe")
+    with pytest.raises(UsageError, match="no YAML"):
+        read_yaml(path)

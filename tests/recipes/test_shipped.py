@@ -1,0 +1,140 @@
+"""Every YAML that ships is right, names real things, and gets into the wheel."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.recipes.parsing import Resolved, resolve
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "recipes").rglob("*.y*ml"))
+RECIPES = [file for file in FILES if file.parent.name != "launch"]
+PROFILES = [file for file in FILES if file.parent.name == "launch"]
+GLUE = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+SCORES = {
+    "cola": "56.5",
+    "sst2": "92.3",
+    "mrpc": "88.9/84.1",
+    "stsb": "88.6/88.5",
+    "qqp": "90.7/87.5",
+    "mnli": "83.9/84.1",
+    "qnli": "90.7",
+    "rte": "65.7",
+    "wnli": "56.3",
+}
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+
+
+def shipped(name: str) -> Resolved:
+    return resolve(name, [])
+
+
+def test_there_are_as_many_recipes_and_profiles_as_we_think() -> None:
+    assert (len(RECIPES), len(PROFILES)) == (21, 6)
+    assert catalogue.names() == sorted(map(name_of, RECIPES))
+    assert catalogue.profiles() == sorted(map(name_of, PROFILES))
+    assert {f"glue/{name}" for name in GLUE} < set(catalogue.names())
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=name_of)
+def test_a_recipe_is_right_and_builds_its_arguments(file: Path, tmp_path: Path) -> None:
+    run = resolve(str(file), ["--output_dir", str(tmp_path)])
+    assert run.recipe.expected_time
+    assert run.recipe.expected_score
+    assert run.recipe.metrics
+    assert not run.recipe.trust_remote_code
+    assert run.training.max_steps > 0 or run.training.num_train_epochs > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=name_of)
+def test_a_recipe_opens_with_how_to_run_it_on_what_and_what_to_expect(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    head = "\n".join(lines[:end])
+    assert f"pulseopt-hf train {name_of(file)}" in head
+    assert "Hardware:" in head
+    assert re.search("Expect|score|measured", head)
+    assert all(len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_a_glue_recipe_has_the_standard_settings_and_the_published_score(name: str) -> None:
+    run = shipped(f"glue/{name}")
+    assert run.recipe.model_name_or_path == "google-bert/bert-base-cased"
+    assert run.recipe.dataset_name == "nyu-mll/glue"
+    assert run.recipe.dataset_config_name == name
+    assert run.recipe.max_length == 128
+    assert run.training.per_device_train_batch_size == 32
+    assert run.training.learning_rate == 2e-5
+    assert run.training.num_train_epochs == (5 if name in ("mrpc", "wnli") else 3)
+    assert SCORES[name] in str(run.recipe.expected_score)
+
+
+def test_glue_recipes_differ_only_where_the_tasks_do() -> None:
+    task = {"task", "expected_time", "expected_score", "dataset_config_name", "text_column"}
+    task |= {"text_pair_column", "class_names", "label_range", "metrics", "prediction_files"}
+    task |= {"predict_class_names", "validation_split", "validation_suffixes", "test_split"}
+    task |= {"num_train_epochs"}  # of the two tiny ones, see above
+    rest = []
+    for name in GLUE:
+        values = yaml.safe_load((ROOT / "recipes" / "glue" / f"{name}.yaml").read_text())
+        rest.append({key: value for key, value in values.items() if key not in task})
+    assert all(values == rest[0] for values in rest)
+
+
+@pytest.mark.parametrize("file", PROFILES, ids=name_of)
+def test_a_launch_profile_is_read_by_accelerate(file: Path) -> None:
+    config = load_config_from_file(str(file))
+    expected = {
+        "single": ("NO", 1),
+        "ddp": ("MULTI_GPU", 2),
+        "fsdp2": ("FSDP", 2),
+        "zero2": ("DEEPSPEED", 2),
+        "zero3": ("DEEPSPEED", 2),
+        "two_node": ("MULTI_GPU", 16),
+    }[file.stem]
+    assert (config.distributed_type.value, config.num_processes) == expected
+    assert config.num_machines == (2 if file.stem == "two_node" else 1)
+    if file.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if file.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])
+    assert f"pulseopt-hf cp {name_of(file)}" in file.read_text()
+
+
+def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+        assert "pulseopt-hf = pulseopt_hf.cli:console" in "".join(
+            archive.read(name).decode() for name in archive.namelist() if "entry_points" in name
+        )
+    library = installed / "pulseopt_hf" / "recipes" / "library"
+    assert sorted(p.relative_to(library) for p in library.rglob("*.yaml")) == sorted(
+        p.relative_to(ROOT / "recipes") for p in FILES
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pulseopt_hf", "show", "glue/sst2"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (ROOT / "recipes" / "glue" / "sst2.yaml").read_text()

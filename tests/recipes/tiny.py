@@ -1,0 +1,161 @@
+"""Tiny models and data files of every schema, for runs of the command that take seconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+
+from pulseopt_hf import embedded
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+GOOD = ["fine", "bright", "warm", "clever"]
+BAD = ["dull", "cold", "stale", "clumsy"]
+PLAIN = ["the", "film", "was", "a", "story", "and", "this", "scene", "looks", "very"]
+
+# Columns of each GLUE task's texts, its number of classes (0 for a regression), and the score.
+GLUE = {
+    "cola": (["sentence"], 2, "matthews_correlation"),
+    "sst2": (["sentence"], 2, "accuracy"),
+    "mrpc": (["sentence1", "sentence2"], 2, "f1"),
+    "stsb": (["sentence1", "sentence2"], 0, "spearmanr"),
+    "qqp": (["question1", "question2"], 2, "f1"),
+    "mnli": (["premise", "hypothesis"], 3, "accuracy"),
+    "qnli": (["question", "sentence"], 2, "accuracy"),
+    "rte": (["sentence1", "sentence2"], 2, "accuracy"),
+    "wnli": (["sentence1", "sentence2"], 2, "accuracy"),
+}
+FAST = ["--use_cpu", "--quiet", "--per_device_train_batch_size", "8", "--max_steps", "15"]
+
+
+def write_glue(folder: Path, name: str, rows: int = 32, kind: str = "csv") -> dict[str, Path]:
+    """Write `train`, `validation`, `validation2`, `test` and `test2` of a task's schema."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns, classes, _ = GLUE[name]
+    rng = random.Random(name)
+    files = {}
+    for split in ("train", "validation", "validation2", "test", "test2"):
+        table = []
+        for index in range(rows):
+            grade = rng.random()
+            row: dict[str, object] = {"idx": index}
+            for column in columns:
+                words = rng.sample(PLAIN, 5) + [
+                    rng.choice(GOOD if rng.random() < grade else BAD) for _ in range(3)
+                ]
+                row[column] = " ".join(words) + ', "as they say", .'
+            label: object = round(5 * grade, 2) if not classes else int(grade * classes)
+            row["label"] = -1 if split.startswith("test") else label
+            table.append(row)
+        files[split] = folder / f"{split}.{kind}"
+        with files[split].open("w", newline="") as file:
+            if kind == "csv":
+                writer = csv.DictWriter(file, list(table[0]))
+                writer.writeheader()
+                writer.writerows(table)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in table)
+    return files
+
+
+def files_of(name: str, folder: Path) -> list[str]:
+    """Write a task's files and return the options that name them."""
+    files = write_glue(folder, name)
+    second = name == "mnli"
+    return [
+        *("--train_file", str(files["train"])),
+        *("--validation_file", str(files["validation"])),
+        *([str(files["validation2"])] if second else []),
+        *("--test_file", str(files["test"])),
+        *([str(files["test2"])] if second else []),
+    ]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a two-layer BERT with a word tokenizer, which knows segments."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN, ",", "."]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=128,
+    ).save_pretrained(folder)
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a one-layer GPT-2 whose tokenizer has no pad token."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = embedded.train_tokenizer(400)
+    tokenizer.pad_token = None
+    tokenizer.model_max_length = 1024
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=1024)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a one-layer T5."""
+    folder = tmp_path_factory.mktemp("t5")
+    embedded.train_tokenizer(400).save_pretrained(folder)
+    set_seed(0)
+    config = T5Config(
+        vocab_size=400,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def results(folder: Path) -> dict[str, float]:
+    """Return a run's `all_results.json`."""
+    content: dict[str, float] = json.loads((folder / "all_results.json").read_text())
+    return content
