@@ -57,6 +57,8 @@ def main() -> None:
     }
     # In one piece, or the lines of several ranks would mix.
     print(json.dumps(summary) + "\n", end="", flush=True)
+    # Leaves the process group: without, a rank can abort while the interpreter exits.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

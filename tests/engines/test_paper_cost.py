@@ -1,0 +1,176 @@
+"""What an episode costs, simulated for 1,024 ranks and 70 billion parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pulseopt_hf import AEES
+from pulseopt_hf.optim.noise import CPU_CHUNK
+from tests.engines.ranks import run_ranks
+
+EPISODE_LENGTH = 100
+
+
+class Idle(torch.optim.Optimizer):
+    """Updates nothing, so that every tensor made in a step is the controller's."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storage that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                self.bytes += leaf.untyped_storage().nbytes()
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Dispatch modes see their own thread only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def memory_of_an_episode(parameter: torch.nn.Parameter, noise: float) -> int:
+    """Return the bytes that the second of three episodes allocates."""
+    arms: dict[str, Any] = {"lr_candidates": [0.5, 2.0], "noise_candidates": [noise]}
+    aees = AEES(Idle([parameter]), episode_length=EPISODE_LENGTH, seed=0, **arms)
+    counted = 0
+    for step in range(3 * EPISODE_LENGTH):
+        loss = torch.tensor(1.0)
+        with Allocations() as allocations:
+            aees.step_start(step)
+            aees.step_end(loss)
+        if EPISODE_LENGTH <= step < 2 * EPISODE_LENGTH:
+            counted += allocations.bytes
+    return counted
+
+
+def test_memory_does_not_grow_with_the_model() -> None:
+    with_noise = []
+    for elements in (2 * CPU_CHUNK, 8 * CPU_CHUNK):
+        parameter = torch.nn.Parameter(torch.zeros(elements))
+        parameter.grad = torch.zeros(elements)
+        with_noise.append(memory_of_an_episode(parameter, noise=0.1))
+    assert with_noise[0] == with_noise[1]
+
+    bare = []
+    for elements in (10_000, 70_000_000_000):
+        parameter = torch.nn.Parameter(torch.empty(elements, device="meta"))
+        bare.append(memory_of_an_episode(parameter, noise=0.0))
+    assert bare[0] == bare[1]
+    # A copy of each loss on the way in, and one read out: nothing like a model's 280 GB.
+    assert 4 * EPISODE_LENGTH <= bare[0] <= 32 * EPISODE_LENGTH
+
+
+def payloads(world_size: int, elements: int) -> dict[str, list[int]]:
+    """Return the bytes that an episode hands to each collective, in a group of that many ranks.
+
+    The group is torch's own fake one, which carries nothing and is of any size.
+    """
+
+    def body(_: int) -> dict[str, list[int]]:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        assert dist.get_world_size() == world_size
+        sent: dict[str, list[int]] = {"all_reduce": [], "broadcast": []}
+        for name, sizes in sent.items():
+            plain = getattr(dist, name)
+
+            def counting(
+                tensor: torch.Tensor,
+                *args: Any,
+                _plain: Any = plain,
+                _sizes: Any = sizes,
+                **kw: Any,
+            ) -> Any:
+                _sizes.append(tensor.numel() * tensor.element_size())
+                return _plain(tensor, *args, **kw)
+
+            setattr(dist, name, counting)
+        parameter = torch.nn.Parameter(torch.empty(elements, device="meta"))
+        # Losses on the host and parameters on `meta`, whose values nobody can send.
+        aees = AEES(Idle([parameter]), lr_candidates=[0.5, 2.0], episode_length=EPISODE_LENGTH)
+        aees._agreement._parameter_device = torch.device("cpu")
+        for step in range(EPISODE_LENGTH):
+            aees.step_start(step)
+            aees.step_end(torch.tensor(1.0))
+        return sent
+
+    result: dict[str, list[int]] = run_ranks(1, body)[0]
+    return result
+
+
+def test_what_an_episode_sends_depends_neither_on_the_model_nor_on_the_number_of_ranks() -> None:
+    expected = {"all_reduce": [4 * EPISODE_LENGTH], "broadcast": [24]}
+    for world_size, elements in ((2, 10_000), (1024, 10_000), (1024, 70_000_000_000)):
+        assert payloads(world_size, elements) == expected
+
+
+def busiest_rank(world_size: int) -> tuple[int, int]:
+    """Carry out an episode's collectives message by message.
+
+    Recursive doubling for the all-reduce, a binomial tree for the broadcast: what libraries use for
+    messages this small. Powers of two only.
+
+    Returns:
+        The bytes that the busiest rank sends, and the rounds of messages that follow each other.
+    """
+    sent = [0] * world_size
+    means = [float(rank) for rank in range(world_size)]
+    chosen = [rank == 0 for rank in range(world_size)]
+    rounds = 0
+    distance = 1
+    while distance < world_size:
+        for rank in range(world_size):
+            sent[rank] += 4 * EPISODE_LENGTH
+        means = [means[rank] + means[rank ^ distance] for rank in range(world_size)]
+        distance, rounds = 2 * distance, rounds + 1
+    distance = 1
+    while distance < world_size:
+        for rank in range(distance):
+            sent[rank] += 24
+            chosen[rank + distance] = True
+        distance, rounds = 2 * distance, rounds + 1
+    # It did what it stands for: all know the sum and the choice.
+    assert means == [sum(range(world_size))] * world_size
+    assert all(chosen)
+    return max(sent), rounds
+
+
+def test_traffic_of_a_rank_grows_with_the_logarithm_of_the_number_of_ranks() -> None:
+    for exponent in range(1, 13):
+        most, rounds = busiest_rank(2**exponent)
+        assert most == (4 * EPISODE_LENGTH + 24) * exponent
+        assert rounds == 2 * exponent
+    most, rounds = busiest_rank(1024)
+    assert (most, rounds) == (4240, 20)
+    assert most / (math.log2(1024)) == busiest_rank(2)[0]
