@@ -43,13 +43,19 @@ def world(trainer: Trainer) -> int:
     return trainer.args.world_size
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("world_size", "bf16"), [(2, False), (2, True), (4, False)])
 def test_all_ranks_run_the_same_arms_and_have_equal_parameters_at_every_episode(
-    world_size: int, tiny_model: Callable[[], Any], tiny_data: Any, arguments: Callable[..., Any]
+    world_size: int,
+    bf16: bool,
+    tiny_model: Callable[[], Any],
+    tiny_data: Any,
+    arguments: Callable[..., Any],
 ) -> None:
     def body(rank: int) -> Any:
         config = PulseOptConfig(**LR_AND_NOISE)
-        trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=config)
+        settings = arguments(bf16=bf16)
+        trainer = PulseOptTrainer(tiny_model(), settings, train_dataset=tiny_data, pulse=config)
+        assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
         fingerprints = Fingerprints(every=3)
         trainer.add_callback(fingerprints)
         trainer.train()

@@ -18,6 +18,7 @@ from transformers import Trainer
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.optim import GradientNoise
 from tests.engines.ranks import run_ranks
+from tests.engines.trainers import Fp16PulseTrainer
 
 CONFIG: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -118,6 +119,42 @@ def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all_under_fsdp2(
     first, second = run_ranks(2, body)
     assert first == second
     assert first[:2] == (2, 2)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all_under_fsdp2_with_a_scaler(
+    optim: str,
+    tiny_model: Callable[[], Any],
+    tiny_data: Any,
+    arguments: Callable[..., Any],
+    fsdp2_on_cpu: dict[str, Any],
+) -> None:
+    class Bad(Fp16PulseTrainer):
+        init_scale = 2.0**8
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            bad = self.state.global_step in (3, 6) and self.args.process_index == 0
+            return loss * float("inf") if bad else loss
+
+    def body(rank: int) -> Any:
+        settings = arguments(
+            fp16=True, optim=optim, per_device_train_batch_size=1, max_steps=12, **fsdp2_on_cpu
+        )
+        config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=2)
+        trainer = Bad(tiny_model(), settings, train_dataset=tiny_data, pulse=config)
+        trainer.train()
+        assert trainer.optimizer.scaler.is_enabled()
+        assert trainer.accelerator.mixed_precision == "fp16"
+        parameters = whole(trainer.model_wrapped)
+        assert bool(torch.isfinite(parameters).all())
+        assert trainer.aees is not None
+        aees = trainer.aees
+        return check_engine(trainer), aees.skipped_steps, aees.optimizer_steps, aees.get_logs()
+
+    first, second = run_ranks(2, body)
+    assert first == second
+    assert first[:3] == (2, 2, 10)
 
 
 def test_noise_differs_between_shards_and_is_right_over_the_whole_tensor() -> None:
