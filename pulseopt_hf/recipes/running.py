@@ -234,6 +234,7 @@ def _evaluate(
 def _predict(trainer: PulseOptTrainer, resolved: Resolved, prepared: tasks.Prepared) -> None:
     """Write predictions as GLUE wants submissions: tab-separated `index` and `prediction`."""
     assert prepared.written is not None  # tasks that predict nothing refuse `do_predict`
+    trainer.compute_metrics = None  # GLUE's test sets have no true labels
     for index, rows in enumerate(prepared.test):
         names = resolved.recipe.prediction_files
         name = names[index] if index < len(names) else f"predictions{index or ''}.tsv"

@@ -56,6 +56,10 @@ def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: P
                     truncation=True,
                     max_length=recipe.max_target_length,
                 )["input_ids"]
+            else:
+                # Seq2SeqTrainer calls the model even where there is nothing to compare with, and
+                # T5 refuses to be called without (transformers 5.23). Nothing reads this.
+                made["labels"] = [[tokenizer.pad_token_id] for _ in prefixed]
             return made
 
         return Dataset.from_dict(rows).map(tokenize, batched=True, remove_columns=list(rows))

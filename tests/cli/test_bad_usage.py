@@ -1,0 +1,221 @@
+"""What a user can get wrong: one clear line each, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pulseopt_hf.cli import main
+from tests.recipes.tiny import write_glue
+
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run a command that must be refused, in an empty folder, and return the one line it says."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def refused(*words: str) -> str:
+        capsys.readouterr()
+        assert main(list(words)) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("pulseopt-hf: error: ")
+        assert "Traceback" not in captured.err
+        assert captured.out == ""
+        assert list(work.iterdir()) == [], "something was written"
+        return line
+
+    return refused
+
+
+@pytest.fixture
+def local(tmp_path: Path, bert: str) -> Callable[..., list[str]]:
+    """Return the words that train on local files, with some of their lines replaced."""
+
+    def words(task: str = "rte", model: str = "", **content: str) -> list[str]:
+        files = write_glue(tmp_path / "data", task)
+        for split, text in content.items():
+            files[split].write_text(text)
+        return [
+            *("train", f"glue/{task}", "--model_name_or_path", model or bert, "--use_cpu"),
+            *("--train_file", str(files["train"]), "--validation_file", str(files["validation"])),
+        ]
+
+    return words
+
+
+ROWS = "sentence1,sentence2,label\n" + "the film,a story,0\nthe scene,a film,1\n" * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"train": ""}, "train.csv: is empty"),
+        ({"train": "sentence1,sentence2,label\n"}, "has no rows"),
+        (
+            {"train": ROWS.replace("sentence2", "sentense2")},
+            "has no column `sentence2`; did you mean `sentense2`?",
+        ),
+        (
+            {"train": ROWS + "x,y,2\n"},
+            "row 9 has the label 2 in `label`; labels are 0 to 1, or `entailment`, "
+            "`not_entailment`",
+        ),
+        ({"train": ROWS + "x,y,-1\n"}, "row 9 has the label -1"),
+        ({"train": ROWS + "x,y,maybe\n"}, "row 9 has the label 'maybe'"),
+        ({"train": ROWS + "x,y,\n"}, "row 9 has the label ''"),
+        ({"train": ROWS + "x,y,0.5\n"}, "has the label 0.0"),
+        ({"validation": ROWS + "x,y,7\n"}, "validation.csv: row 9 has the label 7"),
+        ({"validation": "a,b,c\n1,2,3\n"}, "name them alike"),
+        ({"validation": "sentence1,label\na,1\n"}, "validation.csv: has no column `sentence2`"),
+        ({"train": 'sentence1,sentence2,label\n"a,b,c\n'}, "cannot be read as csv"),
+    ],
+)
+def test_data_that_does_not_fit_is_named(
+    content: dict[str, str], says: str, say: Say, local: Callable[..., list[str]]
+) -> None:
+    assert says in say(*local(**content))
+
+
+@pytest.mark.parametrize("value", ["7", "-1", "warm", ""])
+def test_a_regressions_label_out_of_range_is_named(
+    value: str, say: Say, local: Callable[..., list[str]]
+) -> None:
+    line = say(*local("stsb", train=ROWS + f"x,y,{value}\n"))
+    assert "row 9 has the label" in line
+    assert "labels are numbers from 0 to 5" in line
+
+
+def test_a_missing_file_is_named(say: Say, local: Callable[..., list[str]]) -> None:
+    assert "`train_file` gone.csv: there is no such file" in say(*local(), "--train_file=gone.csv")
+    assert "must be one of csv, tsv" in say(*local(), f"--train_file={__file__}")
+
+
+def test_half_of_the_local_files_is_not_enough(say: Say, local: Callable[..., list[str]]) -> None:
+    words = local()[:-2]
+    assert "`validation_file` is not set" in say(*words)
+    assert "`test_file` is not set" in say(*local(), "--do_predict")
+    assert "There is no data" in say("train", "lm/text_file")
+
+
+def test_a_name_that_the_hub_would_have_is_named_offline(
+    say: Say, local: Callable[..., list[str]], bert: str
+) -> None:
+    assert "nyu-mll/glue (rte) could not be loaded from the hub or its local cache" in say(
+        "train", "glue/rte", "--model_name_or_path", bert
+    )
+    assert "HF_HUB_OFFLINE is set" in say("train", "glue/rte", "--model_name_or_path", bert)
+    line = say(*local(model="google-bert/bert-base-cased"))
+    assert "google-bert/bert-base-cased" in line
+
+
+def test_a_tokenizer_without_a_pad_token_is_named_and_can_be_given_one(
+    say: Say, local: Callable[..., list[str]], gpt2: str, tmp_path: Path
+) -> None:
+    line = say(*local(model=gpt2))
+    fix = re.search(r"such as `pad_token: '(.*)'`", line)
+    assert fix is not None
+    assert "'nothing' is no token" in say(*local(model=gpt2), "--pad_token", "nothing")
+    fixed = [*local(model=gpt2), "--pad_token", fix[1], "--max_steps", "15", "--quiet"]
+    assert main([*fixed, "--output_dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_model_that_does_not_fit_the_task_is_named(
+    say: Say, local: Callable[..., list[str]], bert: str, t5: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the film was a story\n" * 500)
+    files = ["--train_file", str(text), "--validation_file", str(text)]
+    line = say("train", "lm/wikitext2_mlm", "--model_name_or_path", t5, *files)
+    assert "a `t5` model does not fit `task: masked-lm`" in line
+    line = say("train", "lm/wikitext2", "--model_name_or_path", bert, *files)
+    assert "use `task: masked-lm`" in line
+    digits = ["train", "image/digits", "--model_type", "gpt2", "--model_config", "{}"]
+    assert "a `gpt2` model does not fit `task: image-classification`" in say(*digits)
+
+
+def test_lengths_that_do_not_fit_are_named(
+    say: Say, local: Callable[..., list[str]], gpt2: str, tmp_path: Path
+) -> None:
+    assert "`max_length` must be at most 128 for this model" in say(*local(), "--max_length", "129")
+    assert "`episode_length` must be at most the 20 optimizer steps of this run, got 21" in say(
+        *local(), "--max_steps", "20", "--episode_length", "21"
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("few words")
+    files = ["--train_file", str(text), "--validation_file", str(text)]
+    line = say("train", "lm/wikitext2", "--model_name_or_path", gpt2, *files)
+    assert "makes no block of 1024 tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n", "a recipe is a mapping"),
+        ("task: causal-lm\ntask: masked-lm\n", "`task` is there already"),
+        ("a: &a [*a, *a]\n", "anchors and aliases"),
+        ("# filler\n" * 1_200_000, "10,800,000 bytes long"),
+        ("model_type: gpt2\nlearning_rat: 1\n", "did you mean `learning_rate`?"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "validate"])
+def test_a_file_that_is_no_recipe_is_named(
+    command: str, text: str, says: str, say: Say, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert says in say(command, str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tran", "glue/sst2"], "did you mean `train`?"),
+        (["train", "glue/sst22"], "did you mean `glue/sst2`?"),
+        (["train", "gone.yaml"], "gone.yaml: there is no such file"),
+        (["train"], "The recipe comes first"),
+        (["train", "--resume", "glue/sst2"], "The recipe comes first"),
+        (["train", "glue/sst2", "--resume", "--overwrite"], "choose one"),
+        (["train", "launch/ddp"], "is a launch profile"),
+        (["show"], "The command is `pulseopt-hf show RECIPE`"),
+        (["cp", "glue/sst2", "no/such/folder.yaml"], "there is no such folder"),
+        (["list", "more"], "The command is `pulseopt-hf list`"),
+    ],
+)
+def test_a_command_that_is_none_is_named(words: list[str], says: str, say: Say) -> None:
+    assert says in say(*words)
+
+
+def test_validate_tells_every_error_of_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_type: gpt2\nmax_step: 1\nlr_candidates: []\nseed: -1\n")
+    assert main(["validate", str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_debug_shows_where_an_error_came_from(
+    local: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*local(), "--debug", "--train_file", "gone.csv"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_has_another_exit_code_and_no_traceback(
+    local: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    words = [*local(), "--quiet", "--max_steps", "15", "--output_dir", str(folder)]
+    assert main([*words, "--learning_rate", "1e30", "--nonfinite", "raise"]) == 1
+    error = capsys.readouterr().err
+    assert "pulseopt-hf: failed: ValueError: The loss or a gradient is not finite" in error
+    assert "Add --debug" in error
+    assert "Traceback" not in error

@@ -1,0 +1,156 @@
+"""The run folder: which one it is, what it records, and what a run is resumed from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pulseopt_hf.cli import main
+from pulseopt_hf.recipes import folder
+from tests.recipes.tiny import files_of, results
+
+STEPS = ["--use_cpu", "--max_steps", "30", "--per_device_train_batch_size", "8"]
+STEPS += ["--save_strategy", "steps", "--save_steps", "10", "--save_total_limit", "5"]
+
+
+@pytest.fixture(scope="module")
+def options(bert: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    files = files_of("cola", tmp_path_factory.mktemp("cola"))
+    return ["--model_name_or_path", bert, *files, "--learning_rate", "1e-3", *STEPS]
+
+
+@pytest.fixture(scope="module")
+def run(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["train", "glue/cola", "--quiet", "--output_dir", str(path), *options]) == 0
+    return path
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def damage(checkpoint: Path, name: str) -> None:
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_the_folder_says_what_was_run_on_what(run: Path) -> None:
+    (command,) = json.loads((run / "run.json").read_text())["commands"]
+    assert command["command"][:3] == ["pulseopt-hf", "train", "glue/cola"]
+    assert {"python", "torch", "transformers", "pulseopt-hf"} <= set(command["versions"])
+    assert command["processes"] == 1
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["max_steps"] == 30
+    assert recipe["lr_candidates"] == [0.5, 1.0, 2.0]
+    for name in ("train", "eval", "all"):
+        assert json.loads((run / f"{name}_results.json").read_text())
+    card = (run / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    logs = json.loads((run / "episodes.json").read_text())
+    for multiplier in set(logs["selected_lr_values"]):
+        plays = logs["selected_lr_values"].count(multiplier)
+        assert f"| x{multiplier:g} | 0 | {plays} | {5 * plays} |" in card
+
+
+def test_the_resolved_recipe_runs_again_to_the_same_numbers(run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    words = ["train", str(run / "recipe.yaml"), "--quiet", "--output_dir", str(again)]
+    assert main(words) == 0
+    clocks = ("runtime", "per_second")
+    first, second = (
+        {k: v for k, v in results(path).items() if not k.endswith(clocks)} for path in (run, again)
+    )
+    assert first == second
+    assert (run / "episodes.json").read_text() == (again / "episodes.json").read_text()
+    assert (run / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run(
+    run: Path, copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copy / "checkpoint-30", "trainer_state.json")
+    damage(copy / "checkpoint-20", "optimizer.pt")
+    words = ["train", "glue/cola", "--resume", "--output_dir", str(copy), *options]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "passed over checkpoint-30: its trainer_state.json is cut short" in said
+    assert "passed over checkpoint-20: its optimizer.pt is cut short" in said
+    assert f"going on from {copy / 'checkpoint-10'}" in said
+    assert "episode   1" not in said
+    assert "episode   3" in said
+    assert (run / "model.safetensors").read_bytes() == (copy / "model.safetensors").read_bytes()
+    assert (run / "episodes.json").read_text() == (copy / "episodes.json").read_text()
+    commands = json.loads((copy / "run.json").read_text())["commands"]
+    assert [command["resumed_from"] for command in commands] == [None, "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"]
+)
+def test_a_checkpoint_cut_short_is_not_whole(name: str, copy: Path) -> None:
+    damage(copy / "checkpoint-30", name)
+    found, passed_over = folder.newest_whole_checkpoint(copy)
+    assert found == copy / "checkpoint-20"
+    assert passed_over == [f"passed over checkpoint-30: its {name} is cut short"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("trainer_state.json", "it has no trainer_state.json"),
+        ("model.safetensors", "it has no weights"),
+        ("optimizer.pt", "it has no optimizer state"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_file_is_not_whole(name: str, says: str, copy: Path) -> None:
+    (copy / "checkpoint-30" / name).unlink()
+    found, passed_over = folder.newest_whole_checkpoint(copy)
+    assert found == copy / "checkpoint-20"
+    assert passed_over == [f"passed over checkpoint-30: {says}"]
+
+
+def test_nothing_to_resume_from_is_bad_usage(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "glue/cola", "--resume", "--output_dir", str(tmp_path / "no"), *options]
+    assert main(words) == 2
+    assert "there is no whole checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_finished_run_is_not_written_over_unasked(
+    copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    assert main(["train", "glue/cola", "--output_dir", str(copy), *options]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+    words = ["train", "glue/cola", "--overwrite", "--quiet", "--output_dir", str(copy), *options]
+    (copy / "mine.txt").write_text("kept")
+    assert main([*words, "--max_steps", "15"]) == 0
+    assert [path.name for path in folder.checkpoints(copy)] == ["checkpoint-15", "checkpoint-10"]
+    assert (copy / "mine.txt").read_text() == "kept"
+
+
+def test_unnamed_runs_get_folders_of_their_own(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = [*options, "--quiet", "--max_steps", "15"]
+    for _ in range(2):
+        assert main(["train", "glue/cola", *short]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["glue-cola", "glue-cola-2"]
+    assert main(["train", "runs/glue-cola/recipe.yaml", "--quiet"]) == 0
+    assert results(Path("runs/glue-cola-3"))["eval_loss"] == results(Path("runs/glue-cola"))["eval_loss"]
+
+
+def test_a_token_of_the_hub_is_not_written_down() -> None:
+    words = ["train", "--hub_token", "secret", "--hub-token=secret", "--seed", "1"]
+    assert "secret" not in " ".join(folder._without_secrets(words))
+    assert folder._without_secrets(words)[-2:] == ["--seed", "1"]
