@@ -14,8 +14,9 @@ def test_the_quickstart_learns_and_says_where_to_look(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    quickstart.main(["--max_steps", "60", "--output_dir", str(folder)])
+    code = quickstart.main(["--max_steps", "60", "--output_dir", str(folder)])
     output = capsys.readouterr().out
+    assert code == 0
     state = json.loads((folder / "trainer_state.json").read_text())
     evaluations = [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e]
     assert len(evaluations) >= 4
