@@ -320,23 +320,22 @@ def test_bf16_runs_the_arms_of_a_hand_written_loop_under_autocast(
     model = tiny_model()
     set_dropout(model, 0.0)
     model.train()
-    optimizer = torch.optim.AdamW(
-        trainer.get_decay_parameter_names(model) and groups(trainer, model),
-        lr=settings.learning_rate,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(groups(trainer, model), lr=settings.learning_rate, fused=True)
     aees = AEES.from_config(optimizer, config)
     for step, batch in enumerate(batches):
         aees.step_start(step)
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
+            # As Trainer reduces it: a sum, divided by the number of labels.
+            labels = torch.tensor(batch.numel())
+            loss = model(input_ids=batch, labels=batch, num_items_in_batch=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         aees.step_end(loss)
     aees.finalize()
     assert aees.get_logs() == trainer.aees.get_logs()
     assert torch.equal(flat(model), flat(trainer.model))
+    assert len(set(aees.get_logs()["selected_combined_names"])) == 6
     assert aees.get_logs()["episode_start_losses"][0] == pytest.approx(4.1, abs=1.0)
 
 
