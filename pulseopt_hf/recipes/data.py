@@ -38,22 +38,22 @@ class Part:
     rows: Dataset
     origin: str
 
-    def need(self, columns: list[str], hint: str = "") -> None:
+    def need(self, columns: list[str]) -> None:
         """Check that columns are there.
 
         Raises:
-            UsageError: with a line for each that is not.
+            UsageError: some are not; it has one line.
         """
-        problems = []
-        for column in columns:
-            if column not in self.rows.column_names:
-                there = ", ".join(f"`{name}`" for name in self.rows.column_names)
-                close = nearest(column, self.rows.column_names) or "."
-                problems.append(
-                    f"{self.origin}: has no column `{column}`{close} Its columns are {there}{hint}."
-                )
-        if problems:
-            raise UsageError(*problems)
+        there = self.rows.column_names
+        missing = [column for column in columns if column not in there]
+        if not missing:
+            return
+        what = "columns" if missing[1:] else "column"
+        close = nearest(missing[0], there) if len(missing) == 1 else ""
+        raise UsageError(
+            f"{self.origin}: has no {what} {_list(missing)}{close or ';'} its columns are "
+            f"{_list(there)}. Rename them, or name yours by `text_column` and its like."
+        )
 
 
 @dataclass(eq=False)
@@ -96,7 +96,6 @@ def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> Parts:
                 raise UsageError(f"{part.origin}: has no rows.")
             if most is not None and most < len(part.rows):
                 part.rows = part.rows.select(range(most))
-    _check_columns_agree(parts)
     return parts
 
 
@@ -162,6 +161,8 @@ def _read_file(path: Path) -> Dataset:
         return load_dataset(builder, data_files={"rows": str(path)}, split="rows", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):  # as datasets puts it
+            raise UsageError(f"{path}: has no rows.") from error
         raise UsageError(f"{path}: cannot be read as {builder}: {one_line(cause)}") from error
 
 
@@ -226,24 +227,6 @@ def _hold_out(parts: Parts, recipe: RecipeArguments, seed: int) -> None:
     split = rows.train_test_split(test_size=size, seed=seed)
     parts.train = Part(split["train"], origin)
     parts.validation = [Part(split["test"], origin)]
-
-
-def _check_columns_agree(parts: Parts) -> None:
-    """Validation data with other columns than the training data is a mistake worth a word."""
-    if parts.train is None:
-        return
-    expected = set(parts.train.rows.column_names)
-    problems = []
-    for part in parts.validation:
-        missing = sorted(expected - set(part.rows.column_names))
-        extra = sorted(set(part.rows.column_names) - expected)
-        if missing and extra:
-            problems.append(
-                f"{part.origin}: has the columns {_list(extra)} where {parts.train.origin} has "
-                f"{_list(missing)}; name them alike."
-            )
-    if problems:
-        raise UsageError(*problems)
 
 
 def _list(names: list[str]) -> str:

@@ -73,7 +73,11 @@ ROWS = "sentence1,sentence2,label\n" + "the film,a story,0\nthe scene,a film,1\n
         ({"train": ROWS + "x,y,\n"}, "row 9 has the label ''"),
         ({"train": ROWS + "x,y,0.5\n"}, "has the label 0.0"),
         ({"validation": ROWS + "x,y,7\n"}, "validation.csv: row 9 has the label 7"),
-        ({"validation": "a,b,c\n1,2,3\n"}, "name them alike"),
+        (
+            {"validation": "a,b,label\n1,2,1\n"},
+            "validation.csv: has no columns `sentence1`, `sentence2`; its columns are `a`, `b`, "
+            "`label`",
+        ),
         ({"validation": "sentence1,label\na,1\n"}, "validation.csv: has no column `sentence2`"),
         ({"train": 'sentence1,sentence2,label\n"a,b,c\n'}, "cannot be read as csv"),
     ],

@@ -71,6 +71,17 @@ def test_the_resolved_recipe_runs_again_to_the_same_numbers(run: Path, tmp_path:
     assert (run / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
+def test_the_saved_model_has_the_runs_score_without_training(
+    run: Path, options: list[str], tmp_path: Path
+) -> None:
+    words = ["train", "glue/cola", *options, "--quiet", "--no_do_train"]
+    words += ["--model_name_or_path", str(run), "--output_dir", str(tmp_path / "evaluated")]
+    assert main(words) == 0
+    scores = results(tmp_path / "evaluated")
+    assert scores["eval_loss"] == results(run)["eval_loss"]
+    assert "train_loss" not in scores
+
+
 def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run(
     run: Path, copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +158,10 @@ def test_unnamed_runs_get_folders_of_their_own(
         assert main(["train", "glue/cola", *short]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["glue-cola", "glue-cola-2"]
     assert main(["train", "runs/glue-cola/recipe.yaml", "--quiet"]) == 0
-    assert results(Path("runs/glue-cola-3"))["eval_loss"] == results(Path("runs/glue-cola"))["eval_loss"]
+    assert (
+        results(Path("runs/glue-cola-3"))["eval_loss"]
+        == results(Path("runs/glue-cola"))["eval_loss"]
+    )
 
 
 def test_a_token_of_the_hub_is_not_written_down() -> None:
