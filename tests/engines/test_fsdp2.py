@@ -234,7 +234,10 @@ def test_a_hand_written_loop_round_fully_shard_runs_the_same_arms_on_all_ranks()
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize(
+    "state_dict_type",
+    [pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow), "SHARDED_STATE_DICT"],
+)
 def test_a_resumed_fsdp2_run_equals_one_that_never_stopped(
     state_dict_type: str,
     tmp_path: Path,

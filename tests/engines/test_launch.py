@@ -98,6 +98,7 @@ def test_the_ddp_profile_starts_two_ranks_that_run_the_same_arms(tmp_path: Path)
     check_ranks_agree(ranks, 2, "DistributedDataParallel")
 
 
+@pytest.mark.slow
 def test_the_single_profile_starts_one_process(tmp_path: Path) -> None:
     profile = ("--config_file", PROFILES / "single.yaml")
     ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
@@ -128,7 +129,7 @@ def test_the_deepspeed_profiles_start_two_ranks_that_run_the_same_arms(
 ) -> None:
     pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
     profile = ("--config_file", PROFILES / f"zero{stage}.yaml", "--main_process_port", free_port())
-    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
+    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS, "--bf16", "true")
     check_ranks_agree(ranks, 2, "DeepSpeedEngine")
     assert ranks[0]["precision"] == "bf16"
 
