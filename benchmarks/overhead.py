@@ -1,6 +1,6 @@
 """Measure what AEES costs: step time and peak memory against a vanilla Trainer.
 
-    python benchmarks/overhead.py [--rounds 24] [--steps 4] [--layers 6] [--width 384]
+    python benchmarks/overhead.py [--rounds 12] [--steps 4] [--layers 6] [--width 384]
 
 Variants train the same BERT-like model on the same batches in one process: the vanilla Trainer
 (twice, to show what the clock can tell apart), PulseOptTrainer adapting the LR only and with
@@ -199,7 +199,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*not every arm is tried")
     warnings.filterwarnings("ignore", message=".*overridden after learning rate scheduler")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps in a round")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
