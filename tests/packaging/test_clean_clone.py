@@ -34,9 +34,10 @@ def test_both_commands_share_one_set_up() -> None:
             text=True,
             cwd=ROOT,
         ).stdout
-        torch, package = (line for line in plan.splitlines() if "pip install" in line)
+        torch, package, *engines = (line for line in plan.splitlines() if "pip install" in line)
         assert "--constraint constraints.txt torch" in torch
-        assert "--constraint constraints.txt --editable" in package
+        assert "--constraint constraints.txt --editable '.[dev]'" in package
+        assert all("deepspeed" in line for line in engines)
 
 
 @pytest.mark.slow
