@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from transformers import Trainer
 
-from pulseopt_hf.trainer.upstream import SAVE_CHECKPOINT, mark_step_skipped
+from pulseopt_hf.trainer.upstream import (
+    SAVE_CHECKPOINT,
+    mark_engine_step_skipped,
+    mark_step_skipped,
+)
 
 
 def test_save_checkpoint_is_where_every_rank_takes_part() -> None:
@@ -24,6 +30,15 @@ def test_the_mark_is_what_accelerate_reports_as_a_skipped_step() -> None:
         mark_step_skipped(optimizer, skipped)
         assert optimizer.step_was_skipped is skipped
     assert AcceleratedOptimizer.step_was_skipped.fset is None
+
+
+def test_the_engines_mark_is_what_accelerate_reports_under_deepspeed() -> None:
+    wrapper: Any = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
+    wrapper.optimizer = SimpleNamespace()  # DeepSpeed's optimizers without overflow checks
+    for skipped in (True, False):
+        mark_engine_step_skipped(wrapper, skipped)
+        assert wrapper.step_was_skipped is skipped
+    assert DeepSpeedOptimizerWrapper.step_was_skipped.fset is None
 
 
 def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler() -> None:
