@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -29,6 +30,9 @@ from transformers import (
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 # Models this small gain nothing from threads, and ranks on the same cores lose much to them.
 torch.set_num_threads(1)
 
