@@ -177,7 +177,7 @@ def test_the_update_is_the_plain_one_on_a_noisy_gradient() -> None:
     torch.testing.assert_close(parameter.detach(), total)
 
 
-def test_the_noise_of_a_large_model_takes_little_memory(threads: int) -> None:
+def test_the_noise_of_a_large_model_takes_little_memory() -> None:
     made = parameters((2_000, 4_000), (3_000, 2_000))  # 56 MB of gradients
     source = GradientNoise(7, "absolute")
     source.add(made, 1.0, 0)
@@ -185,7 +185,7 @@ def test_the_noise_of_a_large_model_takes_little_memory(threads: int) -> None:
         buffer.numel() * buffer.element_size()
         for _, buffer in source._workspaces.__dict__.get("made", {}).values()
     )
-    assert held <= 512 * 1024
+    assert 0 < held <= 512 * 1024  # on this thread, which is the only one here
     # What torch allocates does not show in tracemalloc; what Python keeps does.
     tracemalloc.start()
     source.add(made, 1.0, 1)
