@@ -48,6 +48,13 @@ class PulseOptKnobs:
         "Optimizer steps in an episode, >= 1. Unset, Trainer derives it from the length of the "
         "run: 10 episodes for every arm, within 5 to 100 steps.",
     )
+    calibration: Literal["off", "ladder"] = _knob(
+        "off",
+        "`ladder` finds the scale of the LR during the first quarter of training, from loss "
+        "measured on a probe of the training data; in place of the schedule's warm-up. Under a "
+        "Trainer only; needs 150 optimizer steps and, in host memory, two copies of the trained "
+        "parameters with their optimizer state.",
+    )
     control_mode: Literal["adaptive", "random"] = _knob(
         "adaptive",
         "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
@@ -183,9 +190,8 @@ def _problems(knobs: PulseOptKnobs) -> Iterator[str]:
     yield from _candidate_problems(
         "noise_candidates", knobs.noise_candidates, ">= 0", lambda v: v >= 0
     )
-    for name in ("noise_mode", "control_mode", "structured_control_mode", "context_mode"):
+    for name in _CHOICES:
         yield from _choice_problems(knobs, name)
-    yield from _choice_problems(knobs, "nonfinite")
     if knobs.episode_length is not None:
         yield from _whole_problems(knobs, "episode_length", 1)
     yield from _whole_problems(knobs, "context_trend_window", 1)
@@ -245,6 +251,7 @@ def _is_finite(value: object) -> bool:
 
 _CHOICES = {
     "noise_mode": ("absolute", "relative"),
+    "calibration": ("off", "ladder"),
     "control_mode": ("adaptive", "random"),
     "structured_control_mode": ("independent", "conditional"),
     "context_mode": ("none", "trend"),

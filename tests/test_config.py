@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pulseopt_hf import AEES, PulseOptConfig
 
 BAD: list[tuple[str, Any, str]] = [
+    ("calibration", "tournament", "one of 'off', 'ladder', got 'tournament'"),
     ("lr_candidates", [], "at least one value"),
     ("lr_candidates", [1.0, 1.0], "different values, got [1.0, 1.0]"),
     ("lr_candidates", [0.5, 0.0], "numbers > 0, got 0.0"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pulseopt_hf.aees.arms import Arm
@@ -251,7 +251,7 @@ def check_settings(saved: object, config: PulseOptConfig) -> None:
     differing = [
         f"`{name}` was {shorten(old)} and is now {new!r}"
         for name, new in method_settings(config).items()
-        if (old := field(saved, name, _anything)) != new
+        if (old := _saved_setting(saved, name)) != new
     ]
     if differing:
         raise StateError(
@@ -259,6 +259,16 @@ def check_settings(saved: object, config: PulseOptConfig) -> None:
             + "; ".join(differing)
             + ". Set them back to resume it, or start a new run without resuming."
         )
+
+
+# What knobs meant before they were there: version 1 was saved without them.
+_BEFORE = {"calibration": "off"}
+
+
+def _saved_setting(saved: object, name: str) -> object:
+    if name in _BEFORE and isinstance(saved, Mapping) and name not in saved:
+        return _BEFORE[name]
+    return field(saved, name, _anything)
 
 
 def _bandit_factory(config: PulseOptConfig) -> BanditFactory:

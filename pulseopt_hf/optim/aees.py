@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pulseopt_hf.aees import Arm, Controller, EpisodeRecord, Selection
+from pulseopt_hf.aees.calibration import Calibration
 from pulseopt_hf.aees.state import StateDict, StateError, field, integer, list_of, number
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
@@ -73,6 +75,7 @@ class AEES:
         ema_alpha: see `PulseOptConfig`.
         seed: see `PulseOptConfig`.
         noise_mode: see `PulseOptConfig`.
+        calibration: `off`; it needs a Trainer, which can measure the loss between steps.
         nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
             read each loss from the device.
         max_consecutive_skips: see `PulseOptConfig`.
@@ -105,6 +108,7 @@ class AEES:
         ema_alpha: float = 0.1,
         seed: int | None = None,
         noise_mode: str = "absolute",
+        calibration: str = "off",
         nonfinite: str = "raise",
         max_consecutive_skips: int = 50,
         log_update_norm: bool = False,
@@ -127,6 +131,7 @@ class AEES:
             "ema_alpha": ema_alpha,
             "seed": seed,
             "noise_mode": noise_mode,
+            "calibration": calibration,
             "nonfinite": nonfinite,
             "max_consecutive_skips": max_consecutive_skips,
             "log_update_norm": log_update_norm,
@@ -136,7 +141,13 @@ class AEES:
                 "DeepSpeed steps the optimizer inside `accelerator.backward`, before `step_end` "
                 "could. Train with PulseOptTrainer, or prepare the loop with DDP or FSDP2."
             )
-        self._set_up(optimizer, PulseOptConfig(**settings), lr_scheduler, distributed)
+        config = PulseOptConfig(**settings)
+        if config.calibration != "off":
+            raise ValueError(
+                f"`calibration` must be 'off' in a loop of one's own, got {calibration!r}: it "
+                "measures the model's loss between steps. Use PulseOptTrainer or PulseOptCallback."
+            )
+        self._set_up(optimizer, config, lr_scheduler, distributed)
 
     @classmethod
     def from_config(
@@ -174,6 +185,12 @@ class AEES:
         self.episode_length: int = config.episode_length
         self.controller = Controller(config)
         self.current_candidate: Arm | None = None
+        # Set while a Trainer calibrates: a factor on every base LR, base LRs that replace the
+        # scheduler's during its warm-up, and whether episodes wait for the search to end.
+        self.lr_scale = 1.0
+        self.base_lrs: list[float] | None = None
+        self.is_calibrating = False
+        self.calibration: Calibration | None = None
         self.optimizer_steps = 0  # that happened; the noise is a function of it
         self.skipped_steps = 0
         self._consecutive_skips = 0
@@ -210,6 +227,9 @@ class AEES:
         if self.current_candidate is not None:
             raise RuntimeError("`step_start` was called twice; end the open step with `step_end`.")
         self._global_step = global_step
+        if self.is_calibrating:
+            self.current_candidate = Arm.of(1.0, 0.0)
+            return self.current_candidate
         if self.controller.episode is None:
             self._open_episode()
         assert self.controller.episode is not None
@@ -265,9 +285,13 @@ class AEES:
         """Return the closed episodes, one item each under the log keys of `pulseopt`.
 
         `mean_update_norms` holds `None` unless `log_update_norm` is on; `context_buckets` is there
-        where a context is in use. Losses are means over ranks.
+        where a context is in use, and `calibration_trials` where the LR is calibrated (as `Trial`
+        describes them). Losses are means over ranks.
         """
-        return self.controller.logs()
+        logs = self.controller.logs()
+        if self.calibration is not None:
+            logs["calibration_trials"] = [asdict(trial) for trial in self.calibration.trials]
+        return logs
 
     def apply(self, step: Callable[[], object]) -> bool:
         """Run `step`, which steps the optimizer, under the open step's arm.
@@ -279,7 +303,9 @@ class AEES:
             Whether the parameters were really updated; a gradient scaler may have decided not to.
         """
         arm = self._require_open_step()
-        with self._hooks.applied(arm, self.optimizer_steps) as outcome:
+        with self._hooks.applied(
+            arm, self.optimizer_steps, self.lr_scale, self.base_lrs
+        ) as outcome:
             step()
         happened = outcome.happened
         if outcome.fired and not happened and self._update_norm is not None:
@@ -296,11 +322,13 @@ class AEES:
             The episode's record if this was its last step.
         """
         self._require_open_step()
-        self._losses.append(loss)
-        self._last_step = self._global_step
         self.optimizer_steps += 1
         self._consecutive_skips = 0
         self.current_candidate = None
+        if self.is_calibrating:
+            return None
+        self._losses.append(loss)
+        self._last_step = self._global_step
         if len(self._losses) < self.episode_length:
             return None
         self._agree()
@@ -330,6 +358,10 @@ class AEES:
     def any_rank(self, value: bool) -> bool:
         """Return whether `value` is true on any rank; every rank must call it. One all-reduce."""
         return self._agreement.any(value)
+
+    def mean_over_ranks(self, values: Sequence[float | Tensor]) -> list[float]:
+        """Average scalars over ranks; every rank must call it. One device read, one all-reduce."""
+        return self._agreement.mean(values)
 
     def abandon(self) -> None:
         """Forget the open step, which will not be taken, and the micro-batches it had."""

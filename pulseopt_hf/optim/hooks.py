@@ -7,7 +7,7 @@ exists only between the optimizer's pre-step and post-step hook.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,8 @@ class ArmHooks:
         self._update_norm = update_norm
         self._shard = shard
         self._current: tuple[Arm, int, StepOutcome] | None = None
+        self._factor = 1.0
+        self._base_lrs: Sequence[float] | None = None
         self._base: list[tuple[dict[str, Any], float | Tensor]] = []
         # A compiled `step` must not trace the hooks: it would compile again for every arm.
         untraced: Any = torch.compiler.disable
@@ -88,18 +90,23 @@ class ArmHooks:
         ]
 
     @contextmanager
-    def applied(self, arm: Arm, step: int) -> Iterator[StepOutcome]:
+    def applied(
+        self, arm: Arm, step: int, scale: float = 1.0, base_lrs: Sequence[float] | None = None
+    ) -> Iterator[StepOutcome]:
         """Apply `arm` to the optimizer steps taken inside; the LR is restored whatever happens.
 
         Args:
             arm: LR multiplier and noise level.
             step: number of optimizer steps taken before, which the noise is a function of.
+            scale: factor on the base LR besides the arm's.
+            base_lrs: base LR of each parameter group, instead of what the scheduler has set.
 
         Yields:
             The outcome, to be read once the step was called.
         """
         outcome = StepOutcome()
         self._current = (arm, step, outcome)
+        self._factor, self._base_lrs = arm.lr_multiplier * scale, base_lrs
         try:
             yield outcome
         finally:
@@ -129,7 +136,7 @@ class ArmHooks:
             )
         if self._update_norm is not None:
             self._update_norm.before_step()
-        self._scale(optimizer, arm.lr_multiplier)
+        self._scale(optimizer, self._factor)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._current is None:
@@ -139,13 +146,14 @@ class ArmHooks:
             self._update_norm.after_step()
 
     def _scale(self, optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-        first = optimizer.param_groups[0]["lr"]
+        bases = self._base_lrs
+        first = optimizer.param_groups[0]["lr"] if bases is None else bases[0]
         # An LR tensor is what schedulers change in place, so what is kept for the logs is a copy.
         self.learning_rate = first * multiplier
-        if multiplier == 1.0:
+        if multiplier == 1.0 and bases is None:
             return
         seen: set[int] = set()
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             base = group["lr"]
             if isinstance(base, Tensor):
                 # Compiled and capturable optimizers hold on to the tensor: change it in place.
@@ -154,10 +162,12 @@ class ArmHooks:
                     continue
                 seen.add(id(base))
                 self._base.append((group, base.clone()))
+                if bases is not None:
+                    base.fill_(bases[index])
                 base.mul_(multiplier)
             else:
                 self._base.append((group, base))
-                group["lr"] = base * multiplier
+                group["lr"] = (base if bases is None else bases[index]) * multiplier
 
     def _restore(self) -> None:
         for group, base in self._base:

@@ -135,6 +135,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
 
 def _closing(session: PulseSession, train: Any) -> Any:
     def train_and_close(*args: Any, **kwargs: Any) -> Any:
+        session.note_resume(*args, **kwargs)
         try:
             return train(*args, **kwargs)
         finally:
@@ -163,7 +164,7 @@ def _logging(session: PulseSession, log: Any) -> Any:
 
 def _agreeing(session: PulseSession, save: Any) -> Any:
     def agree_and_save(*args: Any, **kwargs: Any) -> Any:
-        session.agree()
+        session.agree(*args, **kwargs)
         return save(*args, **kwargs)
 
     return agree_and_save

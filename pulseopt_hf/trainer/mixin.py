@@ -57,6 +57,7 @@ class PulseOptMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `Trainer.train`."""
+        self._pulse.note_resume(*args, **kwargs)
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -76,7 +77,7 @@ class PulseOptMixin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # See `upstream.SAVE_CHECKPOINT`.
-        self._pulse.agree()
+        self._pulse.agree(*args, **kwargs)
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
 

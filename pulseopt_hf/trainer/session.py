@@ -6,20 +6,28 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from pulseopt_hf.aees.state import StateDict, field, integer
 from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.trainer import deepspeed
+from pulseopt_hf.trainer.calibration import Calibrator
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
 from pulseopt_hf.trainer.guard import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
-from pulseopt_hf.trainer.upstream import mark_engine_step_skipped, mark_step_skipped
+from pulseopt_hf.trainer.upstream import (
+    checkpoint_folder,
+    mark_engine_step_skipped,
+    mark_step_skipped,
+)
 
 logger = logging.getLogger("pulseopt_hf")
 
@@ -62,8 +70,22 @@ class PulseSession:
         self._plain_step: Callable[[], object] | None = None
         self._loss: Tensor | None = None
         self._engine_stepped = False
+        self._calibrator: Calibrator | None = None
+        # The checkpoint that `train` was asked to resume from; whoever wraps `train` notes it.
+        self.resumed_folder: Path | None = None
         self._check_engine()
         SESSIONS.add(self)
+
+    def note_resume(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Note the folder that `train`, called with these arguments, resumes from."""
+        folder: str | None = None
+        if isinstance(resume_from_checkpoint, str | PathLike):
+            folder = str(resume_from_checkpoint)
+        elif resume_from_checkpoint:
+            folder = get_last_checkpoint(self.trainer.args.output_dir)  # type: ignore[no-untyped-call]
+        self.resumed_folder = None if folder is None else Path(folder)
 
     def begin(self, state: TrainerState, saved: object | None) -> None:
         """Start training: a fresh controller, or the one of the checkpoint that is resumed.
@@ -91,6 +113,9 @@ class PulseSession:
                 state.global_step,
             )
         self._aees = trainer.aees = aees
+        self._calibrator = Calibrator.of(trainer, aees, config, state.max_steps)
+        if self._calibrator is not None and resuming and saved is not None:
+            self._calibrator.load_state_dict(saved, self.resumed_folder)
         self._loss = None
         self._engine_stepped = False
         self._guard = NonFiniteGuard(
@@ -109,6 +134,8 @@ class PulseSession:
             return
         self._loss = None
         self._aees.abandon()  # a step that Trainer broke off, as it does at the end of training
+        if self._calibrator is not None:
+            self._calibrator.begin_step(global_step)
         self._aees.step_start(global_step)
 
     def observe(self, loss: Tensor) -> None:
@@ -185,17 +212,24 @@ class PulseSession:
             )
         return loss
 
-    def agree(self) -> None:
-        """Make ready for a checkpoint; every rank takes part."""
+    def agree(self, model: object = None, trial: object = None) -> None:
+        """Make ready for a checkpoint; every rank takes part.
+
+        Args:
+            model: as `SAVE_CHECKPOINT` is given it.
+            trial: the same, of a hyperparameter search.
+        """
         if self._aees is not None:
             self._aees.agree()
+        if self._calibrator is not None:
+            self._calibrator.save(checkpoint_folder(self.trainer, trial))
 
     def end(self) -> None:
         """Finish training, or what an exception left of it. `trainer.aees` keeps the record."""
         self._patches.undo()
         if self._aees is not None:
             self._aees.remove()
-        self._aees = self._guard = self._plain_step = self._loss = None
+        self._aees = self._guard = self._plain_step = self._loss = self._calibrator = None
 
     def finalize(self) -> None:
         """Close the last episode, which may be a partial one."""
@@ -204,7 +238,12 @@ class PulseSession:
 
     def state_dict(self) -> StateDict | None:
         """Return what a checkpoint has to hold, or `None` outside of training."""
-        return None if self._aees is None else self._aees.state_dict()
+        if self._aees is None:
+            return None
+        state = self._aees.state_dict()
+        if self._calibrator is not None:
+            state["calibration"] = self._calibrator.state_dict()
+        return state
 
     def log_values(self) -> dict[str, float]:
         """Return the `pulse/*` values of the latest step, for Trainer's log.
@@ -212,10 +251,13 @@ class PulseSession:
         A neutral run, whose every step is plain, has none unless a step was skipped.
         """
         aees = self._aees
-        if aees is None or (aees.controller.is_neutral and not aees.skipped_steps):
+        quiet = self._calibrator is None and aees is not None and not aees.skipped_steps
+        if aees is None or (aees.controller.is_neutral and quiet):
             return {}
         records, episode = aees.controller.records, aees.controller.episode
         values: dict[str, float] = {"pulse/skipped_steps": aees.skipped_steps}
+        if self._calibrator is not None:
+            values["pulse/lr_scale"] = aees.lr_scale
         if episode is not None:
             values["pulse/episode"] = len(records) + 1
             values["pulse/lr_multiplier"] = episode.arm.lr_multiplier

@@ -6,12 +6,25 @@ fails when upstream changes it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # `Trainer._save_checkpoint` is the only moment, between an optimizer step and the checkpoint's
 # files, at which every rank takes part: `on_save` comes after the files, and the state of callbacks
 # is asked for on rank 0 alone. Transformers 5.0 - 5.23.
 SAVE_CHECKPOINT = "_save_checkpoint"
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> Path:
+    """Return the folder of the checkpoint that `_save_checkpoint` is about to write.
+
+    Trainer puts it together inside that method; only the folder of the run, which a hyperparameter
+    search gives a part of its own, has a name. Transformers 5.0 - 5.23.
+    """
+    run = trainer._get_output_dir(trial=trial)
+    return Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
 
 
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Trainer
 
 from pulseopt_hf.trainer.upstream import (
     SAVE_CHECKPOINT,
+    checkpoint_folder,
     mark_engine_step_skipped,
     mark_step_skipped,
 )
@@ -22,6 +24,25 @@ def test_save_checkpoint_is_where_every_rank_takes_part() -> None:
     # It asks for the state of callbacks on the saving rank alone, which is why it is needed.
     assert "should_save" in source
     assert ".state()" in source
+
+
+def test_the_checkpoints_folder_is_known_before_it_is_written(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    class Watching(Trainer):
+        folders: tuple[Path, ...] = ()
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            folder = checkpoint_folder(self, trial)
+            assert not folder.exists()
+            super()._save_checkpoint(model, trial)
+            assert (folder / "trainer_state.json").is_file()
+            self.folders += (folder,)
+
+    args = arguments(save_strategy="steps", save_steps=2, max_steps=4)
+    trainer = Watching(tiny_model(), args, train_dataset=tiny_data)
+    trainer.train()
+    assert [folder.name for folder in trainer.folders] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_the_mark_is_what_accelerate_reports_as_a_skipped_step() -> None:

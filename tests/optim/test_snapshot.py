@@ -1,0 +1,119 @@
+"""Snapshots put parameters, optimizer state and buffers back, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.optim.snapshot import Snapshot
+
+
+def make(optimizer_class: Any = torch.optim.AdamW, **kwargs: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    return model, optimizer_class(model.parameters(), lr=0.1, **kwargs)
+
+
+def train(model: Any, optimizer: Any, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 4)).square().sum().backward()
+        optimizer.step()
+
+
+def everything(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    return copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.RMSprop, {"centered": True}),
+    ],
+)
+def test_what_was_taken_comes_back(optimizer_class: Any, kwargs: Any) -> None:
+    model, optimizer = make(optimizer_class, **kwargs)
+    snapshot = Snapshot(optimizer, model.buffers())
+    train(model, optimizer, 3)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    snapshot.take()
+    then = everything(model, optimizer)
+    for _ in range(2):  # a snapshot can be restored again
+        train(model, optimizer, 3)
+        snapshot.restore()
+        assert_equal(everything(model, optimizer), then)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_state_made_since_is_removed() -> None:
+    model, optimizer = make()
+    snapshot = Snapshot(optimizer, model.buffers())
+    snapshot.take()
+    then = everything(model, optimizer)
+    train(model, optimizer, 2)
+    assert optimizer.state
+    snapshot.restore()
+    assert not optimizer.state
+    assert_equal(everything(model, optimizer), then)
+
+
+def test_memory_is_used_again_and_let_go() -> None:
+    model, optimizer = make()
+    snapshot = Snapshot(optimizer)
+    train(model, optimizer, 1)
+    snapshot.take()
+    held = snapshot.nbytes
+    pointers = {t.data_ptr() for t in snapshot._copies.values()}
+    train(model, optimizer, 1)
+    snapshot.take()
+    assert {t.data_ptr() for t in snapshot._copies.values()} == pointers
+    assert snapshot.nbytes == held
+    snapshot.discard()
+    assert snapshot.nbytes == 0
+    with pytest.raises(RuntimeError, match="call `take` first"):
+        snapshot.restore()
+
+
+def test_through_a_file(tmp_path: Path) -> None:
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    snapshot = Snapshot(optimizer, model.buffers())
+    snapshot.take()
+    then = everything(model, optimizer)
+    snapshot.save(tmp_path / "s.safetensors")
+    train(model, optimizer, 2)
+    other = Snapshot(optimizer, model.buffers())
+    other.load(tmp_path / "s.safetensors")
+    other.restore()
+    assert_equal(everything(model, optimizer), then)
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    _, optimizer = make()
+    snapshot = Snapshot(optimizer)
+    snapshot.take()
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(StateError, match="cannot be read"):
+        snapshot.load(path)
+    snapshot.save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(StateError, match="cannot be read"):
+        snapshot.load(path)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    snapshot.save(path)
+    with pytest.raises(StateError, match="another model's"):
+        Snapshot(other).load(path)
