@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PulseOptSeq2SeqTrainer,
         PulseOptTrainer,
         PulseOptTrainingArguments,
+        newest_whole_checkpoint,
         with_pulseopt,
     )
 
@@ -29,6 +30,7 @@ __all__ = [
     "PulseOptSeq2SeqTrainer",
     "PulseOptTrainer",
     "PulseOptTrainingArguments",
+    "newest_whole_checkpoint",
     "with_pulseopt",
 ]
 

@@ -89,6 +89,17 @@ class PulseOptKnobs:
     max_consecutive_skips: int = _knob(
         50, "Optimizer steps skipped in a row that end the run with an error, >= 1."
     )
+    divergence: Literal["off", "cut", "rollback"] = _knob(
+        "off",
+        "What happens to an episode whose loss explodes or is not finite any more: `cut` ends it "
+        "with the lowest reward; `rollback` also puts parameters and optimizer state back to its "
+        "start, from a copy in host memory. Such episodes say so under `episode_outcomes`.",
+    )
+    divergence_factor: float = _knob(
+        2.0,
+        "How many times the loss that the last sound episode ended with counts as an explosion, "
+        "> 1.",
+    )
     log_update_norm: bool = _knob(
         False,
         "Measure how far each step moves the parameters, for the log key `mean_update_norms`. "
@@ -164,7 +175,15 @@ class PulseOptConfig(PulseOptKnobs):
 
 # Knobs that say how a run is watched over, not what the method computes: a run may be resumed
 # with others.
-OPERATIONAL_KNOBS = frozenset({"nonfinite", "max_consecutive_skips", "log_update_norm"})
+OPERATIONAL_KNOBS = frozenset(
+    {
+        "nonfinite",
+        "max_consecutive_skips",
+        "divergence",
+        "divergence_factor",
+        "log_update_norm",
+    }
+)
 
 
 def method_settings(config: PulseOptConfig) -> dict[str, Any]:
@@ -203,6 +222,7 @@ def _problems(knobs: PulseOptKnobs) -> Iterator[str]:
         ("reward_clip_min", "finite", lambda v: True),
         ("reward_clip_max", "finite", lambda v: True),
         ("ema_alpha", "in (0, 1]", lambda v: 0 < v <= 1),
+        ("divergence_factor", "> 1", lambda v: v > 1),
     ):
         value = getattr(knobs, name)
         if not _is_finite(value) or not holds(value):
@@ -256,4 +276,5 @@ _CHOICES = {
     "structured_control_mode": ("independent", "conditional"),
     "context_mode": ("none", "trend"),
     "nonfinite": ("skip", "raise"),
+    "divergence": ("off", "cut", "rollback"),
 }

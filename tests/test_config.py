@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pulseopt_hf import AEES, PulseOptConfig
 
 BAD: list[tuple[str, Any, str]] = [
+    ("divergence", "undo", "one of 'off', 'cut', 'rollback', got 'undo'"),
+    ("divergence_factor", 1.0, "number > 1, got 1.0"),
     ("calibration", "tournament", "one of 'off', 'ladder', got 'tournament'"),
     ("lr_candidates", [], "at least one value"),
     ("lr_candidates", [1.0, 1.0], "different values, got [1.0, 1.0]"),

@@ -116,9 +116,9 @@ class Calibration:
         self._best_gain = 0.0  # of a rung, per full pulse
         self._leapt_back = False
         self._duels = 0  # begun
-        self._center = 0.0  # scale that the duel began with
+        self._center: float | None = None  # scale that the duel began with
         self._winner: list[float] = []  # probe losses of the best arm of the duel
-        self._winner_scale = 0.0
+        self._winner_scale: float | None = None
 
     @property
     def is_done(self) -> bool:
@@ -155,7 +155,7 @@ class Calibration:
         Returns:
             What to do with the parameters before that step.
         """
-        now = [x if math.isfinite(x) else NOT_FINITE for x in losses]
+        now = [x if abs(x) < NOT_FINITE else NOT_FINITE for x in losses]  # NaN is below nothing
         if self.phase == "start":
             self._first = _mean(now)
             return self._climb(step, now, FIRST_SCALE, mark=True)
@@ -233,6 +233,8 @@ class Calibration:
         return Order(keep=keep, restore=None if mark else "start", mark=mark)
 
     def _end_round(self, step: int, now: list[float]) -> Order:
+        assert self._center is not None
+        assert self._winner_scale is not None
         if not self._winner:  # the LR as it was has been played
             harmful = _fall(self._before, now)[1] < -HARM
             self._winner = now
@@ -310,32 +312,41 @@ class Calibration:
         fresh.phase = field(state, "phase", text)
         if fresh.phase not in _PHASES:
             raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {fresh.phase!r}.")
-        fresh.scale = field(state, "scale", _positive)
+        fresh.scale = field(state, "scale", _scale)
         fresh._start, fresh._end = field(state, "start", integer), field(state, "end", integer)
         if fresh.phase != "start" and fresh._end <= fresh._start:
             raise StateError(f"The segment from {fresh._start} to {fresh._end} has no step.")
-        fresh._before = field(state, "before", list_of(number))
-        fresh._first = field(state, "first", number)
-        fresh._good = field(state, "good", optional(_positive))
-        fresh._best_gain = field(state, "best_gain", number)
+        fresh._before = field(state, "before", list_of(_loss))
+        fresh._first = field(state, "first", _loss)
+        fresh._good = field(state, "good", optional(_scale))
+        fresh._best_gain = field(state, "best_gain", _loss)
         fresh._leapt_back = bool(field(state, "leapt_back", integer))
         fresh._duels = field(state, "duels", integer)
-        fresh._center = field(state, "center", number)
-        fresh._winner = field(state, "winner", list_of(number))
-        fresh._winner_scale = field(state, "winner_scale", number)
+        fresh._center = field(state, "center", optional(_scale))
+        fresh._winner = field(state, "winner", list_of(_loss))
+        fresh._winner_scale = field(state, "winner_scale", optional(_scale))
         fresh.trials = field(state, "trials", list_of(_trial))
         lengths = {len(fresh._before), len(fresh._winner)} - {0}
         if len(lengths) > 1 or (fresh.phase != "start" and len(fresh._before) < 2):
             raise StateError("The probe losses of the saved calibration do not fit each other.")
+        if fresh.phase == "duel" and None in (fresh._center, fresh._winner_scale):
+            raise StateError("The saved calibration is in a duel without arms.")
         if fresh._duels > len(DUELS) or (fresh.phase == "hold" and fresh._duels == len(DUELS)):
             raise StateError(f"`duels` must be at most {len(DUELS)}, got {fresh._duels}.")
         self.__dict__.update(fresh.__dict__)
 
 
-def _positive(value: object, name: str) -> float:
+def _scale(value: object, name: str) -> float:
     result = number(value, name)
-    if result <= 0.0:
-        raise StateError(f"`{name}` must be positive, got {result}.")
+    if not LOWEST_SCALE / 1e3 <= result <= HIGHEST_SCALE * 1e3:
+        raise StateError(f"`{name}` is no factor that a search would choose: {result}.")
+    return result
+
+
+def _loss(value: object, name: str) -> float:
+    result = number(value, name)
+    if abs(result) > LEAP * MOST_RUNGS * NOT_FINITE:
+        raise StateError(f"`{name}` is no loss that a probe could have: {result}.")
     return result
 
 

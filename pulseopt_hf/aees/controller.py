@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pulseopt_hf.aees.arms import Arm
 from pulseopt_hf.aees.bandits import Bandit, BanditFactory, DiscountedUCB, RandomBandit
@@ -126,7 +126,11 @@ class Controller:
         return arm
 
     def close(
-        self, losses: Sequence[float], end_step: int, update_norm: float | None = None
+        self,
+        losses: Sequence[float],
+        end_step: int,
+        update_norm: float | None = None,
+        outcome: str | None = None,
     ) -> EpisodeRecord:
         """Close the open episode: reward it, tell the bandits, record it.
 
@@ -134,6 +138,7 @@ class Controller:
             losses: its step losses, shape (n,), n >= 1, all finite.
             end_step: global step of its last optimizer step.
             update_norm: mean L2 norm of the parameters' change in a step, where measured.
+            outcome: what the divergence guard did; the reward is the lowest then.
 
         Raises:
             RuntimeError: no episode is open.
@@ -150,6 +155,8 @@ class Controller:
             clip_min=config.reward_clip_min,
             clip_max=config.reward_clip_max,
         )
+        if outcome is not None:
+            reward = replace(reward, value=config.reward_clip_min)
         if self._lr_bandit:
             self._lr_bandit.update(selection.lr_index, reward.value, selection.context)
         noise_bandit = self._noise_bandit(selection.lr_index)
@@ -174,14 +181,26 @@ class Controller:
             reward=reward.value,
             update_norm=update_norm,
             context=selection.context,
+            outcome=outcome,
         )
         self.records.append(record)
         self.episode = None
         return record
 
+    def sound_loss(self) -> float | None:
+        """Return the smoothed loss that the last sound episode ended with, if there was one."""
+        for record in reversed(self.records):
+            if record.outcome is None:
+                return record.ema_end
+        return None
+
     def logs(self) -> dict[str, list[object]]:
         """Return the closed episodes under the published log keys."""
-        return to_logs(self.records, with_context=self.config.context_mode != "none")
+        return to_logs(
+            self.records,
+            with_context=self.config.context_mode != "none",
+            with_outcome=self.config.divergence != "off",
+        )
 
     def _noise_bandit(self, lr_index: int) -> Bandit | None:
         if not self._noise_bandits:

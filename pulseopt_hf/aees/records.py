@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class EpisodeRecord:
         reward: what the bandits received.
         update_norm: mean L2 norm of the parameters' change in a step, or `None` where not measured.
         context: trend of the loss in which the arm was chosen, or `None` without a context.
+        outcome: what the divergence guard did to it, or `None` for a sound episode.
     """
 
     lr_index: int
@@ -61,6 +62,7 @@ class EpisodeRecord:
     reward: float
     update_norm: float | None
     context: str | None
+    outcome: str | None = None
 
 
 # The published log keys, in their published order, and the attribute that each one lists.
@@ -85,6 +87,7 @@ _ATTRIBUTE_OF_KEY = {
     "mean_update_norms": "update_norm",
 }
 _CONTEXT_KEY = "context_buckets"
+_OUTCOME_KEY = "episode_outcomes"
 LOG_KEYS = (*_ATTRIBUTE_OF_KEY, _CONTEXT_KEY)
 
 _CHECKS = {
@@ -96,12 +99,15 @@ _CHECKS = {
 }
 
 
-def to_logs(records: Sequence[EpisodeRecord], *, with_context: bool) -> dict[str, list[Any]]:
+def to_logs(
+    records: Sequence[EpisodeRecord], *, with_context: bool, with_outcome: bool = False
+) -> dict[str, list[Any]]:
     """Turn the record into lists, one item an episode, under the log keys of `pulseopt`.
 
     Args:
         records: closed episodes, oldest first.
         with_context: whether a context is in use, which adds `context_buckets`.
+        with_outcome: whether the divergence guard is, which adds `episode_outcomes`.
     """
     logs: dict[str, list[Any]] = {
         key: [getattr(record, attribute) for record in records]
@@ -109,6 +115,8 @@ def to_logs(records: Sequence[EpisodeRecord], *, with_context: bool) -> dict[str
     }
     if with_context:
         logs[_CONTEXT_KEY] = [record.context for record in records]
+    if with_outcome:
+        logs[_OUTCOME_KEY] = [record.outcome for record in records]
     return logs
 
 
@@ -122,10 +130,12 @@ def records_to_json(records: Sequence[EpisodeRecord]) -> StateDict:
 
 def records_from_json(value: object, name: str) -> list[EpisodeRecord]:
     """Rebuild what `records_to_json` returned."""
-    columns = {
-        column: field(value, column, list_of(_CHECKS[str(info.type)]))
-        for column, info in EpisodeRecord.__dataclass_fields__.items()
-    }
+    columns: dict[str, list[Any]] = {}
+    for column, info in EpisodeRecord.__dataclass_fields__.items():
+        if column == "outcome" and isinstance(value, Mapping) and column not in value:
+            columns[column] = [None] * len(columns["reward"])  # saved before there was a guard
+        else:
+            columns[column] = field(value, column, list_of(_CHECKS[str(info.type)]))
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
         raise StateError(f"The columns of `{name}` differ in length: {sorted(lengths)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from pulseopt_hf.aees.calibration import Calibration
 from pulseopt_hf.aees.state import StateDict, StateError, field, integer, list_of, number
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.divergence import SKIPS, DivergenceGuard
 from pulseopt_hf.optim.hooks import ArmHooks, check_optimizer
 from pulseopt_hf.optim.losses import LossBuffer
 from pulseopt_hf.optim.noise import GradientNoise, all_parameters
@@ -79,6 +80,9 @@ class AEES:
         nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
             read each loss from the device.
         max_consecutive_skips: see `PulseOptConfig`.
+        divergence: see `PulseOptConfig`. Resumed amid an episode, `rollback` goes back to where it
+            was resumed, since `state_dict` holds no parameters.
+        divergence_factor: see `PulseOptConfig`.
         log_update_norm: see `PulseOptConfig`.
         distributed: whether ranks agree, where `torch.distributed` runs; `False` leaves each to
             itself.
@@ -111,6 +115,8 @@ class AEES:
         calibration: str = "off",
         nonfinite: str = "raise",
         max_consecutive_skips: int = 50,
+        divergence: str = "off",
+        divergence_factor: float = 2.0,
         log_update_norm: bool = False,
         distributed: bool = True,
     ) -> None:
@@ -134,6 +140,8 @@ class AEES:
             "calibration": calibration,
             "nonfinite": nonfinite,
             "max_consecutive_skips": max_consecutive_skips,
+            "divergence": divergence,
+            "divergence_factor": divergence_factor,
             "log_update_norm": log_update_norm,
         }
         if is_stepped_by_deepspeed(optimizer):
@@ -158,13 +166,15 @@ class AEES:
         lr_scheduler: Scheduler | None = None,
         distributed: bool = True,
         shard: int = 0,
+        buffers: Iterable[Tensor] = (),
     ) -> AEES:
         """Create from a config instead of single knobs; its `episode_length` must be set.
 
-        `shard` is for loops round an engine; see `ArmHooks`.
+        `shard` is for loops round an engine; see `ArmHooks`. `buffers` are the model's, which a
+        rollback has to put back too.
         """
         self = cls.__new__(cls)
-        self._set_up(optimizer, config, lr_scheduler, distributed, shard)
+        self._set_up(optimizer, config, lr_scheduler, distributed, shard, buffers)
         return self
 
     def _set_up(
@@ -174,6 +184,7 @@ class AEES:
         lr_scheduler: Scheduler | None,
         distributed: bool,
         shard: int = 0,
+        buffers: Iterable[Tensor] = (),
     ) -> None:
         if config.episode_length is None:
             raise ValueError(
@@ -208,6 +219,9 @@ class AEES:
         if config.log_update_norm:
             self._update_norm = UpdateNorm(all_parameters(inner))
         self._hooks = ArmHooks(inner, self._noise, self._update_norm, shard)
+        self.divergence: DivergenceGuard | None = None
+        if config.divergence != "off":
+            self.divergence = DivergenceGuard(inner, config, buffers)
 
     def step_start(self, global_step: int) -> Arm:
         """Begin an optimizer step, or a micro-batch of one; opens an episode where none is open.
@@ -329,6 +343,11 @@ class AEES:
             return None
         self._losses.append(loss)
         self._last_step = self._global_step
+        guard = self.divergence
+        if guard is not None and guard.looks(len(self._losses), self.episode_length):
+            self._agree()
+            if self._has_diverged(guard):
+                return self._close_diverged(guard)
         if len(self._losses) < self.episode_length:
             return None
         self._agree()
@@ -348,6 +367,15 @@ class AEES:
         self._consecutive_skips += 1
         where = self._where()
         self.current_candidate = None
+        # A gradient scaler looks for its scale by skipping; that says nothing about the arm.
+        if (
+            self.divergence is not None
+            and self._consecutive_skips % SKIPS == 0
+            and self.controller.episode is not None
+            and not has_scaler(self.optimizer)
+        ):
+            self._agree()
+            self._close_diverged(self.divergence)
         if self._consecutive_skips >= self.config.max_consecutive_skips:
             raise RuntimeError(
                 f"{self._consecutive_skips} optimizer steps in a row were skipped because of "
@@ -434,6 +462,8 @@ class AEES:
         self._noise.seed = noise_seed
         self._losses.clear()
         self._losses.agreed = losses
+        if self.divergence is not None and controller.episode is not None:
+            self.divergence.load(None)
 
     def _forget_micro_batches(self) -> None:
         self._micro_batches: list[float | Tensor] = []
@@ -446,12 +476,29 @@ class AEES:
         )
         self._noise.seed = noise_seed
         self.controller.open(Selection(lr_index, noise_index, choice.context), self._global_step)
+        if self.divergence is not None:
+            self.divergence.begin()
 
     def _close_episode(self) -> EpisodeRecord:
         losses = self._losses.agreed
         self._losses.clear()
         norm = self._update_norm.mean() if self._update_norm is not None else None
         return self.controller.close(losses, self._last_step, norm)
+
+    def _has_diverged(self, guard: DivergenceGuard) -> bool:
+        losses = self._losses.agreed
+        if not losses:
+            return True
+        sound = self.controller.sound_loss()
+        return guard.has_diverged(losses, losses[0] if sound is None else sound)
+
+    def _close_diverged(self, guard: DivergenceGuard) -> EpisodeRecord:
+        outcome = guard.undo()
+        # An episode of which no step was sound has no loss to show but the one before it.
+        losses = self._losses.agreed or [self.controller.sound_loss() or 1.0]
+        self._losses.clear()
+        norm = self._update_norm.mean() if self._update_norm is not None else None
+        return self.controller.close(losses, self._global_step, norm, outcome)
 
     def _agree(self) -> None:
         new = self._losses.agree(self._agreement)

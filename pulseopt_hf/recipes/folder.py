@@ -8,20 +8,17 @@ import platform
 import re
 import shutil
 import subprocess
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError, safe_open
 
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
+from pulseopt_hf.trainer.checkpoints import checkpoints
 
 RECIPE, RUN, LOG = "recipe.yaml", "run.json", "train.log"
 _PACKAGES = ("pulseopt-hf", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 _LIBRARIES = ("tokenizers", "scikit-learn", "scipy", "numpy")
-_WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model*", "global_step*")
 
 
 def choose(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
@@ -63,32 +60,6 @@ def clear(path: Path) -> None:
     for pattern in ("*_results.json", RECIPE, RUN, LOG, "episodes.json", "trainer_state.json"):
         for file in path.glob(pattern):
             file.unlink()
-
-
-def checkpoints(path: Path) -> list[Path]:
-    """Return the folders of checkpoints, latest step first, whole or not."""
-    found = []
-    for child in path.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", child.name)
-        if match and child.is_dir():
-            found.append((int(match[1]), child))
-    return [child for _, child in sorted(found, reverse=True)]
-
-
-def newest_whole_checkpoint(path: Path) -> tuple[Path | None, list[str]]:
-    """Find what to resume from.
-
-    Returns:
-        The checkpoint of the latest step that is whole, or `None`, and a line for each later one
-        that was passed over, which says what is wrong with it.
-    """
-    passed_over: list[str] = []
-    for checkpoint in checkpoints(path):
-        damage = next(_damage(checkpoint), None)
-        if damage is None:
-            return checkpoint, passed_over
-        passed_over.append(f"passed over {checkpoint.name}: {damage}")
-    return None, passed_over
 
 
 def write_recipe(path: Path, resolved: Resolved) -> None:
@@ -150,40 +121,6 @@ def _git(*words: str) -> str:
 
 def _holds_run(path: Path) -> bool:
     return (path / RECIPE).exists() or bool(checkpoints(path))
-
-
-def _damage(checkpoint: Path) -> Iterator[str]:
-    """Say what keeps a run from being resumed from here."""
-    state = checkpoint / "trainer_state.json"
-    try:
-        content = json.loads(state.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        yield "it has no trainer_state.json"
-        return
-    except (OSError, ValueError):
-        yield "its trainer_state.json is cut short"
-        return
-    step = content.get("global_step") if isinstance(content, dict) else None
-    if step != int(checkpoint.name.rpartition("-")[2]):
-        yield f"its trainer_state.json is of step {step}"
-    if not any(any(checkpoint.glob(pattern)) for pattern in _WEIGHTS):
-        yield "it has no weights"
-    if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):
-        yield "it has no optimizer state"
-    for file in sorted(checkpoint.iterdir()):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    opened.keys()
-            except (OSError, SafetensorError):
-                yield f"its {file.name} is cut short"
-        elif file.suffix in (".pt", ".pth", ".bin") and not _is_whole_archive(file):
-            yield f"its {file.name} is cut short"
-
-
-def _is_whole_archive(file: Path) -> bool:
-    """Whether torch wrote the file to its end; small arguments are plain pickles in no archive."""
-    return file.name == "training_args.bin" or zipfile.is_zipfile(file)
 
 
 def _without_secrets(command: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from pulseopt_hf.recipes.card import write_card
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.lines import Bar, EpochLines, Interruption, Lines, described
 from pulseopt_hf.recipes.parsing import Resolved
+from pulseopt_hf.trainer.checkpoints import newest_whole_checkpoint
 
 
 class Interrupted(Exception):
@@ -114,7 +115,7 @@ def _choose_folder(
             path = folder.choose(resolved, resume=options.resume, overwrite=options.overwrite)
             chosen[0] = path
             if options.resume:
-                chosen[1:3] = folder.newest_whole_checkpoint(path)
+                chosen[1:3] = newest_whole_checkpoint(path)
                 if chosen[1] is None:
                     why = f" ({'; '.join(chosen[2])})" if chosen[2] else ""
                     raise UsageError(

@@ -2,6 +2,7 @@
 
 from pulseopt_hf.trainer.arguments import PulseOptTrainingArguments
 from pulseopt_hf.trainer.callback import PulseOptCallback
+from pulseopt_hf.trainer.checkpoints import newest_whole_checkpoint
 from pulseopt_hf.trainer.mixin import (
     PulseOptMixin,
     PulseOptSeq2SeqTrainer,
@@ -15,5 +16,6 @@ __all__ = [
     "PulseOptSeq2SeqTrainer",
     "PulseOptTrainer",
     "PulseOptTrainingArguments",
+    "newest_whole_checkpoint",
     "with_pulseopt",
 ]

@@ -112,6 +112,11 @@ def check_knobs(config: PulseOptConfig, engine: Any) -> None:
             "gradients of all parameters into one, so that none has a size of its own. Write "
             "`noise_mode='absolute'`, or train with FSDP2."
         )
+    if config.divergence == "rollback":
+        raise ValueError(
+            "`divergence` must be 'off' or 'cut' under DeepSpeed, got 'rollback': its engine keeps "
+            "parameters and optimizer state where they cannot be put back."
+        )
     if config.log_update_norm:
         raise ValueError(
             "`log_update_norm` needs whole parameters, and DeepSpeed steps flat parts of them. Set "

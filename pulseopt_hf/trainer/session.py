@@ -20,6 +20,7 @@ from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.trainer import deepspeed
 from pulseopt_hf.trainer.calibration import Calibrator
+from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
 from pulseopt_hf.trainer.guard import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
@@ -103,10 +104,20 @@ class PulseSession:
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
             deepspeed.check_knobs(config, engine)
         shard = 0 if engine is None else deepspeed.shard_number(engine)
-        aees = AEES.from_config(trainer.optimizer, config, shard=shard)
+        aees = AEES.from_config(
+            trainer.optimizer, config, shard=shard, buffers=trainer.model.buffers()
+        )
         if resuming and saved is not None:
             aees.load_state_dict(saved)
-        elif resuming:
+            if aees.divergence is not None and self.resumed_folder is not None:
+                aees.divergence.load(self.resumed_folder / self._snapshot_file)
+        if resuming and self.resumed_folder is not None and not has_optimizer(self.resumed_folder):
+            logger.warning(
+                "%s holds weights only, as `save_only_model` saves them. Optimizer, schedule and "
+                "random state start afresh, so the run does not go on as it would have.",
+                self.resumed_folder,
+            )
+        if resuming and saved is None:
             logger.warning(
                 "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
                 "Its weights are resumed and the bandits start afresh.",
@@ -174,6 +185,10 @@ class PulseSession:
         mark_step_skipped(self.trainer.optimizer, not happened)
         self._settle(aees, loss, happened)
 
+    @property
+    def _snapshot_file(self) -> str:
+        return f"pulse_episode_{self.trainer.args.process_index}.safetensors"
+
     def _settle_engine_step(self) -> None:
         assert self._aees is not None
         happened, self._engine_stepped = self._engine_stepped, False
@@ -193,6 +208,14 @@ class PulseSession:
                     record.ema_end,
                     record.reward,
                 )
+                if record.outcome is not None:
+                    logger.warning(
+                        "Episode %d, %s, diverged at step %d and was %s.",
+                        len(aees.controller.records),
+                        record.name,
+                        record.end_step,
+                        record.outcome,
+                    )
         elif aees.config.nonfinite == "raise" and not self._is_overflow(aees, loss):
             raise ValueError(
                 f"The loss or a gradient is not finite at global step "
@@ -223,6 +246,11 @@ class PulseSession:
             self._aees.agree()
         if self._calibrator is not None:
             self._calibrator.save(checkpoint_folder(self.trainer, trial))
+        if self._aees is not None and self._aees.divergence is not None:
+            if self._aees.controller.episode is not None:
+                folder = checkpoint_folder(self.trainer, trial)
+                folder.mkdir(parents=True, exist_ok=True)
+                self._aees.divergence.save(folder / self._snapshot_file)
 
     def end(self) -> None:
         """Finish training, or what an exception left of it. `trainer.aees` keeps the record."""

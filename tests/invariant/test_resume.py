@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees import StateError
+from pulseopt_hf.optim.divergence import ROLLED_BACK
 from tests.conftest import history, parameters_equal
 
 KNOBS: dict[str, Any] = {
@@ -24,6 +25,13 @@ MODES: dict[str, dict[str, Any]] = {
         "structured_control_mode": "conditional",
     },
     "random, relative noise": {"control_mode": "random", "noise_mode": "relative"},
+    "a deadly arm, undone": {
+        "lr_candidates": [1.0, 300.0],
+        "noise_candidates": [0.0],
+        "episode_length": 6,
+        "divergence": "rollback",
+        "divergence_factor": 1.1,
+    },
 }
 
 
@@ -58,7 +66,7 @@ def test_from_every_step_of_an_episode(
     tiny_model: Any, tiny_data: Any, arguments: Any, road: str, mode: str
 ) -> None:
     """Eighteen steps are six episodes and two epochs, of nine steps each."""
-    config = PulseOptConfig(**KNOBS, **MODES[mode])
+    config = PulseOptConfig(**{**KNOBS, **MODES[mode]})
     settings = {
         "gradient_accumulation_steps": 2,
         "max_steps": 18,
@@ -67,6 +75,8 @@ def test_from_every_step_of_an_episode(
     }
     whole = make_trainer(road, tiny_model(), arguments(**settings), tiny_data, config)
     whole.train()
+    if config.divergence != "off":
+        assert ROLLED_BACK in whole.aees.get_logs()["episode_outcomes"]
     for step in (1, 2, 3, 4, 9, 10, 17):
         args = arguments(**{**settings, "save_strategy": "no"})
         resumed = make_trainer(road, tiny_model(), args, tiny_data, config)

@@ -11,6 +11,7 @@ import yaml
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import folder
+from pulseopt_hf.trainer.checkpoints import checkpoints, newest_whole_checkpoint
 from tests.recipes.tiny import files_of, results
 from tests.versions import needs
 
@@ -108,7 +109,7 @@ def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run
 )
 def test_a_checkpoint_cut_short_is_not_whole(name: str, copy: Path) -> None:
     damage(copy / "checkpoint-30", name)
-    found, passed_over = folder.newest_whole_checkpoint(copy)
+    found, passed_over = newest_whole_checkpoint(copy)
     assert found == copy / "checkpoint-20"
     assert passed_over == [f"passed over checkpoint-30: its {name} is cut short"]
 
@@ -118,12 +119,12 @@ def test_a_checkpoint_cut_short_is_not_whole(name: str, copy: Path) -> None:
     [
         ("trainer_state.json", "it has no trainer_state.json"),
         ("model.safetensors", "it has no weights"),
-        ("optimizer.pt", "it has no optimizer state"),
+        ("optimizer.pt", "it has no optimizer state (`save_only_model` saves none)"),
     ],
 )
 def test_a_checkpoint_that_lacks_a_file_is_not_whole(name: str, says: str, copy: Path) -> None:
     (copy / "checkpoint-30" / name).unlink()
-    found, passed_over = folder.newest_whole_checkpoint(copy)
+    found, passed_over = newest_whole_checkpoint(copy)
     assert found == copy / "checkpoint-20"
     assert passed_over == [f"passed over checkpoint-30: {says}"]
 
@@ -147,7 +148,7 @@ def test_a_finished_run_is_not_written_over_unasked(
     words = ["train", "glue/cola", "--overwrite", "--quiet", "--output_dir", str(copy), *options]
     (copy / "mine.txt").write_text("kept")
     assert main([*words, "--max_steps", "15"]) == 0
-    assert [path.name for path in folder.checkpoints(copy)] == ["checkpoint-15", "checkpoint-10"]
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint-15", "checkpoint-10"]
     assert (copy / "mine.txt").read_text() == "kept"
 
 

@@ -1,0 +1,1 @@
+"""What goes wrong: kills, cut files, faults and hostile input."""

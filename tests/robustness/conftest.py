@@ -1,0 +1,3 @@
+from tests.recipes.tiny import bert
+
+__all__ = ["bert"]

@@ -1,0 +1,166 @@
+"""A checkpoint is whole or is passed over; a save that fails is heard of."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
+from pulseopt_hf.cli import main
+from tests.conftest import parameters_equal
+from tests.recipes.tiny import files_of
+
+CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=3)
+SAVING = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+FILES = (
+    *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    "trainer_state.json",
+)
+
+
+def make(tiny_model: Any, tiny_data: Any, args: Any, **kwargs: Any) -> Any:
+    return PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG, **kwargs)
+
+
+@pytest.fixture
+def run(tiny_model: Any, tiny_data: Any, arguments: Any) -> Any:
+    trainer = make(tiny_model, tiny_data, arguments(**SAVING))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("harm", ["missing", "empty", "cut", "garbage"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_found_and_the_one_before_resumes(
+    run: Any, tiny_model: Any, tiny_data: Any, arguments: Any, name: str, harm: str
+) -> None:
+    folder = Path(run.args.output_dir)
+    file = folder / "checkpoint-8" / name
+    content = file.read_bytes()
+    shutil.rmtree(folder / "checkpoint-12")
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"empty": b"", "cut": content[:-20], "garbage": b"\x93" * 200}[harm])
+    found, passed_over = newest_whole_checkpoint(folder)
+    assert found == folder / "checkpoint-4"
+    (line,) = passed_over
+    assert line.startswith("passed over checkpoint-8: it")
+    if harm == "cut":  # once for each file is enough
+        resumed = make(tiny_model, tiny_data, arguments(max_steps=12))
+        resumed.train(resume_from_checkpoint=str(found))
+        assert parameters_equal(resumed.model, run.model)
+
+
+def test_where_none_is_whole_none_is_found(run: Any) -> None:
+    folder = Path(run.args.output_dir)
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    found, passed_over = newest_whole_checkpoint(folder)
+    assert found is None
+    assert len(passed_over) == 3
+    assert newest_whole_checkpoint(folder / "nowhere") == (None, [])
+
+
+def test_the_command_says_that_none_is_whole(
+    tmp_path: Path, bert: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoint-5").mkdir(parents=True)
+    words = ["train", "glue/cola", "--model_name_or_path", bert, *files_of("cola", tmp_path / "d")]
+    assert main([*words, "--use_cpu", "--output_dir", str(folder), "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert "no whole checkpoint" in message
+    assert "checkpoint-5: it has no trainer_state.json" in message
+
+
+def test_weights_alone_are_said_not_to_continue_the_run(
+    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tiny_model, tiny_data, arguments(**SAVING, save_only_model=True))
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    found, passed_over = newest_whole_checkpoint(folder)
+    assert found is None
+    assert "no optimizer state (`save_only_model` saves none)" in passed_over[0]
+    resumed = make(tiny_model, tiny_data, arguments(max_steps=12))
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert "holds weights only" in caplog.text
+    assert len(resumed.aees.get_logs()["episode_rewards"]) == 4  # the arms are all there
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own of 3 MB: room for two checkpoints or three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no `mount` here: {error}")
+    if done.returncode:
+        pytest.skip(f"this user may not mount a tmpfs: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_loudly_and_leaves_what_can_be_resumed(
+    small_disk: Path, tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(output_dir=str(small_disk / "run"), save_strategy="steps", save_steps=2)
+    trainer = make(tiny_model, tiny_data, args)
+    with pytest.raises(Exception, match=r"(?i)no space|write|enforce|I/O") as failure:
+        trainer.train()
+    assert not isinstance(failure.value, KeyboardInterrupt)
+    assert trainer.optimizer.param_groups[0]["lr"] <= 3e-3
+    found, passed_over = newest_whole_checkpoint(small_disk / "run")
+    assert found is not None
+    assert len(passed_over) <= 1
+    whole = make(tiny_model, tiny_data, arguments())
+    whole.train()
+    resumed = make(tiny_model, tiny_data, arguments())
+    resumed.train(resume_from_checkpoint=str(found))
+    assert parameters_equal(resumed.model, whole.model)
+
+
+def test_a_read_only_folder_ends_the_run_loudly(
+    small_disk: Path, tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    folder = small_disk / "run"
+    trainer = make(tiny_model, tiny_data, arguments(output_dir=str(folder), **SAVING))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="Read-only") as failure:
+        trainer.train()
+    assert failure.value.errno == errno.EROFS
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_save_that_raises_leaves_the_checkpoint_before(
+    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(**SAVING)
+    trainer = make(tiny_model, tiny_data, args)
+    save_rng = trainer._save_rng_state
+
+    def fail(folder: str) -> None:
+        if os.path.basename(folder) == "checkpoint-8":
+            raise OSError("the disk is gone")
+        save_rng(folder)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    found, passed_over = newest_whole_checkpoint(args.output_dir)
+    assert found is not None
+    assert found.name == "checkpoint-4"
+    assert "checkpoint-8: it has no trainer_state.json" in passed_over[0]

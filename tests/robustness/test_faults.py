@@ -1,0 +1,256 @@
+"""Faults of the data, of user code and of the surroundings: no wrong LR, no lost state, no hang."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
+from tests.conftest import history, parameters_equal
+from tests.engines.ranks import Failure, ranks_with_failures, run_ranks
+
+CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.01], episode_length=5)
+FAULTS = ("nan loss", "inf loss", "nan gradient", "inf gradient")
+
+
+class FaultyTrainer(PulseOptTrainer):
+    """Spoils a loss or a gradient in 5 % of the micro-batches, drawn by a seed of each rank."""
+
+    faults = 0
+    applied: list[float]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "_rng"):
+            self._rng = random.Random(100 + self.args.process_index)
+        self._fault = self._rng.choice(FAULTS) if self._rng.random() < 0.05 else None
+        self.faults += self._fault is not None
+        loss = super().training_step(*args, **kwargs)
+        if self._fault is not None and self._fault.endswith("gradient"):
+            value = math.nan if "nan" in self._fault else math.inf
+            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+        return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if self._fault is not None and self._fault.endswith("loss"):
+            loss = loss * (math.nan if "nan" in self._fault else math.inf)
+        return loss
+
+    def optimizer_step(self) -> None:
+        super().optimizer_step()
+        self.applied.append(self.optimizer.param_groups[0]["lr"])
+
+
+def faulty(tiny_model: Any, tiny_data: Any, args: Any) -> FaultyTrainer:
+    trainer = FaultyTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
+    trainer.applied = []
+    return trainer
+
+
+def assert_sound(trainer: FaultyTrainer, steps: int) -> None:
+    assert trainer.aees is not None
+    assert trainer.faults > 0
+    assert trainer.aees.skipped_steps > 0
+    assert trainer.state.global_step == steps
+    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == steps
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    logs = trainer.aees.get_logs()
+    assert all(map(math.isfinite, logs["episode_start_losses"] + logs["episode_end_losses"]))
+    # After every step, happened or not, the scheduler's own LR stands in the optimizer.
+    peak = trainer.args.learning_rate
+    assert all(lr <= peak for lr in trainer.applied)
+    assert trainer.applied == sorted(trainer.applied, reverse=True)
+
+
+def test_five_percent_of_spoiled_steps(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
+    trainer = faulty(tiny_model, tiny_data, arguments(max_steps=100))
+    trainer.train()
+    assert_sound(trainer, 100)
+
+
+def test_five_percent_of_spoiled_steps_on_random_ranks(
+    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses only: a gradient spoiled after DDP has averaged it would be one rank's alone."""
+
+    def body(rank: int) -> Any:
+        trainer = faulty(tiny_model, tiny_data, arguments(max_steps=60))
+        trainer.train()
+        assert trainer.aees is not None
+        weights = [p.detach().sum().item() for p in trainer.model.parameters()]
+        return trainer.aees.get_logs(), trainer.aees.skipped_steps, weights, trainer.faults
+
+    monkeypatch.setattr(sys.modules[__name__], "FAULTS", FAULTS[:2])
+    one, other = run_ranks(2, body)
+    assert one[:3] == other[:3]
+    assert one[1] > 0
+    assert one[3] != 0 or other[3] != 0
+    assert all(map(math.isfinite, one[2]))
+
+
+class Raising(TrainerCallback):
+    def __init__(self, event: str, step: int) -> None:
+        self.step = step
+        setattr(self, event, self._raise)
+
+    def _raise(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise ZeroDivisionError("a user's fault")
+
+
+class Broken(Dataset[Any]):
+    """Raises at its 40th read, in the process that reads it."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads == 40:
+            raise ZeroDivisionError("a user's fault")
+        return self.rows[index]
+
+
+def spoil_metric(_: Any) -> dict[str, float]:
+    raise ZeroDivisionError("a user's fault")
+
+
+@pytest.mark.parametrize(
+    "place", ["on_step_begin", "on_step_end", "on_save", "metric", "worker", "optimizer"]
+)
+def test_what_raises_is_raised_and_the_run_can_be_resumed(
+    tiny_model: Any, tiny_data: Any, arguments: Any, place: str
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 17}
+    options: dict[str, Any] = {"train_dataset": tiny_data}
+    extra: dict[str, Any] = {}
+    if place == "metric":
+        options |= {"compute_metrics": spoil_metric, "eval_dataset": tiny_data[:4]}
+        extra = {"eval_strategy": "steps", "eval_steps": 8}
+    if place == "worker":
+        options["train_dataset"] = Broken(tiny_data)
+        extra = {"dataloader_num_workers": 1}
+    args = arguments(**saving, **extra)
+    trainer = PulseOptTrainer(tiny_model(), args, pulse=CONFIG, **options)
+    if place.startswith("on_"):
+        trainer.add_callback(Raising(place, 10))
+    if place == "optimizer":
+        trainer.create_optimizer()
+        step = trainer.optimizer.step
+
+        def failing(*inner: Any, **kwargs: Any) -> Any:
+            if trainer.state.global_step == 9:
+                assert trainer.aees is not None
+                raise ZeroDivisionError("a user's fault")
+            return step(*inner, **kwargs)
+
+        trainer.optimizer.step = failing  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError, match="a user's fault"):
+        trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] <= args.learning_rate
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0]
+    found, _ = newest_whole_checkpoint(args.output_dir)
+    assert found is not None
+    whole = PulseOptTrainer(
+        tiny_model(), arguments(max_steps=17), train_dataset=tiny_data, pulse=CONFIG
+    )
+    whole.train()
+    resumed = PulseOptTrainer(
+        tiny_model(), arguments(max_steps=17), train_dataset=tiny_data, pulse=CONFIG
+    )
+    resumed.train(resume_from_checkpoint=str(found))
+    assert parameters_equal(resumed.model, whole.model)
+    assert resumed.aees is not None
+    assert whole.aees is not None
+    assert resumed.aees.get_logs() == whole.aees.get_logs()
+
+
+def test_one_rank_that_raises_leaves_no_other_hanging(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    """The others fail at their next collective, once the broken rank's connection is closed."""
+
+    def body(rank: int) -> Any:
+        trainer = PulseOptTrainer(
+            tiny_model(), arguments(max_steps=20), train_dataset=tiny_data, pulse=CONFIG
+        )
+        if rank == 1:
+            trainer.add_callback(Raising("on_step_end", 7))
+        trainer.train()
+
+    results = ranks_with_failures(2, body, timeout=60)
+    assert all(isinstance(result, Failure) for result in results)
+    assert "a user's fault" in results[1].error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_script_of_ones_own(
+    tiny_model: Any, tiny_data: Any, arguments: Any, number: int
+) -> None:
+    """Python turns Ctrl-C, and a handler as most launchers set it SIGTERM, into an exception."""
+
+    class Signalling(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 9:
+                os.kill(os.getpid(), number)
+
+    def handler(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    args = arguments(
+        save_strategy="steps", save_steps=2, max_steps=16, gradient_accumulation_steps=2
+    )
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
+    trainer.add_callback(Signalling())
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0]
+    whole, resumed = (
+        PulseOptTrainer(
+            tiny_model(),
+            arguments(max_steps=16, gradient_accumulation_steps=2),
+            train_dataset=tiny_data,
+            pulse=CONFIG,
+        )
+        for _ in range(2)
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-8"))
+    assert parameters_equal(resumed.model, whole.model)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> Any:
+        trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=CONFIG)
+        trainer.train()
+        return trainer
+
+    steady = run()
+    rng = random.Random(0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + rng.uniform(-1e9, 1e9))
+    jumping = run()
+    assert parameters_equal(jumping.model, steady.model)
+    assert jumping.aees.get_logs() == steady.aees.get_logs()
+    assert history(jumping)[:-1] == history(steady)[:-1]
