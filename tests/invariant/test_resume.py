@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf import (
+    PulseOptCallback,
+    PulseOptConfig,
+    PulseOptTrainer,
+    newest_whole_checkpoint,
+)
 from pulseopt_hf.aees import StateError
 from pulseopt_hf.optim.divergence import ROLLED_BACK
 from tests.conftest import history, parameters_equal
@@ -160,3 +165,62 @@ def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_af
     resumed.train(resume_from_checkpoint=checkpoint(plain, 6))
     assert "saved without pulseopt_hf" in caplog.text
     assert resumed.aees.get_logs()["episode_start_steps"][0] == 6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4},
+        {"save_total_limit": 1},
+        {"dataloader_num_workers": 2},
+        {"gradient_accumulation_steps": 3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_with_trainers_own_settings(
+    tiny_model: Any, tiny_data: Any, arguments: Any, settings: dict[str, Any]
+) -> None:
+    """Broken off at step 9 by its user, a run goes on from the newest checkpoint, of step 8."""
+    config = PulseOptConfig(**KNOBS)
+    settings = {**settings, "save_strategy": "steps", "save_steps": 4, "max_steps": 18}
+
+    def make(args: Any) -> PulseOptTrainer:
+        return PulseOptTrainer(
+            tiny_model(), args, train_dataset=tiny_data, eval_dataset=tiny_data[:8], pulse=config
+        )
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 9:
+                raise KeyboardInterrupt
+
+    whole = make(arguments(**settings))
+    whole.train()
+    args = arguments(**settings)
+    broken_off = make(args)
+    broken_off.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        broken_off.train()
+    found, passed_over = newest_whole_checkpoint(args.output_dir)
+    assert found is not None
+    assert found.name == "checkpoint-8"
+    assert not passed_over
+    resumed = make(args)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, whole)
+
+
+def test_with_another_accumulation_the_arms_go_on(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    """An episode counts optimizer steps, so its state means the same."""
+    config = PulseOptConfig(**KNOBS)
+    settings = {"save_strategy": "steps", "save_steps": 7, "max_steps": 18}
+    whole = make_trainer("subclass", tiny_model(), arguments(**settings), tiny_data, config)
+    whole.train()
+    args = arguments(max_steps=18, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    resumed = make_trainer("subclass", tiny_model(), args, tiny_data, config)
+    resumed.train(resume_from_checkpoint=checkpoint(whole, 7))
+    ours, theirs = resumed.aees.get_logs(), whole.aees.get_logs()
+    assert ours["episode_start_steps"] == theirs["episode_start_steps"]
+    assert ours["episode_rewards"][:2] == theirs["episode_rewards"][:2]
