@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pulseopt_hf.aees.arms import Arm
 from pulseopt_hf.aees.bandits import Bandit, BanditFactory, DiscountedUCB, RandomBandit
-from pulseopt_hf.aees.context import TrendBandit, loss_trend
+from pulseopt_hf.aees.context import BUCKETS, TrendBandit, loss_trend
 from pulseopt_hf.aees.records import (
     EpisodeRecord,
     records_from_json,
@@ -262,6 +262,9 @@ class Controller:
             raise StateError(f"`{name}.lr_index` is {lr_index}, which names no candidate.")
         if noise_index >= len(self.config.noise_candidates):
             raise StateError(f"`{name}.noise_index` is {noise_index}, which names no candidate.")
+        expected = BUCKETS if self.config.context_mode == "trend" else (None,)
+        if context not in expected:
+            raise StateError(f"`{name}.context` is {shorten(context)}, which is none of this run.")
         return Selection(lr_index, noise_index, context), field(value, "start_step", integer)
 
 

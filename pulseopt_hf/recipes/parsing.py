@@ -119,6 +119,8 @@ def resolve(name: str, options: list[str], parser: RecipeParser | None = None) -
             problems += error.problems
         except (ValueError, TypeError, ImportError) as error:
             problems += [line for line in str(error).splitlines() if line.strip()]
+        except ArithmeticError as error:  # Trainer's own checks compute with what they are given
+            problems.append(f"a number is out of all range: {error}.")
     if problems:
         raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
     training = built[1]

@@ -96,7 +96,7 @@ def mutate(rng: random.Random, state: Any) -> Any:
             at[rng.choice(["", "version", "extra"])] = at.pop(key)
         elif kind < 0.4 and isinstance(at[key], list):
             at[key] = at[key] * 2
-        elif kind < 0.5 and isinstance(at[key], int | float):
+        elif kind < 0.5 and isinstance(at[key], float):
             at[key] = at[key] * rng.choice([-1, 0, 1e-300, 1e300, 2])
         else:
             at[key] = rng.choice(WRONG)(rng)
