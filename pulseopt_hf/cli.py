@@ -31,6 +31,7 @@ Fine-tune with Transformers from a recipe, with the learning rate adapted in epi
   cp RECIPE FILE                    copy it, to change it
   validate RECIPE [--KEY VALUE ...] check a recipe, and say all that is wrong with it at once
   train RECIPE [--KEY VALUE ...]    run a recipe; a key overrides the recipe's line
+  compare RECIPE [--KEY VALUE ...]  does it help? methods, base LRs and seeds at equal cost
 
 RECIPE is a name that `list` shows, or the path of a YAML file.
 
@@ -43,6 +44,14 @@ options of train:
   --resume     go on from the last whole checkpoint of the run folder
   --overwrite  replace the run in the run folder
   --quiet      write nothing to the screen but errors
+
+options of compare:
+  --methods         of static, random, published, default, calibrated, greedy, schedule_free,
+                    prodigy; with commas between
+  --learning_rates  base LRs, with commas between
+  --seeds           seeds, with commas between
+  --steps           optimizer steps of a run, 600 by default
+  --out             folder for the results; what is there already is not run again
 """
 
 
@@ -91,6 +100,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"pulseopt-hf {__version__}")
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
+    commands["compare"] = _compare
     command, rest = words[0], words[1:]
     if command not in commands:
         raise UsageError(
@@ -173,6 +183,14 @@ def _train(words: list[str]) -> int:
         if _is_first_process():
             print(f"{error}.", file=sys.stderr)
         return FAILED
+    return DONE
+
+
+def _compare(words: list[str]) -> int:
+    name, options = _recipe_and_options(words, "compare")
+    from pulseopt_hf.compare.command import compare
+
+    compare(name, options)
     return DONE
 
 

@@ -60,7 +60,7 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
     """
     training = resolved.training
     write = Lines(quiet=options.quiet, silent=training.process_index != 0)
-    _calm(resolved, options)
+    calm(resolved, options)
     path, checkpoint = _choose_folder(resolved, options, write)
     training.output_dir = str(path)
     set_seed(training.seed)
@@ -75,7 +75,7 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
         folder.write_recipe(path, resolved)
         folder.write_run(path, resolved, list(options.command), checkpoint)
         write.file = path / folder.LOG
-    trainer = _make_trainer(resolved, prepared, write)
+    trainer = make_trainer(resolved, prepared, write)
     if training.do_train:
         _train(trainer, resolved, checkpoint, write)
     if training.do_eval:
@@ -92,7 +92,7 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
     return results
 
 
-def _calm(resolved: Resolved, options: RunOptions) -> None:
+def calm(resolved: Resolved, options: RunOptions) -> None:
     """Leave the screen to the run's own lines."""
     training = resolved.training
     if "log_level" not in resolved.given:
@@ -164,7 +164,8 @@ def _check_episode_length(resolved: Resolved, prepared: tasks.Prepared) -> None:
         )
 
 
-def _make_trainer(resolved: Resolved, prepared: tasks.Prepared, write: Lines) -> PulseOptTrainer:
+def make_trainer(resolved: Resolved, prepared: tasks.Prepared, write: Lines) -> PulseOptTrainer:
+    """Build the Trainer of a recipe, with the callbacks that say how it gets on."""
     cls: Any = PulseOptSeq2SeqTrainer if resolved.recipe.task == "seq2seq" else PulseOptTrainer
     trainer: PulseOptTrainer = cls(
         prepared.model,

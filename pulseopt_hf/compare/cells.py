@@ -1,0 +1,151 @@
+"""One cell of a comparison: one method at one base LR with one seed, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pulseopt_hf.compare.methods import METHODS
+from pulseopt_hf.recipes.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to run. `learning_rate` is the base LR, `steps` what a static run would take."""
+
+    recipe: str
+    options: tuple[str, ...]
+    method: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{self.method}-{self.learning_rate:.6g}-{self.seed}"
+
+
+def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Run a cell in a process of its own, unless its file is there already.
+
+    Returns:
+        What the file holds: the cell, `loss_before`, `loss_after` (`None` where it is not finite),
+        `steps`, `paid_steps`, `seconds` and `peak_mib`.
+
+    Raises:
+        UsageError: the recipe or the method cannot be run.
+        RuntimeError: the process died.
+    """
+    file = folder / f"{cell.name}.json"
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("cell") == json.loads(json.dumps(asdict(cell))):
+            return found
+    import torch
+
+    # A fork spares the imports; CUDA does not survive one.
+    start = "spawn" if torch.cuda.is_available() else "fork"
+    context: Any = multiprocessing.get_context(start)
+    process = context.Process(target=_run, args=(cell, file))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.join()
+        raise
+    if not file.exists():
+        raise RuntimeError(f"the run {cell.name} died with exit code {process.exitcode}")
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if "error" in result:
+        file.unlink()
+        raise UsageError(*result["error"])
+    return result
+
+
+def _run(cell: Cell, file: Path) -> None:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = nowhere
+        try:
+            result = _train(cell)
+        except UsageError as error:
+            result = {"error": list(error.problems)}
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _train(cell: Cell) -> dict[str, Any]:
+    import torch
+    from transformers import set_seed
+
+    from pulseopt_hf.recipes import data, tasks
+    from pulseopt_hf.recipes.lines import Lines
+    from pulseopt_hf.recipes.parsing import resolve
+    from pulseopt_hf.recipes.running import RunOptions, calm, make_trainer
+
+    method = METHODS[cell.method]
+    words = [*cell.options, *method.words, "--learning_rate", repr(cell.learning_rate)]
+    words += ["--seed", str(cell.seed), "--save_strategy", "no", "--logging_strategy", "no"]
+    words += [
+        "--report_to",
+        "none",
+        "--load_best_model_at_end",
+        "false",
+        "--eval_on_start",
+        "false",
+    ]
+    evaluating = ["--eval_strategy", "no"]
+    if method.evaluations:
+        every = str(max(1, cell.steps // method.evaluations))
+        evaluating = ["--eval_strategy", "steps", "--eval_steps", every]
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = resolve(cell.recipe, [*words, *evaluating, "--output_dir", folder])
+        training = resolved.training
+        batch = training.train_batch_size * training.gradient_accumulation_steps
+        training.max_steps = cell.steps - method.paid_steps(batch)
+        calm(resolved, RunOptions(quiet=True))
+        set_seed(training.seed)
+        parts = data.load(resolved.recipe, training)
+        prepared = tasks.prepare(resolved.recipe, training, parts)
+        trainer = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
+        assert trainer.model is not None
+        if method.optimizer is not None:
+            parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+            trainer.optimizer = method.optimizer(parameters)
+        trainer.compute_metrics = None
+        before = _loss(trainer)
+        start = time.perf_counter()
+        # Too many skipped steps in a row end a run; what is left of it is not finite either.
+        with contextlib.suppress(RuntimeError):
+            trainer.train()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        finished = trainer.state.global_step == training.max_steps
+        return {
+            "cell": asdict(cell),
+            "loss_before": before,
+            "loss_after": _loss(trainer) if finished else None,
+            "steps": trainer.state.global_step,
+            "paid_steps": method.paid_steps(batch),
+            "seconds": round(seconds, 3),
+            "peak_mib": round(peak, 1),
+        }
+
+
+def _loss(trainer: Any) -> float | None:
+    loss = float(trainer.evaluate()["eval_loss"])
+    return loss if math.isfinite(loss) else None

@@ -1,0 +1,81 @@
+"""What is compared: each method as a user of it would set it up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pulseopt_hf.recipes.errors import UsageError
+
+# Probe rows of a calibration: at most 9 rungs and 8 rounds are usual, each measured once.
+_PROBES = 18
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        words: keys of a recipe, as the command line gives them.
+        about: what it is.
+        optimizer: makes its own optimizer from the model's parameters.
+        ignores_lr: whether the base LR means nothing to it.
+        evaluations: evaluations of the validation data that it steers by.
+        probes: probes of 64 training rows that it measures, to be paid for.
+    """
+
+    words: tuple[str, ...]
+    about: str
+    optimizer: Callable[[Any], Any] | None = None
+    ignores_lr: bool = False
+    evaluations: int = 0
+    probes: int = 0
+
+    def paid_steps(self, batch: int) -> int:
+        """Return the optimizer steps that its probes cost.
+
+        A row that goes forward alone costs a third of one that goes forward and backward.
+
+        Args:
+            batch: rows of an optimizer step.
+        """
+        return math.ceil(self.probes * 64 / 3 / batch)
+
+
+def _prodigy(parameters: Any) -> Any:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise UsageError("`prodigy` needs prodigyopt: pip install 'pulseopt-hf[peers]'.") from error
+    return Prodigy(parameters, lr=1.0, safeguard_warmup=True)
+
+
+_CONSTANT = ("--lr_candidates", "1.0")
+_ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
+
+METHODS = {
+    "static": Method(_CONSTANT, "the recipe's optimizer and schedule at this base LR"),
+    "random": Method((*_ARMS, "--control_mode", "random"), "arms 0.5, 1, 2 drawn at random"),
+    "published": Method(_ARMS, "arms 0.5, 1, 2 played by the bandit of pulseopt 0.3.0"),
+    "default": Method((), "the recipe as it stands"),
+    "calibrated": Method(
+        (*_CONSTANT, "--calibration", "ladder"), "one arm, scale calibrated", probes=_PROBES
+    ),
+    "greedy": Method(
+        (*_CONSTANT, "--lr_scheduler_type", "greedy"),
+        "Transformers' GreedyLR, with ten evaluations that it is not charged for",
+        evaluations=10,
+    ),
+    "schedule_free": Method(
+        (*_CONSTANT, "--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant"),
+        "schedule-free AdamW (Defazio et al., arXiv 2405.15682)",
+    ),
+    "prodigy": Method(
+        _CONSTANT,
+        "Prodigy at its own LR of 1 (Mishchenko and Defazio, arXiv 2306.06101)",
+        optimizer=_prodigy,
+        ignores_lr=True,
+    ),
+}

@@ -1,0 +1,114 @@
+"""`pulseopt-hf compare`: real runs of tiny models, and the arithmetic of the scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulseopt_hf.cli import main
+from pulseopt_hf.compare.methods import METHODS
+from pulseopt_hf.compare.scores import DIVERGED, score
+from tests.recipes.tiny import files_of
+
+
+def cell(method: str, lr: float, seed: int, loss: float | None, seconds: float = 1.0) -> Any:
+    return {
+        "cell": {"method": method, "learning_rate": lr, "seed": seed, "steps": 10},
+        "loss_before": 3.0,
+        "loss_after": loss,
+        "steps": 10,
+        "seconds": seconds,
+        "peak_mib": 100.0,
+    }
+
+
+def test_scores_by_hand() -> None:
+    static = [
+        cell("static", lr, s, loss) for s in (0, 1) for lr, loss in ((1e-4, 2.0), (1e-3, 1.0))
+    ]
+    far = [cell("static", 1e-6, s, 2.9) for s in (0, 1)]  # beyond a thirtieth of the tuned LR
+    new = [cell("new", 1e-4, s, 1.2 + 0.2 * s, 2.0) for s in (0, 1)]
+    new += [cell("new", 1e-3, s, None if s else 1.1, 2.0) for s in (0, 1)]
+    scores = score([*static, *far, *new])
+    assert (scores.tuned, scores.loss_before, scores.loss_tuned) == (1e-3, 3.0, 1.0)
+    one, other = scores.scores
+    assert (one.method, one.harm, one.robustness, one.worst) == ("static", 0.0, 0.25, 0.5)
+    assert other.harm == pytest.approx((0.05 + DIVERGED) / 2)
+    assert other.robustness == pytest.approx(((0.1 + 0.05) / 2 + (0.2 + DIVERGED) / 2) / 2)
+    assert other.low <= other.robustness <= other.high
+    assert other.seconds == pytest.approx(2.0)
+
+
+def test_a_loss_beyond_all_bounds_counts_as_diverged() -> None:
+    scores = score([cell("static", 1e-3, 0, 1.0), cell("static", 1e-2, 0, 1e9)])
+    assert scores.scores[0].worst == DIVERGED
+
+
+def test_nothing_to_measure_against_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs static runs"):
+        score([cell("new", 1e-3, 0, 1.0)])
+    with pytest.raises(ValueError, match="No static run learned anything"):
+        score([cell("static", 1e-3, 0, 3.5)])
+
+
+def test_probes_are_paid_for() -> None:
+    assert METHODS["static"].paid_steps(16) == 0
+    assert METHODS["calibrated"].paid_steps(16) == 24
+    assert METHODS["calibrated"].paid_steps(32) == 12
+
+
+def test_a_comparison_is_run_kept_and_written(
+    bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = files_of("cola", tmp_path)
+    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
+    words = ["compare", "glue/cola", "--model_name_or_path", bert, *files]
+    words += ["--use_cpu", "--per_device_train_batch_size", "16", "--out", str(tmp_path / "out")]
+    words += ["--steps", "180", "--seeds", "0", "--learning_rates", "3e-5,1e-3"]
+    assert main([*words, "--methods", "calibrated"]) == 0
+    shown = capsys.readouterr().out
+    assert "4/4  calibrated at 0.001, seed 0: eval loss" in shown
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    assert [row["method"] for row in content["scores"]["scores"]] == ["static", "calibrated"]
+    for result in content["cells"]:
+        # Probes are paid for in steps.
+        paid = 24 if result["cell"]["method"] == "calibrated" else 0
+        assert result["steps"] == 180 - paid
+    table = (tmp_path / "out/compare.md").read_text()
+    assert table in shown
+    assert "| calibrated |" in table
+
+    # Done cells are not run again, a lost one is.
+    cells = sorted((tmp_path / "out/cells").iterdir())
+    assert len(cells) == 4
+    cells[0].unlink()
+    before = {file: file.stat().st_mtime_ns for file in cells[1:]}
+    assert main([*words, "--methods", "calibrated"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in cells[1:]} == before
+    again = json.loads((tmp_path / "out/compare.json").read_text())
+    for one, other in zip(content["cells"], again["cells"], strict=True):
+        assert one["loss_after"] == other["loss_after"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "The recipe comes first"),
+        (["glue/cola", "--methods", "statik"], "`statik` is no method"),
+        (["glue/cola", "--seeds", "a"], "`--seeds` takes numbers"),
+        (["glue/cola", "--learning_rates", "nan"], "`--learning_rates` takes numbers"),
+        (["glue/cola", "--steps", "0"], "`--steps` must be at least 1"),
+        (["glue/cola", "--steps", "x"], "invalid int value"),
+        (["glue/colla"], "colla"),
+        (["glue/cola", "--lerning_rate", "1"], "`--lerning_rate` is no option"),
+    ],
+)
+def test_bad_usage(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words]) == 2
+    assert message in capsys.readouterr().err
