@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from pulseopt_hf.aees.state import StateDict
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.trainer.card import add_section
 from pulseopt_hf.trainer.patches import MethodPatches
 from pulseopt_hf.trainer.session import SESSIONS, PulseSession
 from pulseopt_hf.trainer.upstream import SAVE_CHECKPOINT
@@ -67,6 +68,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         patches.wrap(trainer, "train", lambda train: _closing(session, train))
         patches.wrap(trainer, "training_step", lambda step: _observing(session, step))
         patches.wrap(trainer, "log", lambda log: _logging(session, log))
+        patches.wrap(trainer, "create_model_card", lambda write: _adding(trainer, write))
         patches.wrap(trainer, SAVE_CHECKPOINT, lambda save: _agreeing(session, save))
         return self
 
@@ -160,6 +162,14 @@ def _logging(session: PulseSession, log: Any) -> Any:
         log(logs, *args, **kwargs)
 
     return log_with_pulse
+
+
+def _adding(trainer: Trainer, write_card: Any) -> Any:
+    def write_card_with_section(*args: Any, **kwargs: Any) -> None:
+        write_card(*args, **kwargs)
+        add_section(trainer)
+
+    return write_card_with_section
 
 
 def _agreeing(session: PulseSession, save: Any) -> Any:

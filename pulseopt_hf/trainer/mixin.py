@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.trainer.callback import PulseOptCallback
+from pulseopt_hf.trainer.card import add_section
 from pulseopt_hf.trainer.session import PulseSession
 
 
@@ -74,6 +75,11 @@ class PulseOptMixin:
         if "loss" in logs:
             logs = {**logs, **self._pulse.log_values()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card, with a section on the arms; see `Trainer.create_model_card`."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        add_section(self)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # See `upstream.SAVE_CHECKPOINT`.
