@@ -32,6 +32,7 @@ SETBACK = 0.01  # share of the first probe loss that a rung may lose, since some
 FADING = 0.5  # a rung has to gain this share of the best rung's
 WORTH = 0.05  # share of a duel's gain by which a larger LR has to win
 SAFETY = 0.4  # of the highest good rung, to train on
+TWO_DUELS = 450  # optimizer steps of a run that has both
 DUELS = (0.1, 0.22)  # shares of the run at which duels begin
 LADDER_END, DUEL_END = 0.4, 0.7  # shares of the run after which neither goes on
 WIDEST = 8.0  # times the LR that a duel began with
@@ -169,8 +170,8 @@ class Calibration:
 
     def _climb(self, step: int, before: list[float], scale: float, *, mark: bool) -> Order:
         self.phase, self.scale, self._before = "ladder", scale, before
-        pulse = self._pulse(75, 4, 16)
-        self._segment(step, max(2, pulse // 2) if self._is_scouting else pulse)
+        pulse = self._pulse(75, 8, 16)
+        self._segment(step, pulse // 2 if self._is_scouting else pulse)
         return Order(restore=None if mark else "start", mark=mark)
 
     @property
@@ -180,7 +181,7 @@ class Calibration:
 
     def _end_rung(self, step: int, now: list[float]) -> Order:
         fall, t = _fall(self._before, now)
-        gain = fall * self._pulse(75, 4, 16) / (self._end - self._start)
+        gain = fall * self._pulse(75, 8, 16) / (self._end - self._start)
         fades = self._best_gain > 0.004 * self._first and gain < FADING * self._best_gain
         harmful = fall < -2 * SETBACK * self._first or (
             t < -CLEAR and fall < -SETBACK * self._first
@@ -210,12 +211,13 @@ class Calibration:
     def _hold(self, step: int, scale: float, restore: str | None = None) -> Order:
         """Train on at `scale` until the next duel, or for good."""
         self.scale = min(max(scale, LOWEST_SCALE), HIGHEST_SCALE)
-        if self._duels == len(DUELS):
+        # The second duel of a short run would cost more than it wins.
+        if self._duels == (len(DUELS) if self.max_steps >= TWO_DUELS else 1):
             self.phase = "done"
             return Order(restore=restore, finished=True)
         self.phase = "hold"
         # At least a few steps, so that one that follows another is played from a settled state.
-        until = max(int(DUELS[self._duels] * self.max_steps), step + self._pulse(60, 6, 40) // 2)
+        until = max(int(DUELS[self._duels] * self.max_steps), step + self._pulse(60, 10, 40) // 2)
         self._segment(step, until - step)
         return Order(restore=restore)
 
@@ -229,7 +231,7 @@ class Calibration:
 
     def _play(self, step: int, scale: float, *, mark: bool = False, keep: bool = False) -> Order:
         self.phase, self.scale = "duel", scale
-        self._segment(step, self._pulse(60, 6, 40))
+        self._segment(step, self._pulse(60, 10, 40))
         return Order(keep=keep, restore=None if mark else "start", mark=mark)
 
     def _end_round(self, step: int, now: list[float]) -> Order:
