@@ -16,6 +16,7 @@ from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.trainer.calibration import PROBE_PARTS, Probe
 from tests.conftest import history, parameters_equal
 from tests.engines.ranks import run_ranks
+from tests.engines.trainers import Fp16PulseTrainer
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], calibration="ladder", episode_length=5)
 
@@ -142,3 +143,20 @@ def test_a_short_run_and_a_stream_say_why_not(
     trainer = make(tiny_model, Stream(), arguments)
     with pytest.raises(ValueError, match="not a stream"):
         trainer.train()
+
+
+@pytest.mark.parametrize("setting", ["bf16", "fp16", "accumulation"])
+def test_with_mixed_precision_and_accumulation(
+    tiny_model: Any, tiny_data: Any, arguments: Any, setting: str
+) -> None:
+    extra = {"bf16": setting == "bf16", "fp16": setting == "fp16"}
+    if setting == "accumulation":
+        extra = {"gradient_accumulation_steps": 2}
+    cls: Any = Fp16PulseTrainer if setting == "fp16" else PulseOptTrainer
+    args = arguments(max_steps=150, **extra)
+    trainer = cls(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
+    trainer.train()
+    trials = trainer.aees.get_logs()["calibration_trials"]
+    assert trials[-1]["phase"] == "duel"
+    assert trials[-1]["probe_after"] < trials[0]["probe_before"]
+    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == 150
