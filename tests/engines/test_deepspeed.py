@@ -402,6 +402,8 @@ def test_refusals_come_before_training(
         for knobs, message in (
             ({"noise_candidates": [0.1], "noise_mode": "relative"}, "must be 'absolute'"),
             ({"log_update_norm": True}, "`log_update_norm` to False"),
+            ({"divergence": "rollback"}, "`divergence` must be 'off' or 'cut'"),
+            ({"calibration": "ladder"}, "`calibration` must be 'off'"),
         ):
             config = PulseOptConfig(episode_length=2, **knobs)
             settings = arguments(deepspeed=engine(2))
