@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pulseopt_hf.compare.command import to_markdown
+from pulseopt_hf.compare.scores import score
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,3 +51,12 @@ def test_the_readmes_figures_are_those_of_the_committed_result() -> None:
     for name, row in result["variants"].items():
         pattern = rf"^{re.escape(name)} +{row['step_ratio']:.3f} x +{row['extra_peak_mib']:.0f} MiB"
         assert re.search(pattern, readme, re.MULTILINE), name
+
+
+def test_the_table_of_the_method_is_that_of_the_results() -> None:
+    content = json.loads((ROOT / "benchmarks/results/compare-quickstart-lm.json").read_text())
+    page = (ROOT / "docs/method.md").read_text()
+    scores = score(content["cells"])
+    assert to_markdown(content["recipe"], 600, 1, scores) in page
+    for cell in content["cells"]:
+        assert f" {cell['loss_after']:.3f} |" in page
