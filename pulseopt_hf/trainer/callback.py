@@ -12,6 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from pulseopt_hf.aees.state import StateDict
 from pulseopt_hf.config import PulseOptConfig
@@ -42,6 +43,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         """See the class."""
         self.config = config
         self.session: PulseSession | None = None
+        self._save_after_epoch = False
         # Set by Trainer on the instance it rebuilds from a checkpoint, see `_find_session`.
         self.saved_state: StateDict | None = None
 
@@ -102,6 +104,27 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         """Begin an optimizer step."""
         if self.session is not None:
             self.session.begin_step(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put off a checkpoint of an epoch's last step until the epoch's evaluation is done.
+
+        Resumed from one before it, Trainer would leave the evaluation out, and with it the random
+        numbers that its data loader draws: the run would not end as the uninterrupted one.
+        """
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if control.should_save and ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
+            control.should_save = False
+            self._save_after_epoch = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save what `on_step_end` put off; Trainer evaluates first."""
+        if self._save_after_epoch:
+            self._save_after_epoch = False
+            control.should_save = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

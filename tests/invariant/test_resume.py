@@ -224,3 +224,35 @@ def test_with_another_accumulation_the_arms_go_on(
     ours, theirs = resumed.aees.get_logs(), whole.aees.get_logs()
     assert ours["episode_start_steps"] == theirs["episode_start_steps"]
     assert ours["episode_rewards"][:2] == theirs["episode_rewards"][:2]
+
+
+def test_from_the_last_step_of_an_epoch_that_is_evaluated_at_its_end(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    """The checkpoint waits for the evaluation, which a resumed run would leave out."""
+    config = PulseOptConfig(**KNOBS)
+    settings = {
+        "eval_strategy": "epoch",
+        "save_strategy": "steps",
+        "save_steps": 9,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 24,
+    }
+
+    def make() -> PulseOptTrainer:
+        return PulseOptTrainer(
+            tiny_model(),
+            arguments(**settings),
+            train_dataset=tiny_data,
+            eval_dataset=tiny_data[:8],
+            pulse=config,
+        )
+
+    whole = make()
+    whole.train()
+    names = sorted(folder.name for folder in Path(whole.args.output_dir).glob("checkpoint-*"))
+    assert names == ["checkpoint-18", "checkpoint-24", "checkpoint-9"]
+    for step in (9, 18):
+        resumed = make()
+        resumed.train(resume_from_checkpoint=checkpoint(whole, step))
+        assert_same_end(resumed, whole)
