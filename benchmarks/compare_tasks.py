@@ -1,10 +1,13 @@
 """Compares the methods on tasks of different kinds, by `pulseopt-hf compare`.
 
 python benchmarks/compare_tasks.py --data FOLDER [--tasks sst2,...] [--methods ...] [--seeds 0,1,2]
+                                   [--write]
 
 FOLDER holds `glue/sst2`, `text/subj` and `text/mpqa` with a `train.csv` and a `validation.csv` of
 the columns `sentence` and `label`, and `wikitext2` with `train.txt` and `validation.txt`. The
-MiniLM weights come with the extra [demo]. What was run before is kept and not run again.
+MiniLM weights come with the extra [demo]. What was run before is kept in
+`--out` and not run again, so tasks may be run one by one. `--write` puts all that is there into
+`benchmarks/results`, which the table in docs/method.md is made from.
 """
 
 from __future__ import annotations
@@ -12,16 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from pulseopt_hf.cli import main as pulseopt_hf
+from pulseopt_hf.compare.scores import counts
 from pulseopt_hf.embedded import minilm_folder
+from pulseopt_hf.recipes.folder import versions
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OUT = Path("runs/compare-tasks")
 RESULTS = Path(__file__).parent / "results" / "compare-tasks.json"
 
-# Where a task's data lies, the layers of MiniLM that it trains, and base LRs half a decade apart
-# that hold thirty times more and less than the tuned one.
+# Where a task's data lies, the layers of MiniLM that it trains, and its base LRs. They are dense
+# around the tuned one only, to save time; the table says which of them count.
 TASKS = {
     "sst2": ("glue/sst2/{}.csv", 2, "1e-5,1e-4,3e-4,1e-3,1e-2"),
     "subj": ("text/subj/{}.csv", 2, "1e-5,1e-4,3e-4,1e-3,1e-2"),
@@ -41,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", default="600")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     for task in options.tasks.split(","):
         files, layers, learning_rates = TASKS[task]
@@ -62,12 +69,15 @@ def main() -> None:
         )
         if code:
             raise SystemExit(code)
-    summarise(options.out)
+    result = summarise(options.out)
+    print(to_markdown(result))
+    if options.write:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def summarise(folder: Path) -> None:
-    """Write the scores and losses of every task that was run into `benchmarks/results`."""
-    result = {}
+def summarise(folder: Path) -> dict[str, Any]:
+    """Return versions, and the command, scores and cells of every task that was run."""
+    tasks = {}
     for file in sorted(folder.glob("*/compare.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         cells = [
@@ -77,8 +87,40 @@ def summarise(folder: Path) -> None:
             }
             for cell in content["cells"]
         ]
-        result[file.parent.name] = {**content["scores"], "cells": cells}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        task = file.parent.name
+        tasks[task] = {"command": _command(task, cells), **content["scores"], "cells": cells}
+    packages = {name: version for name, version in versions().items() if name != "platform"}
+    return {"versions": packages, "tasks": tasks}
+
+
+def _command(task: str, cells: list[dict[str, Any]]) -> str:
+    words = ["python benchmarks/compare_tasks.py --data FOLDER --tasks", task]
+    for option, key in (("methods", "method"), ("learning_rates", "learning_rate")):
+        words += [f"--{option}", ",".join(dict.fromkeys(_short(cell[key]) for cell in cells))]
+    words += ["--seeds", ",".join(dict.fromkeys(str(cell["seed"]) for cell in cells))]
+    return " ".join([*words, "--steps", str(cells[0]["steps"])])
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return a table with a row for each task and method of what `summarise` returned."""
+    lines = [
+        "| task | seeds | tuned | base LRs that count | method | robustness | worst | harm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task, content in result["tasks"].items():
+        tuned, cells = content["tuned"], content["cells"]
+        seeds = len({cell["seed"] for cell in cells})
+        near = sorted({c["learning_rate"] for c in cells if counts(c["learning_rate"], tuned)})
+        for row in content["scores"]:
+            lines.append(
+                f"| {task} | {seeds} | {tuned:g} | {near[0]:g} to {near[-1]:g} | {row['method']} | "
+                f"{row['robustness']:.3f} | {row['worst']:.3f} | {row['harm']:+.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def first_layers(layers: int, folder: Path) -> Path:

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from benchmarks import compare_tasks
 from pulseopt_hf.compare.command import to_markdown
 from pulseopt_hf.compare.scores import score
 
@@ -60,3 +62,30 @@ def test_the_table_of_the_method_is_that_of_the_results() -> None:
     assert to_markdown(content["recipe"], 600, 1, scores) in page
     for cell in content["cells"]:
         assert f" {cell['loss_after']:.3f} |" in page
+
+
+def test_the_table_of_tasks_is_that_of_the_results() -> None:
+    result = json.loads(compare_tasks.RESULTS.read_text())
+    assert set(result["tasks"]) == set(compare_tasks.TASKS)
+    for content in result["tasks"].values():
+        cells = [{**cell, "cell": cell, "peak_mib": 0.0} for cell in content["cells"]]
+        scores = asdict(score(cells))["scores"]
+        for row, found in zip(scores, content["scores"], strict=True):
+            assert (row["robustness"], row["worst"], row["harm"]) == pytest.approx(
+                (found["robustness"], found["worst"], found["harm"])
+            )
+    assert compare_tasks.to_markdown(result) in (ROOT / "docs/method.md").read_text()
+
+
+def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(tmp_path), "--tasks", "sentences", "--methods", "static"]
+    words += ["--learning_rates", "1e-2", "--seeds", "0", "--steps", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["compare_tasks.py", *words])
+    before = compare_tasks.RESULTS.read_text()
+    compare_tasks.main()
+    assert "| sentences | 1 | 0.01 | 0.01 to 0.01 | static | 0.000 |" in capsys.readouterr().out
+    assert compare_tasks.RESULTS.read_text() == before
+    command = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]["command"]
+    assert command.endswith("--methods static --learning_rates 0.01 --seeds 0 --steps 4")

@@ -83,7 +83,7 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
     scores = []
     for method in dict.fromkeys(r["cell"]["method"] for r in results):
         own = _of(results, method)
-        near = [r for r in own if 0.99 / SPAN <= r["cell"]["learning_rate"] / tuned <= SPAN * 1.01]
+        near = [r for r in own if counts(r["cell"]["learning_rate"], tuned)]
         by_seed: dict[int, list[float]] = {}
         by_lr: dict[float, list[float]] = {}
         for result in near:
@@ -105,6 +105,11 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
             )
         )
     return Scores(tuned, loss_before, loss_tuned, scores)
+
+
+def counts(learning_rate: float, tuned: float) -> bool:
+    """Whether a base LR lies within `SPAN` of the tuned one, give or take 1 % for rounded grids."""
+    return 0.99 / SPAN <= learning_rate / tuned <= SPAN * 1.01
 
 
 def _of(results: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
