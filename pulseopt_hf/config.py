@@ -30,7 +30,7 @@ class PulseOptKnobs:
     """The knobs, as fields that a config and a set of training arguments share."""
 
     lr_candidates: list[float] = _knob(
-        [0.5, 1.0, 2.0],
+        [1.0],
         "Learning-rate multipliers to choose from; each > 0. One value is a constant.",
     )
     noise_candidates: list[float] = _knob(
@@ -48,17 +48,23 @@ class PulseOptKnobs:
         "Optimizer steps in an episode, >= 1. Unset, Trainer derives it from the length of the "
         "run: 10 episodes for every arm, within 5 to 100 steps.",
     )
-    calibration: Literal["off", "ladder"] = _knob(
-        "off",
-        "`ladder` finds the scale of the LR during the first quarter of training, from loss "
-        "measured on a probe of the training data; in place of the schedule's warm-up. Under a "
-        "Trainer only; needs 150 optimizer steps and, in host memory, two copies of the trained "
-        "parameters with their optimizer state.",
+    calibration: Literal["auto", "trust_region", "off"] = _knob(
+        "auto",
+        "`trust_region` finds the scale of the LR in the first steps of training: single trial "
+        "steps, each put back, show how large a step may be before the loss of training rows or "
+        "the weights move too far. Under a Trainer only; needs 50 optimizer steps and, in host "
+        "memory while it lasts, a copy of the trained parameters. `auto` does the same where it "
+        "can, and else logs why not. `off` takes the base LR as it is.",
     )
     control_mode: Literal["adaptive", "random"] = _knob(
         "adaptive",
         "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
         "a comparison.",
+    )
+    bandit: Literal["scaled_ucb", "discounted_ucb"] = _knob(
+        "scaled_ucb",
+        "`scaled_ucb`: explores in proportion to the spread of the rewards seen, which are measured "
+        "from their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
     )
     structured_control_mode: Literal["independent", "conditional"] = _knob(
         "independent",
@@ -135,7 +141,11 @@ class PulseOptConfig(PulseOptKnobs):
 
         Those defaults hold both axes constant: name `lr_candidates` or `noise_candidates`.
         """
-        defaults: dict[str, Any] = {"lr_candidates": [1.0], "episode_length": 100}
+        defaults: dict[str, Any] = {
+            "calibration": "off",
+            "bandit": "discounted_ucb",
+            "episode_length": 100,
+        }
         return cls(**{**defaults, **overrides})
 
     @classmethod
@@ -271,8 +281,9 @@ def _is_finite(value: object) -> bool:
 
 _CHOICES = {
     "noise_mode": ("absolute", "relative"),
-    "calibration": ("off", "ladder"),
+    "calibration": ("auto", "trust_region", "off"),
     "control_mode": ("adaptive", "random"),
+    "bandit": ("scaled_ucb", "discounted_ucb"),
     "structured_control_mode": ("independent", "conditional"),
     "context_mode": ("none", "trend"),
     "nonfinite": ("skip", "raise"),

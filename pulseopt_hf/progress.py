@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a line for every episode."""
+"""What a person watching a run sees: a line for every trial step and every episode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pulseopt_hf.optim import AEES
 
 
 class EpisodeLines(TrainerCallback):
-    """Prints a line when an episode ends, above a progress bar where there is one.
+    """Prints a line for a calibration's trial steps and when an episode ends.
+
+    Above a progress bar where there is one.
 
     Args:
         trainer: a Trainer with AEES.
@@ -24,13 +26,37 @@ class EpisodeLines(TrainerCallback):
         self._trainer = trainer
         self._write = write
         self._printed = 0
+        self._trials = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Pass over the episodes of a checkpoint that is resumed."""
+        """Pass over what a checkpoint that is resumed has seen."""
         aees = self._aees()
         self._printed = 0 if aees is None else len(aees.controller.records)
+        search = None if aees is None else aees.calibration
+        self._trials = 0 if search is None else len(search.trials)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the trial that was judged before this step, if one was."""
+        aees = self._aees()
+        search = None if aees is None else aees.calibration
+        if search is None or not state.is_world_process_zero:
+            return
+        for trial in search.trials[self._trials :]:
+            self._trials += 1
+            self._write(
+                f"trial {self._trials:>2}  step {trial.step:>3}  "
+                f"LR x{trial.scale:<7.3g} = {trial.scale * args.learning_rate:.2e}  "
+                f"moved losses by {trial.loss_movement:.2%}, weights by {trial.weight_movement:.2%}"
+            )
+            if search.is_done and self._trials == len(search.trials):
+                self._write(
+                    f"calibrated: learning rate {search.scale * args.learning_rate:.2e}, "
+                    f"{search.scale:.3g} times the base LR of {args.learning_rate:.2e}"
+                )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

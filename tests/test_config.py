@@ -17,7 +17,8 @@ from pulseopt_hf import AEES, PulseOptConfig
 BAD: list[tuple[str, Any, str]] = [
     ("divergence", "undo", "one of 'off', 'cut', 'rollback', got 'undo'"),
     ("divergence_factor", 1.0, "number > 1, got 1.0"),
-    ("calibration", "tournament", "one of 'off', 'ladder', got 'tournament'"),
+    ("calibration", "ladder", "one of 'auto', 'trust_region', 'off', got 'ladder'"),
+    ("bandit", "ucb", "one of 'scaled_ucb', 'discounted_ucb', got 'ucb'"),
     ("lr_candidates", [], "at least one value"),
     ("lr_candidates", [1.0, 1.0], "different values, got [1.0, 1.0]"),
     ("lr_candidates", [0.5, 0.0], "numbers > 0, got 0.0"),

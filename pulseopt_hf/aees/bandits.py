@@ -23,6 +23,9 @@ from pulseopt_hf.aees.state import (
 
 DISCOUNT = 0.95  # of past plays and rewards, at every update
 EXPLORATION = 1.0  # weight `c` of the confidence bonus
+SCALED_EXPLORATION = 0.5  # the same of `ScaledUCB`, in standard deviations of the reward
+FIRST_PLAYS = 2  # of every arm, without which `ScaledUCB` knows no spread
+MEAN_DISCOUNT = 0.9  # of past rewards in the running mean over all arms
 TIE = 1e-12  # scores this close count as equal
 
 BanditFactory: TypeAlias = "Callable[[int, int | None], Bandit]"
@@ -146,6 +149,103 @@ class DiscountedUCB(Bandit):
             raise StateError(f"`counts` must not be negative, got {shorten(counts)}.")
         super().load_state_dict(state)
         self.counts, self.sums = counts, sums
+
+
+class ScaledUCB(Bandit):
+    """Discounted UCB whose bonus is in the unit of the rewards, measured from their running mean.
+
+    The published bonus is far larger than real rewards differ, so that it plays all arms alike.
+    Here it is scaled by the spread of the rewards seen:
+
+        argmax  S / N + c * sigma * sqrt(ln(sum N + 1) / N),   c = 0.5,
+
+    with N and S discounted as in `DiscountedUCB`, and sigma^2 the discounted variance of rewards
+    within arms, as in UCB-V (Audibert, Munos and Szepesvari, "Exploration-exploitation tradeoff
+    using variance estimates in multi-armed bandits", 2009) but shared by all arms. S sums rewards
+    less their running mean over all arms, since the loss falls more slowly as training goes on and
+    whatever was played first would look better. Every arm is played twice before.
+    """
+
+    kind = "scaled_ucb"
+
+    def __init__(self, arms: int, seed: int | None) -> None:
+        """See `Bandit`."""
+        super().__init__(arms, seed)
+        self.plays = [0] * arms
+        self.counts = [0.0] * arms
+        self.sums = [0.0] * arms
+        self.squares = [0.0] * arms
+        self.mean = 0.0  # running mean of rewards over all arms
+        self._weight = 0.0  # of that mean
+
+    def select(self, context: str | None = None) -> int:
+        """See `Bandit`."""
+        fewest = min(self.plays)
+        if fewest < FIRST_PLAYS:
+            return self._rng.choice([arm for arm, n in enumerate(self.plays) if n == fewest])
+        log_total = math.log(sum(self.counts) + 1.0)
+        bonus = SCALED_EXPLORATION * self.spread()
+        scores = [
+            total / count + bonus * math.sqrt(log_total / count)
+            for total, count in zip(self.sums, self.counts, strict=True)
+        ]
+        best = max(scores)
+        return self._rng.choice([arm for arm, score in enumerate(scores) if best - score <= TIE])
+
+    def spread(self) -> float:
+        """Return the standard deviation of rewards within arms, dimensionless."""
+        within = sum(
+            max(square - total * total / count, 0.0)
+            for square, total, count in zip(self.squares, self.sums, self.counts, strict=True)
+            if count > 0.0
+        )
+        return math.sqrt(within / max(sum(self.counts) - self.arms, 0.5))
+
+    def update(self, arm: int, reward: float, context: str | None = None) -> None:
+        """See `Bandit`."""
+        centred = reward - self.mean if self._weight > 0.0 else 0.0
+        self._weight = MEAN_DISCOUNT * self._weight + 1.0
+        self.mean += (reward - self.mean) / self._weight
+        for values in (self.counts, self.sums, self.squares):
+            for index in range(self.arms):
+                values[index] *= DISCOUNT
+        self.plays[arm] += 1
+        self.counts[arm] += 1.0
+        self.sums[arm] += centred
+        self.squares[arm] += centred * centred
+
+    def adopt(self, other: ScaledUCB) -> None:
+        """Start from what another bandit has learned, keeping one's own generator."""
+        self.plays, self.counts = list(other.plays), list(other.counts)
+        self.sums, self.squares = list(other.sums), list(other.squares)
+        self.mean, self._weight = other.mean, other._weight
+
+    def state_dict(self) -> StateDict:
+        """See `Bandit`."""
+        return {
+            **super().state_dict(),
+            "plays": list(self.plays),
+            "counts": list(self.counts),
+            "sums": list(self.sums),
+            "squares": list(self.squares),
+            "mean": self.mean,
+            "weight": self._weight,
+        }
+
+    def load_state_dict(self, state: object) -> None:
+        """See `Bandit`."""
+        plays = field(state, "plays", list_of(integer, self.arms))
+        numbers = [
+            field(state, name, list_of(number, self.arms)) for name in ("counts", "sums", "squares")
+        ]
+        mean, weight = field(state, "mean", number), field(state, "weight", number)
+        if weight < 0.0 or any(value < 0.0 for value in (*numbers[0], *numbers[2])):
+            raise StateError("`counts`, `squares` and `weight` must not be negative.")
+        if any(n > 0 and count == 0.0 for n, count in zip(plays, numbers[0], strict=True)):
+            raise StateError("An arm that was played must have a count above 0.")
+        super().load_state_dict(state)
+        self.plays, (self.counts, self.sums, self.squares) = plays, numbers
+        self.mean, self._weight = mean, weight
 
 
 class RandomBandit(Bandit):

@@ -1,7 +1,7 @@
-"""Calibration: finds the scale of the learning rate while training begins. Standard library only.
+"""Calibration: finds the scale of the learning rate by single trial steps. Standard library only.
 
-The search knows nothing of models. Whoever trains measures the probe's loss at the end of every
-segment, hands it to `advance`, and does as the returned order says.
+The search knows nothing of models. Whoever trains takes the trial steps, measures how far each one
+moved the probe's losses and the weights, hands that to `advance`, and does as the order says.
 """
 
 from __future__ import annotations
@@ -17,109 +17,116 @@ from pulseopt_hf.aees.state import (
     integer,
     list_of,
     number,
-    optional,
     text,
 )
 
-SHORTEST_RUN = 150  # optimizer steps; a shorter run has no time for a search
-FIRST_SCALE = 1.0 / 300.0  # of the base LR, where the ladder begins
-RUNG, LEAP = 3.0, 9.0  # factor from rung to rung, and where a rung hardly moved the loss
-LOWEST_SCALE, HIGHEST_SCALE = 1e-8, 1e6
-MOST_RUNGS = 16
-CLEAR = 2.0  # Student's t over the probe's parts from which on a difference counts
-HARM = 2.5  # the same for a duel to look at smaller LRs
-SETBACK = 0.01  # share of the first probe loss that a rung may lose, since some starts are slow
-FADING = 0.5  # a rung has to gain this share of the best rung's
-WORTH = 0.05  # share of a duel's gain by which a larger LR has to win
-SAFETY = 0.4  # of the highest good rung, to train on
-TWO_DUELS = 450  # optimizer steps of a run that has both
-DUELS = (0.1, 0.22)  # shares of the run at which duels begin
-LADDER_END, DUEL_END = 0.4, 0.7  # shares of the run after which neither goes on
-WIDEST = 8.0  # times the LR that a duel began with
-NOT_FINITE = 1e9  # stands for a probe loss that is NaN or infinite
+SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
+LOSS_RADIUS = 0.05  # share of the probe's mean loss by which one step may move the loss of a row
+WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
+FIRST_SCALE = 1.0 / 300.0  # of the base LR, where the trial steps begin
+LOWEST_SCALE, HIGHEST_SCALE = 1e-8, 1e8
+GROWTH = 100.0  # most that a scale is multiplied by from one trial step to the next
+RETREAT = 30.0  # divisor after a step whose losses are not finite
+READABLE = 0.2  # share of a radius that a movement must reach to be believed
+TRUSTED = 3  # trial steps near the scale found that end the search
+NEAR = 3.0  # factor within which a trial step's scale counts as near
+MOST_TRIALS = 12
+RAMP = 0.05  # share of the run in which the LR rises, where the schedule has no warm-up
 
-_PHASES = ("start", "ladder", "hold", "duel", "done")
+_PHASES = ("start", "trials", "done")
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far one trial step went.
+
+    Attributes:
+        losses: the probe's loss after it, row by row, shape (n,), in the training loss's unit.
+        weights: norm of the change of the weights over the norm of the weights; 0 where unknown.
+    """
+
+    losses: Sequence[float]
+    weights: float
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to do with the parameters at the end of a segment, in this order.
+    """What to do with the parameters before the next step.
 
     Attributes:
-        keep: copy them as the best so far.
-        restore: put a copy back: `start`, the segment's, or `best`.
-        mark: copy them as the start of what comes.
-        finished: no copy will be asked for again.
+        mark: copy them as the origin.
+        restore: put the origin back.
+        finished: the origin will not be asked for again.
     """
 
-    keep: bool = False
-    restore: str | None = None
     mark: bool = False
+    restore: bool = False
     finished: bool = False
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One segment that was tried out. Losses are means over the probe, in the training loss's unit.
+    """One trial step.
 
     Attributes:
-        phase: `ladder` or `duel`.
         scale: factor on the base LR.
-        probe_before: the probe's loss at its start.
-        probe_after: the same at its end.
+        loss_movement: root mean square of the change of the rows' losses, as a share of their mean
+            before. Infinite losses count as 1e9.
+        weight_movement: see `Movement.weights`.
+        probe_before: mean loss of the probe before it, in the training loss's unit.
+        probe_after: the same after it.
         kept: whether training went on from its end.
-        start_step: global step of its first optimizer step.
-        end_step: global step after its last.
+        step: global step of the trial.
     """
 
-    phase: str
     scale: float
+    loss_movement: float
+    weight_movement: float
     probe_before: float
     probe_after: float
     kept: bool
-    start_step: int
-    end_step: int
+    step: int
 
 
 class Calibration:
-    """Finds a factor on the base LR, in a ladder and two duels.
+    """Finds the factor on the base LR at which one step stays within a trust region.
 
-    The ladder climbs from 1/300 of the base LR in pulses of a few steps on one trajectory, each
-    three times as high as the one before, for as long as the probe's loss falls at least half as
-    much as in the best pulse. A pulse that does less is undone and ends it. Training goes on at
-    two fifths of the highest good rung. At 10 % and 22 % of the run a duel plays the LR against
-    twice itself from one snapshot, and against four and eight times if that wins; training goes on
-    from the winner's end. Where the LR does harm, the duel plays its half instead.
+    Every trial takes one optimizer step from the same parameters, those before training, with a
+    batch of its own. It moves the loss of each row of a probe, and the weights. With a step's
+    movement r of the losses (the root mean square over rows, relative to their mean) and w of the
+    weights (relative to their norm), a trial at scale s says that the largest scale allowed is
 
-    In a pulse the LR falls to zero over its second half, since a smaller LR always looks better
-    for a moment: it removes noise that the end of the run removes anyway. Differences are counted
-    in standard errors over the probe's parts, which are paired.
+        s * min(LOSS_RADIUS / r, WEIGHT_RADIUS / w)
 
-    The ladder is a learning-rate range test (Smith, arXiv 1506.01186) on the training run itself;
-    duels from a snapshot are those of AutoLRS (Jin et al., ICLR 2021), without a model of the loss.
+    because for small s both grow in proportion. The search starts far below the base LR, jumps to
+    what the last trial allows, and ends with three trials near the smallest scale allowed by any.
+    The smallest, since a batch that happens to be balanced hardly moves the probe. Training begins
+    from the last trial's end, with a warm-up.
+
+    That the step of a well-chosen LR moves what the model computes by a set amount, whatever its
+    width, is the condition of maximal-update parametrisation (Yang et al., "Tensor Programs V",
+    2022, arXiv 2203.03466); here it is measured instead of derived. Unlike a range test (Smith,
+    arXiv 1506.01186) it does not wait for the loss to fall, which in a fine-tuning can take longer
+    than any search may last.
 
     Args:
         max_steps: optimizer steps of the run, >= `SHORTEST_RUN`.
+        ramp: whether the LR rises over the first `RAMP` of the run after the search; for schedules
+            without a warm-up of their own.
     """
 
-    def __init__(self, max_steps: int) -> None:
+    def __init__(self, max_steps: int, *, ramp: bool = True) -> None:
         """See the class."""
         if max_steps < SHORTEST_RUN:
             raise ValueError(f"Calibration needs {SHORTEST_RUN} optimizer steps, got {max_steps}.")
         self.max_steps = max_steps
+        self.ramp = ramp
         self.phase = "start"
-        self.scale = FIRST_SCALE  # of the segment that runs
+        self.scale = FIRST_SCALE  # of the trial that runs, and in the end the one found
         self.trials: list[Trial] = []
-        self._start = self._end = 0  # global steps of the segment
-        self._before: list[float] = []  # probe losses at its start
-        self._first = 0.0  # mean probe loss before training
-        self._good: float | None = None  # highest good rung
-        self._best_gain = 0.0  # of a rung, per full pulse
-        self._leapt_back = False
-        self._duels = 0  # begun
-        self._center: float | None = None  # scale that the duel began with
-        self._winner: list[float] = []  # probe losses of the best arm of the duel
-        self._winner_scale: float | None = None
+        self.probes = 0  # times that the probe was measured
+        self._step = 0  # global step of the trial that runs, or of the first step after the search
+        self._origin: list[float] = []  # the probe's losses before training
 
     @property
     def is_done(self) -> bool:
@@ -128,177 +135,102 @@ class Calibration:
 
     def is_due(self, step: int) -> bool:
         """Whether the probe is to be measured before the optimizer step `step`."""
-        return not self.is_done and step >= self._end
+        return self.phase == "start" or (self.phase == "trials" and step > self._step)
 
-    def needs(self, name: str) -> bool:
-        """Whether the copy `start` or `best` may still be asked for."""
-        if name == "start":
-            return self.phase in ("ladder", "duel")
-        return self.phase == "duel" and bool(self._winner)
+    def postpone(self, step: int) -> None:
+        """Take the trial again in optimizer step `step`, since its own was skipped."""
+        self._step = step
 
     def multiplier(self, step: int) -> float:
         """Return the factor on the base LR in optimizer step `step`."""
-        if self.phase not in ("ladder", "duel"):
+        if not self.is_done or not self.ramp:
             return self.scale
-        length, done = self._end - self._start, step - self._start
-        half = length // 2
-        if done < half:
-            return self.scale
-        return self.scale * (length - done) / (length - half + 1)
+        rise = max(1, int(RAMP * self.max_steps))
+        return self.scale * min(1.0, (step - self._step + 1) / rise)
 
-    def advance(self, step: int, losses: Sequence[float]) -> Order:
-        """End the segment before optimizer step `step` and begin the next.
+    def begin(self, step: int, losses: Sequence[float]) -> Order:
+        """Begin the search before optimizer step `step`.
 
         Args:
-            step: global step, >= the segment's end.
-            losses: the probe's loss now, part by part, shape (k,), k >= 2, the same parts always.
+            step: global step, >= 0.
+            losses: the probe's loss row by row, shape (n,), n >= 2.
 
         Returns:
             What to do with the parameters before that step.
         """
-        now = [x if abs(x) < NOT_FINITE else NOT_FINITE for x in losses]  # NaN is below nothing
-        if self.phase == "start":
-            self._first = _mean(now)
-            return self._climb(step, now, FIRST_SCALE, mark=True)
-        if self.phase == "ladder":
-            return self._end_rung(step, now)
-        if self.phase == "hold":
-            return self._begin_duel(step, now)
-        return self._end_round(step, now)
+        self._origin = _finite(losses)
+        self.probes += 1
+        self.phase, self._step = "trials", step
+        return Order(mark=True)
 
-    # The ladder.
+    def advance(self, step: int, moved: Movement) -> Order:
+        """End a trial before optimizer step `step`, and begin the next or end the search.
 
-    def _climb(self, step: int, before: list[float], scale: float, *, mark: bool) -> Order:
-        self.phase, self.scale, self._before = "ladder", scale, before
-        pulse = self._pulse(75, 8, 16)
-        self._segment(step, pulse // 2 if self._is_scouting else pulse)
-        return Order(restore=None if mark else "start", mark=mark)
+        Args:
+            step: global step, one more than the trial's or later.
+            moved: how far the trial's step went; as many losses as `begin` was given.
 
-    @property
-    def _is_scouting(self) -> bool:
-        """Whether rungs still hardly move the loss, so that half a pulse shows as much."""
-        return self._best_gain < 0.002 * self._first
+        Returns:
+            What to do with the parameters before that step.
+        """
+        self.probes += 1
+        now, before = _finite(moved.losses), _mean(self._origin)
+        change = _mean([(b - a) ** 2 for a, b in zip(self._origin, now, strict=True)])
+        # A mean loss of zero has no shares; a loss is then measured in its own unit.
+        movement = math.sqrt(change) / (abs(before) or 1.0)
+        trial = Trial(self.scale, movement, moved.weights, before, _mean(now), False, self._step)
+        self.trials.append(trial)
+        allowed = self._allowed()
+        if self._is_settled(allowed) or len(self.trials) >= MOST_TRIALS:
+            return self._finish(step, allowed)
+        self.scale = _bounded(self._next(trial, allowed))
+        self._step = step
+        return Order(restore=True)
 
-    def _end_rung(self, step: int, now: list[float]) -> Order:
-        fall, t = _fall(self._before, now)
-        gain = fall * self._pulse(75, 8, 16) / (self._end - self._start)
-        fades = self._best_gain > 0.004 * self._first and gain < FADING * self._best_gain
-        harmful = fall < -2 * SETBACK * self._first or (
-            t < -CLEAR and fall < -SETBACK * self._first
-        )
-        late = step >= LADDER_END * self.max_steps or len(self.trials) + 1 >= MOST_RUNGS
-        bad = harmful or (fades and self._good is not None)
-        self._note(now, kept=not bad, step=step)
-        if bad and self._good is None:
-            if late or self.scale / LEAP < LOWEST_SCALE:
-                return self._hold(step, self.scale / LEAP, restore="start")
-            return self._climb(step, self._before, self.scale / LEAP, mark=False)
-        if bad:
-            assert self._good is not None
-            if self.scale > RUNG * self._good * 1.5 and not self._leapt_back and not late:
-                self._leapt_back = True
-                return self._climb(step, self._before, self._good * RUNG, mark=False)
-            return self._hold(step, SAFETY * self._good, restore="start")
-        self._good = self.scale
-        if t > CLEAR:
-            self._best_gain = max(self._best_gain, gain)
-        if self._leapt_back or late or self.scale * RUNG > HIGHEST_SCALE:
-            return self._hold(step, SAFETY * self._good)
-        # Unclear at first means too small to see; unclear later may be a slow start.
-        leaps = self._is_scouting and (t > CLEAR or len(self.trials) < 3) and len(self.trials) < 6
-        return self._climb(step, now, self.scale * (LEAP if leaps else RUNG), mark=True)
+    def _allowed(self) -> float | None:
+        """Return the smallest scale that a trial allows, of those that moved anything readably."""
+        scales = [_largest(trial) for trial in self.trials if _is_readable(trial)]
+        return min(scales, default=None)
 
-    def _hold(self, step: int, scale: float, restore: str | None = None) -> Order:
-        """Train on at `scale` until the next duel, or for good."""
-        self.scale = min(max(scale, LOWEST_SCALE), HIGHEST_SCALE)
-        # The second duel of a short run would cost more than it wins.
-        if self._duels == (len(DUELS) if self.max_steps >= TWO_DUELS else 1):
-            self.phase = "done"
-            return Order(restore=restore, finished=True)
-        self.phase = "hold"
-        # At least a few steps, so that one that follows another is played from a settled state.
-        until = max(int(DUELS[self._duels] * self.max_steps), step + self._pulse(60, 10, 40) // 2)
-        self._segment(step, until - step)
-        return Order(restore=restore)
+    def _is_settled(self, allowed: float | None) -> bool:
+        if allowed is None:
+            return False
+        near = [t for t in self.trials if allowed / NEAR <= t.scale <= allowed * NEAR]
+        # Without a smaller one it is not known that movements still grow with the scale.
+        smaller = any(trial.scale < allowed / NEAR for trial in self.trials)
+        return smaller and len(near) >= TRUSTED
 
-    # Duels.
+    def _next(self, trial: Trial, allowed: float | None) -> float:
+        if allowed is None:
+            return trial.scale * min(GROWTH, max(NEAR, _largest(trial) / trial.scale))
+        if not any(other.scale < allowed / NEAR for other in self.trials):
+            return min(other.scale for other in self.trials) / RETREAT
+        return allowed
 
-    def _begin_duel(self, step: int, now: list[float]) -> Order:
-        self._duels += 1
-        self._center, self._before = self.scale, now
-        self._winner, self._winner_scale = [], self.scale
-        return self._play(step, self.scale, mark=True)
+    def _finish(self, step: int, allowed: float | None) -> Order:
+        """Take the scale found, or the base LR if no step moved anything.
 
-    def _play(self, step: int, scale: float, *, mark: bool = False, keep: bool = False) -> Order:
-        self.phase, self.scale = "duel", scale
-        self._segment(step, self._pulse(60, 10, 40))
-        return Order(keep=keep, restore=None if mark else "start", mark=mark)
-
-    def _end_round(self, step: int, now: list[float]) -> Order:
-        assert self._center is not None
-        assert self._winner_scale is not None
-        if not self._winner:  # the LR as it was has been played
-            harmful = _fall(self._before, now)[1] < -HARM
-            self._winner = now
-            self._note(now, kept=True, step=step)
-            return self._play(step, self._center * (0.5 if harmful else 2.0), keep=True)
-        wins = self._wins(now)
-        self._note(now, kept=wins, step=step)
-        if not wins:
-            return self._hold(step, self._winner_scale, restore="best")
-        # Whatever was kept before is superseded.
-        self._disown_former_winner()
-        self._winner, self._winner_scale = now, self.scale
-        further = 2.0 * self.scale
-        if (
-            self.scale < self._center
-            or further > WIDEST * self._center
-            or step >= DUEL_END * self.max_steps
-        ):
-            return self._hold(step, self.scale)
-        return self._play(step, further, keep=True)
-
-    def _wins(self, now: list[float]) -> bool:
-        """Whether the arm just played beats the best before, and has gained at all."""
-        lead, t = _fall(self._winner, now)
-        gain, gain_t = _fall(self._before, now)
-        return t > CLEAR and gain_t > CLEAR and lead > WORTH * max(gain, 0.0)
-
-    def _disown_former_winner(self) -> None:
-        for index in range(len(self.trials) - 2, -1, -1):
-            trial = self.trials[index]
-            if trial.phase == "duel" and trial.kept:
-                self.trials[index] = Trial(**{**asdict(trial), "kept": False})
-                return
-
-    def _pulse(self, share: int, shortest: int, longest: int) -> int:
-        return min(max(self.max_steps // share, shortest), longest)
-
-    def _segment(self, step: int, length: int) -> None:
-        self._start, self._end = step, step + length
-
-    def _note(self, now: list[float], *, kept: bool, step: int) -> None:
-        self.trials.append(
-            Trial(self.phase, self.scale, _mean(self._before), _mean(now), kept, self._start, step)
-        )
+        The last trial's step stays where it was not much larger than allowed.
+        """
+        last = self.trials[-1]
+        self.scale = 1.0 if allowed is None else _bounded(allowed)
+        keeps = max(_shares(last)) <= NEAR
+        if keeps:
+            self.trials[-1] = Trial(**{**asdict(last), "kept": True})
+        self.phase, self._step = "done", step
+        self._origin = []
+        return Order(restore=not keeps, finished=True)
 
     def state_dict(self) -> StateDict:
         """Return all that later decisions depend on, as JSON."""
         return {
             "max_steps": self.max_steps,
+            "ramp": self.ramp,
             "phase": self.phase,
             "scale": self.scale,
-            "start": self._start,
-            "end": self._end,
-            "before": list(self._before),
-            "first": self._first,
-            "good": self._good,
-            "best_gain": self._best_gain,
-            "leapt_back": int(self._leapt_back),
-            "duels": self._duels,
-            "center": self._center,
-            "winner": list(self._winner),
-            "winner_scale": self._winner_scale,
+            "step": self._step,
+            "probes": self.probes,
+            "origin": list(self._origin),
             "trials": [asdict(trial) for trial in self.trials],
         }
 
@@ -310,70 +242,85 @@ class Calibration:
         Raises:
             StateError: the state is damaged.
         """
-        fresh = Calibration(max(field(state, "max_steps", integer), SHORTEST_RUN))
+        fresh = Calibration(
+            max(field(state, "max_steps", integer), SHORTEST_RUN), ramp=field(state, "ramp", _flag)
+        )
         fresh.phase = field(state, "phase", text)
         if fresh.phase not in _PHASES:
             raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {fresh.phase!r}.")
         fresh.scale = field(state, "scale", _scale)
-        fresh._start, fresh._end = field(state, "start", integer), field(state, "end", integer)
-        if fresh.phase != "start" and fresh._end <= fresh._start:
-            raise StateError(f"The segment from {fresh._start} to {fresh._end} has no step.")
-        fresh._before = field(state, "before", list_of(_loss))
-        fresh._first = field(state, "first", _loss)
-        fresh._good = field(state, "good", optional(_scale))
-        fresh._best_gain = field(state, "best_gain", _loss)
-        fresh._leapt_back = bool(field(state, "leapt_back", integer))
-        fresh._duels = field(state, "duels", integer)
-        fresh._center = field(state, "center", optional(_scale))
-        fresh._winner = field(state, "winner", list_of(_loss))
-        fresh._winner_scale = field(state, "winner_scale", optional(_scale))
+        fresh._step = field(state, "step", integer)
+        fresh.probes = field(state, "probes", integer)
+        fresh._origin = field(state, "origin", list_of(_loss))
         fresh.trials = field(state, "trials", list_of(_trial))
-        lengths = {len(fresh._before), len(fresh._winner)} - {0}
-        if len(lengths) > 1 or (fresh.phase != "start" and len(fresh._before) < 2):
-            raise StateError("The probe losses of the saved calibration do not fit each other.")
-        if fresh.phase == "duel" and None in (fresh._center, fresh._winner_scale):
-            raise StateError("The saved calibration is in a duel without arms.")
-        if fresh._duels > len(DUELS) or (fresh.phase == "hold" and fresh._duels == len(DUELS)):
-            raise StateError(f"`duels` must be at most {len(DUELS)}, got {fresh._duels}.")
+        if (fresh.phase == "trials") != (len(fresh._origin) >= 2):
+            raise StateError(
+                f"`origin` has {len(fresh._origin)} losses, which does not fit the phase "
+                f"{fresh.phase!r}."
+            )
+        if len(fresh.trials) > MOST_TRIALS:
+            raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(fresh.trials)}.")
         self.__dict__.update(fresh.__dict__)
 
 
-def _scale(value: object, name: str) -> float:
-    result = number(value, name)
-    if not LOWEST_SCALE / 1e3 <= result <= HIGHEST_SCALE * 1e3:
-        raise StateError(f"`{name}` is no factor that a search would choose: {result}.")
-    return result
+_NOT_FINITE = 1e9  # stands for a loss that is NaN or infinite
 
 
-def _loss(value: object, name: str) -> float:
-    result = number(value, name)
-    if abs(result) > LEAP * MOST_RUNGS * NOT_FINITE:
-        raise StateError(f"`{name}` is no loss that a probe could have: {result}.")
-    return result
-
-
-def _trial(value: object, name: str) -> Trial:
-    kept = field(value, "kept", lambda item, _: item)
-    if not isinstance(kept, bool):
-        raise StateError(f"`{name}.kept` must be true or false.")
-    return Trial(
-        field(value, "phase", text),
-        field(value, "scale", number),
-        field(value, "probe_before", number),
-        field(value, "probe_after", number),
-        kept,
-        field(value, "start_step", integer),
-        field(value, "end_step", integer),
-    )
+def _finite(losses: Sequence[float]) -> list[float]:
+    return [x if abs(x) < _NOT_FINITE else _NOT_FINITE for x in losses]  # NaN is below nothing
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _fall(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean fall from `before` to `after`, paired, and its Student's t."""
-    falls = [b - a for b, a in zip(before, after, strict=True)]
-    mean = _mean(falls)
-    variance = sum((x - mean) ** 2 for x in falls) / (len(falls) - 1)
-    return mean, mean / (math.sqrt(variance / len(falls)) + 1e-12)
+def _bounded(scale: float) -> float:
+    return min(max(scale, LOWEST_SCALE), HIGHEST_SCALE)
+
+
+def _shares(trial: Trial) -> tuple[float, float]:
+    """Return a trial's movements as shares of the radii: of the losses, and of the weights."""
+    return trial.loss_movement / LOSS_RADIUS, trial.weight_movement / WEIGHT_RADIUS
+
+
+def _is_readable(trial: Trial) -> bool:
+    return max(_shares(trial)) >= READABLE
+
+
+def _largest(trial: Trial) -> float:
+    """Return the largest scale that a trial allows: infinite if it moved nothing."""
+    # Where losses are not finite, how far they moved says nothing of how far is too far.
+    share = RETREAT if trial.probe_after > 0.01 * _NOT_FINITE else max(_shares(trial))
+    return trial.scale / share if share > 0.0 else math.inf
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise StateError(f"`{name}` must be true or false.")
+    return value
+
+
+def _scale(value: object, name: str) -> float:
+    result = number(value, name)
+    if not LOWEST_SCALE <= result <= HIGHEST_SCALE:
+        raise StateError(f"`{name}` is no factor that a search would choose: {result}.")
+    return result
+
+
+def _loss(value: object, name: str) -> float:
+    result = number(value, name)
+    if abs(result) > _NOT_FINITE:
+        raise StateError(f"`{name}` is no loss that a probe could have: {result}.")
+    return result
+
+
+def _trial(value: object, name: str) -> Trial:
+    return Trial(
+        field(value, "scale", _scale),
+        field(value, "loss_movement", number),
+        field(value, "weight_movement", number),
+        field(value, "probe_before", number),
+        field(value, "probe_after", number),
+        field(value, "kept", _flag),
+        field(value, "step", integer),
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
-from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB
+from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB, ScaledUCB
 from pulseopt_hf.aees.state import StateDict, StateError, field, shorten
 
 BUCKETS = ("improving", "stable", "worsening")
@@ -36,7 +37,7 @@ def loss_trend(episode_end_losses: Sequence[float], *, window: int, epsilon: flo
 
 
 class TrendBandit(Bandit):
-    """Wraps discounted UCB so that each trend of the loss has a bandit of its own.
+    """Wraps a bandit so that each trend of the loss has one of its own.
 
     A bucket's bandit is made when its trend is first met. It starts from what a global bandit,
     which sees every update, has learned by then, and is seeded `seed + 1000 + index of the
@@ -45,12 +46,15 @@ class TrendBandit(Bandit):
 
     kind = "trend"
 
-    def __init__(self, arms: int, seed: int | None) -> None:
-        """See `Bandit`."""
+    def __init__(
+        self, arms: int, seed: int | None, bandit: type[DiscountedUCB | ScaledUCB] = DiscountedUCB
+    ) -> None:
+        """See `Bandit`; `bandit` is the class that is wrapped."""
         super().__init__(arms, seed)
         self._seed = seed
-        self._global = DiscountedUCB(arms, seed)
-        self._buckets: dict[str, DiscountedUCB] = {}
+        self._class: type[Any] = bandit
+        self._global = self._class(arms, seed)
+        self._buckets: dict[str, Any] = {}
 
     def select(self, context: str | None = None) -> int:
         """See `Bandit`; `context` is one of `BUCKETS`."""
@@ -62,7 +66,7 @@ class TrendBandit(Bandit):
         self._global.update(arm, reward)
         bucket.update(arm, reward)
 
-    def _bucket(self, context: str | None) -> DiscountedUCB:
+    def _bucket(self, context: str | None) -> Any:
         if context not in BUCKETS:
             raise ValueError(f"`context` must be one of {', '.join(BUCKETS)}, got {context!r}.")
         if context not in self._buckets:
@@ -71,9 +75,9 @@ class TrendBandit(Bandit):
             self._buckets[context] = bucket
         return self._buckets[context]
 
-    def _new_bucket(self, context: str) -> DiscountedUCB:
+    def _new_bucket(self, context: str) -> Any:
         seed = None if self._seed is None else self._seed + 1000 + BUCKETS.index(context)
-        return DiscountedUCB(self.arms, seed)
+        return self._class(self.arms, seed)
 
     def state_dict(self) -> StateDict:
         """See `Bandit`."""
@@ -86,7 +90,7 @@ class TrendBandit(Bandit):
     def load_state_dict(self, state: object) -> None:
         """See `Bandit`."""
         saved = field(state, "buckets", _bucket_states)
-        new_global = DiscountedUCB(self.arms, None)
+        new_global = self._class(self.arms, None)
         new_global.load_state_dict(field(state, "global", lambda value, name: value))
         new_buckets = {name: self._new_bucket(name) for name in saved}
         for name, bucket in new_buckets.items():

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pulseopt_hf.aees.arms import Arm
-from pulseopt_hf.aees.bandits import Bandit, BanditFactory, DiscountedUCB, RandomBandit
+from pulseopt_hf.aees.bandits import (
+    Bandit,
+    BanditFactory,
+    DiscountedUCB,
+    RandomBandit,
+    ScaledUCB,
+)
 from pulseopt_hf.aees.context import BUCKETS, TrendBandit, loss_trend
 from pulseopt_hf.aees.records import (
     EpisodeRecord,
@@ -284,7 +291,7 @@ def check_settings(saved: object, config: PulseOptConfig) -> None:
 
 
 # What knobs meant before they were there: version 1 was saved without them.
-_BEFORE = {"calibration": "off"}
+_BEFORE = {"calibration": "off", "bandit": "discounted_ucb"}
 
 
 def _saved_setting(saved: object, name: str) -> object:
@@ -296,7 +303,10 @@ def _saved_setting(saved: object, name: str) -> object:
 def _bandit_factory(config: PulseOptConfig) -> BanditFactory:
     if config.control_mode == "random":
         return RandomBandit
-    return TrendBandit if config.context_mode == "trend" else DiscountedUCB
+    bandit = ScaledUCB if config.bandit == "scaled_ucb" else DiscountedUCB
+    if config.context_mode == "trend":
+        return functools.partial(TrendBandit, bandit=bandit)
+    return bandit
 
 
 def _anything(value: object, name: str) -> object:

@@ -41,7 +41,8 @@ def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
 
     Returns:
         What the file holds: the cell, `loss_before`, `loss_after` (`None` where it is not finite),
-        `steps`, `paid_steps`, `seconds` and `peak_mib`.
+        `steps`, `paid_steps`, `probes` (measured by calibration), `lr_scale` (that it found),
+        `seconds` and `peak_mib`.
 
     Raises:
         UsageError: the recipe or the method cannot be run.
@@ -135,12 +136,15 @@ def _train(cell: Cell) -> dict[str, Any]:
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
         finished = trainer.state.global_step == training.max_steps
+        search = None if trainer.aees is None else trainer.aees.calibration
         return {
             "cell": asdict(cell),
             "loss_before": before,
             "loss_after": _loss(trainer) if finished else None,
             "steps": trainer.state.global_step,
             "paid_steps": method.paid_steps(batch),
+            "probes": 0 if search is None else search.probes,
+            "lr_scale": None if search is None else search.scale,
             "seconds": round(seconds, 3),
             "peak_mib": round(peak, 1),
         }

@@ -38,7 +38,7 @@ def compare(recipe: str, words: Sequence[str]) -> Path:
         UsageError: an option, the recipe or its data is wrong.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--methods", default="static,random,published,default,calibrated")
+    parser.add_argument("--methods", default="static,random,published,default")
     parser.add_argument("--learning_rates", default=_LEARNING_RATES)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=600)

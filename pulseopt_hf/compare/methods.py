@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.trainer.calibration import PROBE_ROWS
 
-# Probe rows of a calibration: at most 9 rungs and 8 rounds are usual, each measured once.
-_PROBES = 18
+# A calibration measures its probe once before training and once a trial step; most take 4 to 7.
+_PROBES = 10
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Method:
         optimizer: makes its own optimizer from the model's parameters.
         ignores_lr: whether the base LR means nothing to it.
         evaluations: evaluations of the validation data that it steers by.
-        probes: probes of 64 training rows that it measures, to be paid for.
+        probes: probes of training rows that it measures, to be paid for.
     """
 
     words: tuple[str, ...]
@@ -41,7 +42,7 @@ class Method:
         Args:
             batch: rows of an optimizer step.
         """
-        return math.ceil(self.probes * 64 / 3 / batch)
+        return math.ceil(self.probes * PROBE_ROWS / 3 / batch)
 
 
 def _prodigy(parameters: Any) -> Any:
@@ -52,17 +53,21 @@ def _prodigy(parameters: Any) -> Any:
     return Prodigy(parameters, lr=1.0, safeguard_warmup=True)
 
 
-_CONSTANT = ("--lr_candidates", "1.0")
+_CONSTANT = ("--calibration", "off", "--lr_candidates", "1.0")
 _ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
+_PUBLISHED = ("--calibration", "off", "--bandit", "discounted_ucb", *_ARMS)
 
 METHODS = {
     "static": Method(_CONSTANT, "the recipe's optimizer and schedule at this base LR"),
-    "random": Method((*_ARMS, "--control_mode", "random"), "arms 0.5, 1, 2 drawn at random"),
-    "published": Method(_ARMS, "arms 0.5, 1, 2 played by the bandit of pulseopt 0.3.0"),
-    "default": Method((), "the recipe as it stands"),
-    "calibrated": Method(
-        (*_CONSTANT, "--calibration", "ladder"), "one arm, scale calibrated", probes=_PROBES
+    "random": Method(
+        ("--calibration", "off", *_ARMS, "--control_mode", "random"), "arms 0.5, 1, 2 at random"
     ),
+    "published": Method(_PUBLISHED, "arms 0.5, 1, 2 played by the bandit of pulseopt 0.3.0"),
+    "default": Method((), "the recipe as it stands", probes=_PROBES),
+    "scaled_ucb": Method(
+        ("--calibration", "off", *_ARMS), "arms 0.5, 1, 2 played by the scaled bandit"
+    ),
+    "default_arms": Method(_ARMS, "the default with arms 0.5, 1, 2", probes=_PROBES),
     "greedy": Method(
         (*_CONSTANT, "--lr_scheduler_type", "greedy"),
         "Transformers' GreedyLR, with ten evaluations that it is not charged for",

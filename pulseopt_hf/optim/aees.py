@@ -76,6 +76,7 @@ class AEES:
         ema_alpha: see `PulseOptConfig`.
         seed: see `PulseOptConfig`.
         noise_mode: see `PulseOptConfig`.
+        bandit: see `PulseOptConfig`.
         calibration: `off`; it needs a Trainer, which can measure the loss between steps.
         nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
             read each loss from the device.
@@ -112,6 +113,7 @@ class AEES:
         ema_alpha: float = 0.1,
         seed: int | None = None,
         noise_mode: str = "absolute",
+        bandit: str = "discounted_ucb",
         calibration: str = "off",
         nonfinite: str = "raise",
         max_consecutive_skips: int = 50,
@@ -137,6 +139,7 @@ class AEES:
             "ema_alpha": ema_alpha,
             "seed": seed,
             "noise_mode": noise_mode,
+            "bandit": bandit,
             "calibration": calibration,
             "nonfinite": nonfinite,
             "max_consecutive_skips": max_consecutive_skips,

@@ -86,6 +86,23 @@ class Snapshot:
             if not now:
                 self._optimizer.state.pop(parameter, None)
 
+    @torch.no_grad()
+    def distance(self) -> tuple[float, float]:
+        """Return how far the trained matrices have moved since `take`, and how large they were.
+
+        Both are squared L2 norms over this rank's parts of all trained parameters of two or more
+        dimensions. One that was all zeros is left out, since any step is infinitely large for it.
+        Reads the device once for each.
+        """
+        moved = size = 0.0
+        for index, parameter in enumerate(all_parameters(self._optimizer)):
+            before = self._copies[f"parameter.{index}"]
+            norm = float(before.float().square().sum())
+            if before.dim() >= 2 and norm > 0.0:
+                size += norm
+                moved += float((_local(parameter).cpu() - before).float().square().sum())
+        return moved, size
+
     def discard(self) -> None:
         """Let go of the copy and its memory."""
         self._copies, self._numbers, self._spare = {}, {}, {}

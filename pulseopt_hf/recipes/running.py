@@ -210,8 +210,10 @@ def _train(
     logs = trainer.aees.get_logs()
     if trainer.is_world_process_zero():
         (path / "episodes.json").write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
-    plays = Counter(logs["selected_lr_values"])
-    write("plays of each LR multiplier: " + ", ".join(f"x{k:g} {plays[k]}" for k in sorted(plays)))
+    if trainer.aees.config.arms > 1:
+        plays = Counter(logs["selected_lr_values"])
+        parts = (f"x{k:g} {plays[k]}" for k in sorted(plays))
+        write("plays of each LR multiplier: " + ", ".join(parts))
 
 
 def _evaluate(

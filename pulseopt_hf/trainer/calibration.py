@@ -1,8 +1,9 @@
-"""Calibration under a Trainer: the probe, and the copies that the search asks for."""
+"""Calibration under a Trainer: the probe, and the copy that trial steps begin from."""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pulseopt_hf.aees.calibration import SHORTEST_RUN, Calibration, Order
-from pulseopt_hf.aees.state import StateDict, StateError, field
+from pulseopt_hf.aees.calibration import SHORTEST_RUN, Calibration, Movement, Order
+from pulseopt_hf.aees.state import StateDict, StateError, field, integer
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.optim.snapshot import Snapshot
 
 logger = logging.getLogger("pulseopt_hf")
 
-PROBE_PARTS = 8
-PROBE_ROWS = 64  # in all, over all ranks
+PROBE_ROWS = 32  # in all, over all ranks
+_FILE = "pulse_origin_{}.safetensors"
 
 
 class Probe:
     """Rows of the training data whose loss is measured now and then, always the same ones.
 
-    They are drawn by a generator of their own and measured in parts, with dropout off; the global
+    They are drawn by a generator of their own and measured one by one, with dropout off; the global
     generators are left as they were. The validation data is never looked at.
 
     Args:
@@ -40,9 +41,8 @@ class Probe:
         self._trainer = trainer
         dataset = trainer.train_dataset
         size = len(dataset)
-        world = trainer.args.world_size
-        per_rank = max(1, PROBE_ROWS // PROBE_PARTS // world)
-        wanted = per_rank * world * PROBE_PARTS
+        self._ranks, self._rank = trainer.args.world_size, trainer.args.process_index
+        wanted = max(1, PROBE_ROWS // self._ranks) * self._ranks
         rng = random.Random(seed)
         rows = (
             rng.sample(range(size), wanted)
@@ -50,11 +50,11 @@ class Probe:
             else rng.choices(range(size), k=wanted)
         )
         part = dataset.select(rows) if hasattr(dataset, "select") else _Rows(dataset, rows)
-        with _settings(trainer.args, per_device_eval_batch_size=per_rank), _same_randomness(seed):
+        with _settings(trainer.args, per_device_eval_batch_size=1), _same_randomness(seed):
             self._batches = list(trainer.get_test_dataloader(part))
 
-    def losses(self) -> list[Tensor]:
-        """Measure this rank's loss part by part: `PROBE_PARTS` tensors of shape ().
+    def losses(self, aees: AEES) -> list[float]:
+        """Measure the loss of every row, shape (rows over all ranks,); every rank must call it.
 
         Raises:
             ValueError: the model returns no loss for its training data.
@@ -76,7 +76,10 @@ class Probe:
                 "`calibration` measures the loss of training rows outside of a training step, and "
                 "this Trainer's `prediction_step` returns none. Set `calibration` to 'off'."
             )
-        return [loss.detach().mean().float() for loss in losses]
+        # Each rank holds rows of its own; with zeros in the others' places a mean joins them.
+        joined: list[float | Tensor] = [0.0] * (len(losses) * self._ranks)
+        joined[self._rank :: self._ranks] = [loss.detach().mean().float() for loss in losses]
+        return [loss * self._ranks for loss in aees.mean_over_ranks(joined)]
 
 
 class Calibrator:
@@ -85,20 +88,19 @@ class Calibrator:
     Args:
         trainer: the Trainer, when training begins.
         aees: the AEES of the run, whose episodes wait until the search ends.
-        seed: seed of the probe.
+        config: the knobs of the run; the probe is drawn with their seed.
         max_steps: optimizer steps of the run.
     """
 
-    def __init__(self, trainer: Any, aees: AEES, seed: int, max_steps: int) -> None:
+    def __init__(self, trainer: Any, aees: AEES, config: PulseOptConfig, max_steps: int) -> None:
         """See the class."""
-        self.search = Calibration(max_steps)
         self._trainer = trainer
         self._aees = aees
-        self._probe: Probe | None = Probe(trainer, seed)
-        buffers = list(trainer.model.buffers())
-        self._start = Snapshot(trainer.optimizer, buffers)
-        self._best = Snapshot(trainer.optimizer, buffers)
-        self._warmed_up = False
+        self._seed = trainer.args.seed if config.seed is None else config.seed
+        self._probe: Probe | None = None
+        self._origin = Snapshot(trainer.optimizer, list(trainer.model.buffers()))
+        self._steps_before = 0  # optimizer steps that had happened when the trial began
+        self.search = Calibration(max(max_steps, SHORTEST_RUN), ramp=not self._warms_up())
         aees.calibration = self.search
         aees.is_calibrating = True
 
@@ -109,109 +111,114 @@ class Calibrator:
         """Return the calibrator that the knobs ask for, if any.
 
         Raises:
-            ValueError: the engine or the data set does not allow for one.
+            ValueError: calibration is demanded, and the engine or the data set does not allow it.
         """
         if config.calibration == "off":
             return None
+        obstacle = None
         if trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "`calibration` must be 'off' under DeepSpeed, which keeps parameters and optimizer "
-                "state where they cannot be put back. Set it, or train with DDP or FSDP2."
+            obstacle = (
+                "DeepSpeed keeps parameters and optimizer state where they cannot be put back. "
+                "Train with DDP or FSDP2 to calibrate"
             )
-        if not hasattr(trainer.train_dataset, "__len__"):
-            raise ValueError(
-                "`calibration` draws a probe from the training data and needs a data set with a "
-                "length, not a stream. Set `calibration` to 'off'."
-            )
-        if max_steps < SHORTEST_RUN:
+        elif not hasattr(trainer.train_dataset, "__len__"):
+            obstacle = "it draws a probe from the training data, and a stream has no length"
+        if obstacle is not None and config.calibration != "auto":
+            raise ValueError(f"`calibration` must be 'off' or 'auto' here: {obstacle}.")
+        if obstacle is None and max_steps < SHORTEST_RUN:
+            obstacle = f"{max_steps} steps are too few, {SHORTEST_RUN} are needed"
+        if obstacle is not None:
             logger.warning(
-                "%d steps are too few to calibrate the learning rate (%d are needed): the base LR "
-                "is taken as it is.",
-                max_steps,
-                SHORTEST_RUN,
+                "The learning rate is not calibrated and the base LR taken as it is: %s. Set "
+                "`calibration` to 'off' if that is what you want.",
+                obstacle,
             )
             return None
-        seed = trainer.args.seed if config.seed is None else config.seed
-        return cls(trainer, aees, seed, max_steps)
+        return cls(trainer, aees, config, max_steps)
 
     def begin_step(self, step: int) -> None:
-        """Set the LR of an optimizer step, after ending a segment where one is due."""
+        """Set the LR of an optimizer step, after ending a trial where one is due."""
         aees, search = self._aees, self.search
-        while search.is_due(step):
-            assert self._probe is not None
-            losses = aees.mean_over_ranks(self._probe.losses())
-            self._obey(search.advance(step, losses))
-            logger.info("Calibration at step %d: %s at %.3g", step, search.phase, search.scale)
+        if search.is_due(step):
+            if search.phase == "start":
+                self._obey(search.begin(step, self._losses()))
+            elif aees.optimizer_steps == self._steps_before:
+                search.postpone(step)
+            else:
+                self._obey(search.advance(step, Movement(self._losses(), self._weights())))
+                last = search.trials[-1]
+                logger.info(
+                    "Calibration at step %d: %.3g x the base LR moved losses by %.2g, weights by "
+                    "%.2g",
+                    *(step, last.scale, last.loss_movement, last.weight_movement),
+                )
+                if search.is_done:
+                    logger.info("Calibrated: %.3g x the base LR", search.scale)
+            self._steps_before = aees.optimizer_steps
         aees.lr_scale = search.multiplier(step)
         aees.is_calibrating = not search.is_done
-        aees.base_lrs = None if self._is_warmed_up() else list(self._peaks())
+        # Trials are taken at the peak of the schedule, whose warm-up comes after them.
+        aees.base_lrs = None if search.is_done else self._peaks()
+
+    def _losses(self) -> list[float]:
+        if self._probe is None:
+            self._probe = Probe(self._trainer, self._seed)
+        return self._probe.losses(self._aees)
+
+    def _weights(self) -> float:
+        moved, size = self._aees.mean_over_ranks(self._origin.distance())
+        if size == 0.0:
+            return 0.0
+        return math.sqrt(moved / size) if math.isfinite(moved) else 1e9
 
     def _obey(self, order: Order) -> None:
-        if order.keep:
-            self._best.take()
-        if order.restore == "start":
-            self._start.restore()
-        elif order.restore == "best":
-            self._best.restore()
         if order.mark:
-            self._start.take()
+            self._origin.take()
+        if order.restore:
+            self._origin.restore()
         if order.finished:
-            self._start.discard()
-            self._best.discard()
+            self._origin.discard()
             self._probe = None
 
-    def _is_warmed_up(self) -> bool:
-        """Whether the schedule has reached its peak; until then the peak stands in for it."""
-        if not self._warmed_up:
-            scheduler = self._trainer.lr_scheduler
-            now = [float(lr) for lr in scheduler.get_last_lr()]
-            self._warmed_up = all(
-                lr >= peak * (1 - 1e-6) for lr, peak in zip(now, self._peaks(), strict=True)
-            )
-        return self._warmed_up
+    def _warms_up(self) -> bool:
+        """Whether the schedule begins below its peak."""
+        now = self._trainer.lr_scheduler.get_last_lr()
+        return any(
+            float(lr) < peak * (1 - 1e-6) for lr, peak in zip(now, self._peaks(), strict=True)
+        )
 
     def _peaks(self) -> list[float]:
         groups = self._trainer.optimizer.param_groups
         return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
     def state_dict(self) -> StateDict:
-        """Return the search as JSON; its copies are files of their own, see `save`."""
-        return {**self.search.state_dict(), "warmed_up": self._warmed_up}
+        """Return the search as JSON; the origin is a file of its own, see `save`."""
+        return {**self.search.state_dict(), "steps_before": self._steps_before}
 
     def load_state_dict(self, saved: object, folder: Path | None) -> None:
         """Continue from a checkpoint.
 
         Raises:
-            StateError: the state or a file of copies is missing or damaged.
+            StateError: the state or the origin is missing or damaged.
         """
         state = field(saved, "calibration", lambda value, name: value)
         self.search.load_state_dict(state)
-        self._warmed_up = field(state, "warmed_up", lambda value, name: value is True)
+        self._steps_before = field(state, "steps_before", integer)
         self._aees.is_calibrating = not self.search.is_done
-        if self.search.is_done:
-            self._probe = None
-            return
-        for name, copy in self._copies():
-            if self.search.needs(name):
-                if folder is None:
-                    raise StateError(
-                        "The checkpoint's folder is not known, which holds a snapshot."
-                    )
-                copy.load(folder / self._file(name))
+        if self.search.phase == "trials":
+            if folder is None:
+                raise StateError("The checkpoint's folder is not known, which holds a snapshot.")
+            self._origin.load(folder / self._file)
 
     def save(self, folder: Path) -> None:
-        """Write the copies that the search may still ask for into a checkpoint."""
-        for name, copy in self._copies():
-            if self.search.needs(name):
-                folder.mkdir(parents=True, exist_ok=True)
-                copy.save(folder / self._file(name))
+        """Write the origin into a checkpoint where the search may still ask for it."""
+        if self._origin.is_taken:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._origin.save(folder / self._file)
 
-    def _copies(self) -> Iterator[tuple[str, Snapshot]]:
-        yield "start", self._start
-        yield "best", self._best
-
-    def _file(self, name: str) -> str:
-        return f"pulse_{name}_{self._trainer.args.process_index}.safetensors"
+    @property
+    def _file(self) -> str:
+        return _FILE.format(self._trainer.args.process_index)
 
 
 class _Rows(torch.utils.data.Dataset[Any]):

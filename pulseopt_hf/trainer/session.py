@@ -124,8 +124,10 @@ class PulseSession:
                 state.global_step,
             )
         self._aees = trainer.aees = aees
-        self._calibrator = Calibrator.of(trainer, aees, config, state.max_steps)
-        if self._calibrator is not None and resuming and saved is not None:
+        if not resuming:
+            self._calibrator = Calibrator.of(trainer, aees, config, state.max_steps)
+        elif isinstance(saved, dict) and "calibration" in saved:
+            self._calibrator = Calibrator(trainer, aees, config, state.max_steps)
             self._calibrator.load_state_dict(saved, self.resumed_folder)
         self._loss = None
         self._engine_stepped = False

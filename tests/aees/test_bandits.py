@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pulseopt_hf.aees import Bandit, DiscountedUCB, RandomBandit, StateError, TrendBandit
+from pulseopt_hf.aees import (
+    Bandit,
+    DiscountedUCB,
+    RandomBandit,
+    ScaledUCB,
+    StateError,
+    TrendBandit,
+)
 from pulseopt_hf.aees.context import BUCKETS
 
-BANDITS: list[Callable[[int, int | None], Bandit]] = [DiscountedUCB, RandomBandit, TrendBandit]
+BANDITS: list[Callable[[int, int | None], Bandit]] = [
+    DiscountedUCB,
+    ScaledUCB,
+    RandomBandit,
+    TrendBandit,
+]
 contract = pytest.mark.parametrize("make", BANDITS)
 
 rewards = st.lists(st.floats(-1.0, 1.0), max_size=40)
@@ -114,6 +127,37 @@ def test_a_clear_difference_in_reward_decides_what_ucb_plays() -> None:
         bandit.update(arm, (0.0, 1.0, 0.0)[arm])
         arms.append(arm)
     assert arms.count(1) > 120
+
+
+def test_scaled_ucb_does_not_see_the_unit_of_the_rewards() -> None:
+    rng = random.Random(0)
+    history = [rng.gauss(0.3, 1.0) for _ in range(80)]
+    shifted = [0.001 * reward - 7.0 for reward in history]
+    assert play(ScaledUCB(3, 5), history) == play(ScaledUCB(3, 5), shifted)
+
+
+def test_scaled_ucb_plays_every_arm_twice_before_it_judges() -> None:
+    assert sorted(play(ScaledUCB(3, 0), [1.0] * 6)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_rewards_that_shrink_for_every_arm_do_not_hold_up_the_first_one_played() -> None:
+    """As the loss falls more slowly, any arm is rewarded less than those before it."""
+
+    def best_share(bandit: Bandit, seed: int) -> float:
+        rng, plays = random.Random(seed), 0
+        for episode in range(60):
+            arm = bandit.select()
+            plays += arm == 2
+            falling = 0.2 * math.exp(-episode / 15)
+            bandit.update(arm, falling + 0.03 * (arm == 2) + rng.gauss(0.0, 0.03))
+        return plays / 60
+
+    scaled, published = (
+        sum(best_share(make(3, seed), 1000 + seed) for seed in range(100)) / 100
+        for make in (ScaledUCB, DiscountedUCB)
+    )
+    assert published < 0.4
+    assert scaled > 2 * published * 0.9
 
 
 def test_the_random_control_learns_nothing() -> None:

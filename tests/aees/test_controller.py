@@ -65,9 +65,10 @@ def test_other_settings_are_refused_with_both_values() -> None:
 
 
 def test_knobs_that_only_watch_over_a_run_may_change() -> None:
-    saved = Controller(PulseOptConfig(episode_length=10, seed=1)).state_dict()
+    knobs: dict[str, Any] = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 10, "seed": 1}
+    saved = Controller(PulseOptConfig(**knobs)).state_dict()
     config = PulseOptConfig(
-        episode_length=10, seed=1, nonfinite="raise", max_consecutive_skips=3, log_update_norm=True
+        **knobs, nonfinite="raise", max_consecutive_skips=3, log_update_norm=True
     )
     Controller(config).load_state_dict(saved)
 
@@ -79,7 +80,7 @@ def test_knobs_that_only_watch_over_a_run_may_change() -> None:
         ({"version": "1"}, "`version` must be a whole number"),
         ({"settings": None}, "mapping with `lr_candidates`"),
         ({"noise_bandits": [{}]}, "`noise_bandits` must have 0 items"),
-        ({"lr_bandit": None}, "mapping with `counts`"),
+        ({"lr_bandit": None}, "mapping with `plays`"),
         ({"episode": {"lr_index": 3, "noise_index": 0, "context": None}}, "names no candidate"),
         ({"records": {}}, "has no `lr_index`"),
     ],
@@ -87,7 +88,7 @@ def test_knobs_that_only_watch_over_a_run_may_change() -> None:
 def test_a_damaged_state_is_refused_and_changes_nothing(
     change: dict[str, Any], message: str
 ) -> None:
-    config = PulseOptConfig(episode_length=10, seed=1)
+    config = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=1)
     controller = Controller(config)
     run(controller, 3, random.Random(0))
     before = controller.state_dict()
@@ -97,7 +98,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(
 
 
 def test_columns_of_the_record_that_differ_in_length_are_refused() -> None:
-    controller = Controller(PulseOptConfig(episode_length=10, seed=1))
+    controller = Controller(PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=1))
     run(controller, 3, random.Random(0))
     state = controller.state_dict()
     state["records"]["reward"].pop()
@@ -106,7 +107,7 @@ def test_columns_of_the_record_that_differ_in_length_are_refused() -> None:
 
 
 def test_calls_out_of_order_are_refused() -> None:
-    controller = Controller(PulseOptConfig(episode_length=10, seed=1))
+    controller = Controller(PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=1))
     with pytest.raises(RuntimeError, match="No episode is open"):
         controller.close([1.0], 0)
     controller.open(controller.choose(), 0)

@@ -323,9 +323,9 @@ def test_calibration_under_fsdp2(
     def body(rank: int) -> Any:
         trainer = PulseOptTrainer(
             tiny_model(),
-            arguments(max_steps=150, logging_strategy="no", **fsdp2_on_cpu),
+            arguments(max_steps=60, logging_strategy="no", **fsdp2_on_cpu),
             train_dataset=tiny_data,
-            pulse=PulseOptConfig(lr_candidates=[1.0], calibration="ladder", divergence="rollback"),
+            pulse=PulseOptConfig(calibration="trust_region", divergence="rollback"),
         )
         trainer.train()
         assert trainer.aees is not None
@@ -334,6 +334,7 @@ def test_calibration_under_fsdp2(
 
     one, other = run_ranks(2, body)
     assert one[:2] == other[:2]
-    assert {trial["phase"] for trial in one[1]} == {"ladder", "duel"}
-    assert not all(trial["kept"] for trial in one[1])  # so something was put back
+    assert len(one[1]) >= 3
+    assert not any(trial["kept"] for trial in one[1][:-1])  # so something was put back
+    assert all(trial["weight_movement"] > 0 for trial in one[1])
     assert torch.equal(one[2], other[2])

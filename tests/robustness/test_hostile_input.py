@@ -16,7 +16,7 @@ import torch
 import pulseopt_hf
 from pulseopt_hf import AEES, PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError
-from pulseopt_hf.aees.calibration import Calibration
+from pulseopt_hf.aees.calibration import Calibration, Movement
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import RecipeParser, resolve
@@ -28,6 +28,8 @@ SETTINGS: dict[str, Any] = {
     "episode_length": 3,
     "context_mode": "trend",
     "structured_control_mode": "conditional",
+    "bandit": "discounted_ucb",
+    "calibration": "off",
     "seed": 0,
 }
 
@@ -43,8 +45,8 @@ def played() -> AEES:
 
 def calibrated() -> Calibration:
     search = Calibration(600)
-    search.advance(0, [4.0, 4.1, 3.9])
-    search.advance(4, [3.9, 4.0, 3.8])
+    search.begin(0, [4.0, 4.1, 3.9])
+    search.advance(1, Movement([3.9, 4.0, 3.8], 0.01))
     return search
 
 
@@ -249,7 +251,8 @@ def test_settings_that_differ_are_named_with_both_values() -> None:
         ("context_mode", "none", "'trend'"),
         ("structured_control_mode", "independent", "'conditional'"),
         ("control_mode", "random", "'adaptive'"),
-        ("calibration", "ladder", "'off'"),
+        ("calibration", "trust_region", "'off'"),
+        ("bandit", "scaled_ucb", "'discounted_ucb'"),
         ("seed", 7, "0"),
     ):
         controller = Controller(PulseOptConfig(**{**SETTINGS, knob: value}))

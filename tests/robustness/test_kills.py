@@ -24,7 +24,7 @@ CONFIG = {
     "lr_candidates": [0.5, 1.0, 2.0],
     "noise_candidates": [0.0, 0.01],
     "episode_length": 7,
-    "calibration": "ladder",
+    "calibration": "trust_region",
     "divergence": "rollback",
 }
 

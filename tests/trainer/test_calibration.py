@@ -13,18 +13,24 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from pulseopt_hf.trainer.calibration import PROBE_PARTS, Probe
+from pulseopt_hf.optim import AEES
+from pulseopt_hf.trainer.calibration import PROBE_ROWS, Probe
 from tests.conftest import history, parameters_equal
 from tests.engines.ranks import run_ranks
 from tests.engines.trainers import Fp16PulseTrainer
 
-CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], calibration="ladder", episode_length=5)
+CONFIG = PulseOptConfig(
+    lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5
+)
+
+
+CONSTANT = PulseOptConfig(calibration="trust_region")
 
 
 def make(
     tiny_model: Any, tiny_data: Any, arguments: Any, road: str = "subclass", **kwargs: Any
 ) -> Any:
-    args = arguments(**{"max_steps": 150, "logging_steps": 1, **kwargs})
+    args = arguments(**{"max_steps": 60, "logging_steps": 1, **kwargs})
     if road == "subclass":
         return PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
     trainer = Trainer(tiny_model(), args, train_dataset=tiny_data)
@@ -43,9 +49,8 @@ def test_both_roads_find_the_same_and_episodes_follow(
     assert parameters_equal(one.model, other.model)
     logs = one.aees.get_logs()
     assert logs == other.aees.get_logs()
-    last = logs["calibration_trials"][-1]["end_step"]
-    assert logs["episode_start_steps"][0] >= last
-    assert one.aees.optimizer_steps == 150
+    assert logs["episode_start_steps"][0] == logs["calibration_trials"][-1]["step"] + 1
+    assert one.aees.optimizer_steps == 60
     entry = [entry for entry in one.state.log_history if "loss" in entry][-1]
     assert entry["pulse/lr_scale"] == one.aees.calibration.scale
     assert entry["pulse/learning_rate"] > 0
@@ -54,48 +59,73 @@ def test_both_roads_find_the_same_and_episodes_follow(
 def test_a_resumed_run_ends_as_the_uninterrupted_one(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    """Steps amid rungs, between rungs, in every round of a duel, and amid an episode."""
-    settings = {"save_strategy": "steps", "save_steps": 1}
+    """Before every trial, after the last, and amid an episode."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 50}
     whole = make(tiny_model, tiny_data, arguments, **settings)
     whole.train()
-    trials = whole.aees.get_logs()["calibration_trials"]
-    duels = [trial for trial in trials if trial["phase"] == "duel"]
-    assert duels, trials
-    steps = {1, trials[2]["start_step"], duels[0]["start_step"] + 1, duels[1]["start_step"] + 2}
-    steps |= {duels[-1]["end_step"], duels[-1]["end_step"] + 2}
-    for road, step in [("subclass", step) for step in sorted(steps)] + [("callback", max(steps))]:
-        resumed = make(tiny_model, tiny_data, arguments, road)
+    trials = len(whole.aees.get_logs()["calibration_trials"])
+    assert trials >= 4
+    steps = [*range(1, trials + 2), trials + 8]
+    for road, step in [*(("subclass", step) for step in steps), ("callback", 2)]:
+        resumed = make(tiny_model, tiny_data, arguments, road, max_steps=50)
         folder = Path(whole.args.output_dir) / f"checkpoint-{step}"
+        assert (folder / "pulse_origin_0.safetensors").exists() == (step <= trials)
         resumed.train(resume_from_checkpoint=str(folder))
         assert parameters_equal(resumed.model, whole.model), step
         assert resumed.aees.get_logs() == whole.aees.get_logs()
         assert history(resumed)[:-1] == history(whole)[:-1]
 
 
-def test_warm_up_is_replaced_and_the_scheduler_sees_the_base_lr_only(
+def test_a_run_that_was_not_calibrated_is_not_when_it_is_resumed(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    used: list[float] = []
+    short = make_default(tiny_model, tiny_data, arguments, max_steps=20, save_steps=10)
+    short.train()
+    longer = make_default(tiny_model, tiny_data, arguments, max_steps=60)
+    folder = Path(short.args.output_dir) / "checkpoint-10"
+    longer.train(resume_from_checkpoint=str(folder))
+    assert longer.aees.calibration is None
+    assert longer.aees.lr_scale == 1.0
 
-    class Spy(torch.optim.AdamW):
-        def step(self, closure: Any = None) -> Any:
-            used.append(self.param_groups[0]["lr"])
-            return super().step(closure)
 
-    model = tiny_model()
-    optimizer = Spy(model.parameters(), lr=1e-3)
-    args = arguments(max_steps=150, warmup_steps=140, learning_rate=1e-3)
-    trainer = PulseOptTrainer(
-        model,
-        args,
-        train_dataset=tiny_data,
-        optimizers=(optimizer, None),
-        pulse=PulseOptConfig(lr_candidates=[1.0], calibration="ladder"),
-    )
+def make_default(tiny_model: Any, tiny_data: Any, arguments: Any, **kwargs: Any) -> Any:
+    args = arguments(**{"save_strategy": "steps", **kwargs})
+    return PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_trials_run_at_shares_of_the_peak_and_the_lr_then_rises_to_what_was_found(
+    tiny_model: Any, tiny_data: Any, arguments: Any, warmup: int
+) -> None:
+    """The schedule's warm-up where it has one, and else one of the calibration's own."""
+    args = arguments(max_steps=100, warmup_steps=warmup, learning_rate=1e-3, logging_steps=1)
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONSTANT)
     trainer.train()
-    # Hooks run before `step`'s body only from torch's wrapper, so the spy sees what is used.
-    assert used[0] == pytest.approx(1e-3 / 300)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+    search = trainer.aees.calibration
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    used = [entry["pulse/learning_rate"] for entry in logs]
+    for trial in search.trials:
+        assert used[trial.step] == pytest.approx(1e-3 * trial.scale)
+    first = search.trials[-1].step + 1
+    top = max(used[first:])
+    assert used[first:].index(top) == pytest.approx(5 if warmup == 0 else 20 - first, abs=1)
+    assert used[first] < 0.3 * top or warmup
+    # Schedulers only ever see the base LR.
+    assert max(entry["learning_rate"] for entry in logs) <= 1e-3
+    assert top <= 1e-3 * search.scale * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("base_lr", [1e-6, 1.0])
+def test_what_is_found_does_not_hang_on_the_base_lr(
+    tiny_model: Any, tiny_data: Any, arguments: Any, base_lr: float
+) -> None:
+    found = []
+    for learning_rate in (1e-3, base_lr):
+        args = arguments(max_steps=50, learning_rate=learning_rate)
+        trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONSTANT)
+        trainer.train()
+        found.append(trainer.aees.calibration.scale * learning_rate)
+    assert found[1] == pytest.approx(found[0], rel=0.5)
 
 
 def test_the_probe_leaves_no_trace(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
@@ -104,10 +134,12 @@ def test_the_probe_leaves_no_trace(tiny_model: Any, tiny_data: Any, arguments: A
     settings = dict(vars(trainer.args))
     torch.manual_seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    aees = AEES(torch.optim.SGD(trainer.model.parameters(), lr=0.1))
     probe = Probe(trainer, 0)
-    first = [loss.item() for loss in probe.losses()]
-    assert [loss.item() for loss in probe.losses()] == first
-    assert len(first) == PROBE_PARTS
+    first = probe.losses(aees)
+    assert probe.losses(aees) == first
+    assert len(first) == PROBE_ROWS
+    assert len(set(first)) > 1
     assert torch.get_rng_state().equal(before[0])
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
@@ -133,7 +165,7 @@ def test_a_short_run_and_a_stream_say_why_not(
 ) -> None:
     trainer = make(tiny_model, tiny_data, arguments, max_steps=20)
     trainer.train()
-    assert "20 steps are too few to calibrate" in caplog.text
+    assert "20 steps are too few" in caplog.text
     assert "calibration_trials" not in trainer.aees.get_logs()
 
     class Stream(IterableDataset[Any]):
@@ -141,8 +173,14 @@ def test_a_short_run_and_a_stream_say_why_not(
             return iter([tiny_data[0]] * 10)
 
     trainer = make(tiny_model, Stream(), arguments)
-    with pytest.raises(ValueError, match="not a stream"):
+    with pytest.raises(ValueError, match="a stream has no length"):
         trainer.train()
+    caplog.clear()
+    args = arguments(max_steps=60)
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=Stream(), pulse=PulseOptConfig())
+    trainer.train()
+    assert "not calibrated and the base LR taken as it is" in caplog.text
+    assert trainer.aees.lr_scale == 1.0
 
 
 @pytest.mark.parametrize("setting", ["bf16", "fp16", "accumulation"])
@@ -153,10 +191,12 @@ def test_with_mixed_precision_and_accumulation(
     if setting == "accumulation":
         extra = {"gradient_accumulation_steps": 2}
     cls: Any = Fp16PulseTrainer if setting == "fp16" else PulseOptTrainer
-    args = arguments(max_steps=150, **extra)
+    args = arguments(max_steps=60, **extra)
     trainer = cls(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
     trainer.train()
-    trials = trainer.aees.get_logs()["calibration_trials"]
-    assert trials[-1]["phase"] == "duel"
-    assert trials[-1]["probe_after"] < trials[0]["probe_before"]
-    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == 150
+    search = trainer.aees.calibration
+    assert search.is_done
+    # The scaler of `Fp16PulseTrainer` skips its first steps, and those trials are taken again.
+    assert (search.trials[-1].step >= len(search.trials)) == (setting == "fp16")
+    assert all(trial.loss_movement > 0 for trial in search.trials)
+    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == 60

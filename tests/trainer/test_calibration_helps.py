@@ -41,7 +41,7 @@ def final_loss(characters: Any, arguments: Any, learning_rate: float, calibratio
         args,
         train_dataset=characters[0],
         eval_dataset=characters[1],
-        pulse=PulseOptConfig(lr_candidates=[1.0], calibration=calibration),
+        pulse=PulseOptConfig(calibration=calibration),
     )
     trainer.train()
     return float(trainer.evaluate()["eval_loss"])
@@ -53,5 +53,5 @@ def test_from_a_wrong_base_lr_most_of_what_tuning_gives(characters: Any, argumen
     static = final_loss(characters, arguments, 1.5e-4, "off")
     assert static - tuned > 0.4
     for wrong in (1.5e-4, 1.5e-1):
-        calibrated = final_loss(characters, arguments, wrong, "ladder")
+        calibrated = final_loss(characters, arguments, wrong, "trust_region")
         assert calibrated - tuned < (static - tuned) / 3, (wrong, tuned, static, calibrated)
