@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.recipes import folder
 from pulseopt_hf.recipes.parsing import Resolved
+from pulseopt_hf.trainer.card import TAGS, table
 
 _PIPELINE = {
     "text-classification": "text-classification",
@@ -23,14 +20,14 @@ _PIPELINE = {
 }
 
 
-def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: Any) -> None:
+def write_card(path: Path, resolved: Resolved, results: dict[str, Any], arms: str | None) -> None:
     """Write `README.md` in the form that the hub reads.
 
     Args:
         path: the run folder.
         resolved: the recipe.
         results: what `all_results.json` holds.
-        logs: the episodes, as `AEES.get_logs()` returns them, or `None` for a run without training.
+        arms: the section on what the method did, or `None` for a run without training.
     """
     recipe = resolved.recipe
     base = recipe.model_name_or_path
@@ -44,7 +41,7 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: An
         library_name="peft" if recipe.lora_r else "transformers",
         metrics=recipe.metrics or None,
         pipeline_tag=_PIPELINE.get(recipe.task),
-        tags=["pulseopt", "aees"],
+        tags=list(TAGS),
     )
     source = "local files" if local else recipe.dataset_name
     sections = [
@@ -53,13 +50,11 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: An
         f"`{base or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on {source}, "
         "with the learning rate adapted in episodes by AEES (`pulseopt_hf`).",
         "## Results",
-        _table(("result", "value"), _result_rows(results)),
+        table(("result", "value"), _result_rows(results)),
     ]
-    if logs is not None and logs["selected_lr_values"]:
-        sections += ["## Arms", arms_summary(logs)]
+    if arms is not None:
+        sections.append(arms)
     sections += [
-        "## Settings of AEES",
-        _table(("knob", "value", "meaning"), _knob_rows(resolved)),
         "## To run it again",
         f"`{folder.RECIPE}` in this folder is the whole recipe: "
         f"`pulseopt-hf train {folder.RECIPE}`. Versions, command and commit are in "
@@ -68,56 +63,8 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: An
     (path / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def arms_summary(logs: dict[str, list[Any]]) -> str:
-    """Return a table of how often each arm was played and how it was rewarded.
-
-    Args:
-        logs: the episodes, as `AEES.get_logs()` returns them.
-    """
-    rewards: dict[tuple[float, float], list[float]] = defaultdict(list)
-    steps: dict[tuple[float, float], int] = defaultdict(int)
-    for lr, noise, reward, start, end in zip(
-        logs["selected_lr_values"],
-        logs["selected_noise_values"],
-        logs["episode_rewards"],
-        logs["episode_start_steps"],
-        logs["episode_end_steps"],
-        strict=True,
-    ):
-        rewards[lr, noise].append(reward)
-        steps[lr, noise] += end - start + 1
-    rows = [
-        (
-            f"x{arm[0]:g}",
-            f"{arm[1]:g}",
-            str(len(played)),
-            str(steps[arm]),
-            f"{sum(played) / len(played):+.4f}",
-        )
-        for arm, played in sorted(rewards.items())
-    ]
-    return _table(("LR multiplier", "noise", "episodes", "steps", "mean reward"), rows)
-
-
 def _result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (key, f"{value:.4g}" if isinstance(value, float) else str(value))
         for key, value in sorted(results.items())
     ]
-
-
-def _knob_rows(resolved: Resolved) -> list[tuple[str, ...]]:
-    defaults = PulseOptConfig()
-    rows: list[tuple[str, ...]] = []
-    for field in dataclasses.fields(PulseOptKnobs):
-        value = getattr(resolved.training, field.name)
-        if value != getattr(defaults, field.name) or field.name == "lr_candidates":
-            rows.append((f"`{field.name}`", f"`{value}`", str(field.metadata["help"])))
-    return rows
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines
-    )
