@@ -135,6 +135,12 @@ def test_the_first_page_has_the_readmes_chapters(site: Path) -> None:
         assert block.strip() in text
 
 
+def test_make_docs_builds_it_in_strict_mode() -> None:
+    command = ["make", "--dry-run", "docs"]
+    plan = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert re.search(r"mkdocs build --strict$", plan, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("page", "text", "said"),
     [
