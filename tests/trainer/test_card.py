@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import inspect
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
-from huggingface_hub import HfApi, ModelCard, ModelCardData, RepoUrl
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import ModelCard, ModelCardData, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from transformers import Trainer
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
@@ -177,30 +181,47 @@ def test_a_cell_of_a_table_ends_neither_the_cell_nor_the_row() -> None:
     assert rows == ["| a | b |", "| --- | --- |", "| x\\|y | two lines &lt;b> |"]
 
 
+@pytest.fixture
+def uploaded() -> Iterator[dict[str, bytes]]:
+    """Answer the requests to the hub, and return the files that were committed to it."""
+    files: dict[str, bytes] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        lines = [json.loads(line) for line in request.content.splitlines()]
+        if path.endswith("/repos/create"):
+            return httpx.Response(200, json={"url": "https://huggingface.co/somebody/tiny"})
+        if path.endswith("/validate-yaml"):
+            checked.append(lines[0]["content"])
+            return httpx.Response(200, json={"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            names = [file["path"] for file in lines[0]["files"]]
+            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            return httpx.Response(200, json={"files": modes})
+        assert path == "/api/models/somebody/tiny/commit/main"
+        for line in lines:
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        assert checked == [files["README.md"].decode()]
+        url = "https://huggingface.co/somebody/tiny/commit/1"
+        return httpx.Response(200, json={"commitOid": "1", "commitUrl": url})
+
+    checked: list[str] = []
+    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
+    yield files
+    set_client_factory(default_client_factory)
+
+
 @pytest.mark.parametrize("road", ["subclass", "callback"])
 def test_push_to_hub_uploads_a_card_with_the_section(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch, road: str
+    tiny_model: Any, tiny_data: Any, arguments: Any, uploaded: dict[str, bytes], road: str
 ) -> None:
-    """All of it but the two requests to the hub, which would go out as they are noted here."""
-    uploaded: dict[str, str] = {}
-
-    def create_repo(self: HfApi, repo_id: str, **kwargs: Any) -> RepoUrl:
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self: HfApi, *, folder_path: str, ignore_patterns: Any, **kw: Any) -> None:
-        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
-        names = [path.relative_to(folder_path).as_posix() for path in files]
-        for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
-            uploaded[name] = (Path(folder_path) / name).read_text(errors="replace")
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    args = arguments(hub_model_id="somebody/tiny")
+    args = arguments(hub_model_id="somebody/tiny", hub_token="hf_none")
     trainer = trainer_of(road, tiny_model(), args, tiny_data, PulseOptConfig(episode_length=4))
     trainer.train()
     trainer.push_to_hub(tags=["mine"])
     assert "model.safetensors" in uploaded
-    card = ModelCard(uploaded["README.md"])
+    card = ModelCard(uploaded["README.md"].decode())
     assert set(card.data.tags) == {*TAGS, "mine", "generated_from_trainer"}
     assert card.text.count("## Learning rate") == 1
     assert rows_of(card.text)["Episodes"] == ["6"]

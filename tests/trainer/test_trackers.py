@@ -118,7 +118,8 @@ def test_tensorboard_shows_what_each_step_used_and_each_episode_earned(
 def test_trackio_shows_them_in_its_local_store(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    args = arguments(report_to=["trackio"], project="pulse", run_name="arms")
+    # Without a Space, which was the default at first, runs stay on this machine.
+    args = arguments(report_to=["trackio"], project="pulse", run_name="arms", trackio_space_id=None)
     trainer, used = trained(tiny_model(), args, tiny_data)
 
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "pulse.db") as store:
