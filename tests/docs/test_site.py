@@ -6,6 +6,7 @@ import dataclasses
 import html
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from pulseopt_hf import PulseOptConfig, __all__
 from pulseopt_hf.recipes import catalogue
 
 ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium")
 
 
 class Loaded(HTMLParser):
@@ -133,6 +135,21 @@ def test_the_first_page_has_the_readmes_chapters(site: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     for block in re.findall(r"```\w+\n(.*?)```", readme.split("## Knobs")[0], re.DOTALL):
         assert block.strip() in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open the site in")
+def test_search_works_where_the_site_is_opened_from_disk(site: Path, tmp_path: Path) -> None:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={tmp_path}"]
+    flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000"]
+    page = f"{(site / 'index.html').as_uri()}?q=ladder"
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120
+    )
+    assert re.search(r"\d+ matching documents", done.stdout)
+    found = f'<a href="{(site / "method.html").as_uri()}#calibration" class="md-search-result'
+    assert found in done.stdout
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
 
 
 def test_make_docs_builds_it_in_strict_mode() -> None:
