@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-oldest lint format readme benchmark clean
+.PHONY: install quickstart test test-slow test-oldest lint format readme docs figures benchmark clean
 
 install: $(INSTALLED)
 
@@ -48,8 +48,15 @@ format: install
 readme: install
 	$(BIN)/python benchmarks/knobs_table.py --write
 
+# Into site/, which opens from disk. The extra `docs` is part of `dev`.
+docs: install
+	$(BIN)/mkdocs build --strict
+
+figures: install
+	$(BIN)/python benchmarks/figures.py
+
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist runs
+	rm -rf $(VENV) .venv-oldest build dist runs site

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
-# Before torch and Transformers are imported: no hub, no GPU of the machine that runs the tests.
+# Before torch and Transformers are imported: no hub, no GPU of the machine that runs the tests, and
+# no run in the user's own trackio store, whose folder trackio reads when it is imported.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
+    TRACKIO_DIR=(_trackio := tempfile.TemporaryDirectory(prefix="trackio-")).name,
 )
 
 import copy

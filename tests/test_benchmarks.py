@@ -29,6 +29,18 @@ def test_the_overhead_benchmark_measures_every_variant(tmp_path: Path) -> None:
     assert len(variants) == 6
 
 
+def test_the_pictures_of_the_documentation_are_made_from_a_run(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/figures.py", "--steps", "30", "--run"]
+    command += [str(tmp_path / "run"), "--out", str(tmp_path / "figures")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "`plot` is no command" in done.stderr:
+        pytest.skip("`pulseopt-hf plot` is not in this version")
+    assert done.returncode == 0, done.stderr
+    made = [path.stat().st_size for path in (tmp_path / "figures").iterdir()]
+    assert made
+    assert min(made) > 1000
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_cost_is_within_its_bounds(tmp_path: Path) -> None:

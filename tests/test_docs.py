@@ -27,7 +27,9 @@ def test_guarantees_name_many_tests() -> None:
 @pytest.mark.parametrize(
     "page", ["README.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
 )
-def test_links_between_pages_lead_somewhere(page: str) -> None:
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    """From one page of docs/ to another, the build of the site checks them: some it makes."""
     path = ROOT / page if page == "README.md" else ROOT / "docs" / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+        if page == "README.md" or "/" in target:
+            assert (path.parent / target).exists(), target

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.recipes import folder
 from pulseopt_hf.recipes.parsing import Resolved
+from pulseopt_hf.trainer.card import TAGS, table
 
 _PIPELINE = {
     "text-classification": "text-classification",
@@ -21,16 +19,18 @@ _PIPELINE = {
     "masked-lm": "fill-mask",
     "image-classification": "image-classification",
 }
+# Where the hub's name of a metric is not the recipe's.
+_METRIC = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 
 
-def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: Any) -> None:
+def write_card(path: Path, resolved: Resolved, results: dict[str, Any], arms: str | None) -> None:
     """Write `README.md` in the form that the hub reads.
 
     Args:
         path: the run folder.
         resolved: the recipe.
         results: what `all_results.json` holds.
-        logs: the episodes, as `AEES.get_logs()` returns them, or `None` for a run without training.
+        arms: the section on what the method did, or `None` for a run without training.
     """
     recipe = resolved.recipe
     base = recipe.model_name_or_path
@@ -38,13 +38,16 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: An
     on_hub = base is not None and ":" not in base and not Path(base).exists()
     local = recipe.train_file or recipe.validation_file
     named = recipe.dataset_name is not None and ":" not in recipe.dataset_name
+    scores = _scores(resolved, results) if named and not local else []
     data = ModelCardData(
         base_model=base if on_hub else None,
         datasets=[str(recipe.dataset_name)] if named and not local else None,
+        eval_results=scores or None,
         library_name="peft" if recipe.lora_r else "transformers",
-        metrics=recipe.metrics or None,
+        metrics=[_METRIC.get(metric, metric) for metric in recipe.metrics] or None,
+        model_name=path.resolve().name if scores else None,
         pipeline_tag=_PIPELINE.get(recipe.task),
-        tags=["pulseopt", "aees"],
+        tags=list(TAGS),
     )
     source = "local files" if local else recipe.dataset_name
     sections = [
@@ -53,13 +56,11 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: An
         f"`{base or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on {source}, "
         "with the learning rate adapted in episodes by AEES (`pulseopt_hf`).",
         "## Results",
-        _table(("result", "value"), _result_rows(results)),
+        table(("result", "value"), _result_rows(results)),
     ]
-    if logs is not None and logs["selected_lr_values"]:
-        sections += ["## Arms", arms_summary(logs)]
+    if arms is not None:
+        sections.append(arms)
     sections += [
-        "## Settings of AEES",
-        _table(("knob", "value", "meaning"), _knob_rows(resolved)),
         "## To run it again",
         f"`{folder.RECIPE}` in this folder is the whole recipe: "
         f"`pulseopt-hf train {folder.RECIPE}`. Versions, command and commit are in "
@@ -68,35 +69,32 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], logs: An
     (path / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def arms_summary(logs: dict[str, list[Any]]) -> str:
-    """Return a table of how often each arm was played and how it was rewarded.
-
-    Args:
-        logs: the episodes, as `AEES.get_logs()` returns them.
-    """
-    rewards: dict[tuple[float, float], list[float]] = defaultdict(list)
-    steps: dict[tuple[float, float], int] = defaultdict(int)
-    for lr, noise, reward, start, end in zip(
-        logs["selected_lr_values"],
-        logs["selected_noise_values"],
-        logs["episode_rewards"],
-        logs["episode_start_steps"],
-        logs["episode_end_steps"],
-        strict=True,
-    ):
-        rewards[lr, noise].append(reward)
-        steps[lr, noise] += end - start + 1
-    rows = [
-        (
-            f"x{arm[0]:g}",
-            f"{arm[1]:g}",
-            str(len(played)),
-            str(steps[arm]),
-            f"{sum(played) / len(played):+.4f}",
-        )
-        for arm, played in sorted(rewards.items())
-    ]
-    return _table(("LR multiplier", "noise", "episodes", "steps", "mean reward"), rows)
+def _scores(resolved: Resolved, results: dict[str, Any]) -> list[EvalResult]:
+    """Return the scores on the hub's data in the form that the hub shows beside the model."""
+    recipe = resolved.recipe
+    task = _PIPELINE.get(recipe.task)
+    if task is None or recipe.max_eval_samples or recipe.validation_percentage:
+        return []  # no score of the whole split
+    scores = []
+    for index, split in enumerate(recipe.validation_split):
+        suffixes = recipe.validation_suffixes
+        suffix = suffixes[index] if index < len(suffixes) else f"_{index + 1}"
+        for metric in recipe.metrics:
+            name = _METRIC.get(metric, metric)
+            keys = (f"eval_{name}{suffix}", f"eval_{metric}{suffix}")
+            value = next((results[key] for key in keys if key in results), None)
+            if value is not None and math.isfinite(value):
+                score = EvalResult(
+                    task_type=task,
+                    dataset_type=str(recipe.dataset_name),
+                    dataset_name=str(recipe.dataset_name),
+                    dataset_config=recipe.dataset_config_name,
+                    dataset_split=split,
+                    metric_type=name,
+                    metric_value=value,
+                )
+                scores.append(score)
+    return scores
 
 
 def _result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -104,20 +102,3 @@ def _result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         (key, f"{value:.4g}" if isinstance(value, float) else str(value))
         for key, value in sorted(results.items())
     ]
-
-
-def _knob_rows(resolved: Resolved) -> list[tuple[str, ...]]:
-    defaults = PulseOptConfig()
-    rows: list[tuple[str, ...]] = []
-    for field in dataclasses.fields(PulseOptKnobs):
-        value = getattr(resolved.training, field.name)
-        if value != getattr(defaults, field.name) or field.name == "lr_candidates":
-            rows.append((f"`{field.name}`", f"`{value}`", str(field.metadata["help"])))
-    return rows
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines
-    )

@@ -22,6 +22,7 @@ from pulseopt_hf.recipes.card import write_card
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.lines import Bar, EpochLines, Interruption, Lines, described
 from pulseopt_hf.recipes.parsing import Resolved
+from pulseopt_hf.trainer.card import section
 from pulseopt_hf.trainer.checkpoints import newest_whole_checkpoint
 
 
@@ -86,7 +87,7 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         file = path / "all_results.json"
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        write_card(path, resolved, results, trainer.aees.get_logs() if trainer.aees else None)
+        write_card(path, resolved, results, section(trainer))
     write(f"The run is in {path}: {folder.RECIPE} runs it again, README.md sums it up,")
     write("episodes.json holds every arm with its losses and reward, all_results.json the scores.")
     return results

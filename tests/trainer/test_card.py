@@ -2,49 +2,238 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from transformers import Trainer
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from pulseopt_hf.trainer.card import TAG
+from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
+from pulseopt_hf.config import OPERATIONAL_KNOBS
+from pulseopt_hf.trainer.card import BEGIN, END, TAGS, table, with_section
+
+
+def trainer_of(road: str, model: Any, args: Any, data: Any, config: PulseOptConfig) -> Any:
+    if road == "subclass":
+        return PulseOptTrainer(model, args, train_dataset=data, pulse=config)
+    trainer = Trainer(model, args, train_dataset=data)
+    PulseOptCallback(config).attach(trainer)
+    return trainer
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Return the rows of a text's tables by their first cell."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    return {first: rest for first, *rest in cells}
 
 
 @pytest.mark.parametrize("road", ["subclass", "callback"])
-def test_the_card_has_plays_knobs_and_the_range_of_the_lr(
+def test_the_card_has_plays_knobs_and_learning_rates(
     tiny_model: Any, tiny_data: Any, arguments: Any, road: str
 ) -> None:
     config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=3, calibration="ladder")
     args = arguments(max_steps=160)
-    if road == "subclass":
-        trainer: Any = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=config)
-    else:
-        trainer = Trainer(tiny_model(), args, train_dataset=tiny_data)
-        PulseOptCallback(config).attach(trainer)
+    trainer = trainer_of(road, tiny_model(), args, tiny_data, config)
     trainer.train()
     for _ in range(2):  # written again, it is there once
         trainer.create_model_card(model_name="tiny", tags=["mine"])
-    card = ModelCard.load(Path(args.output_dir) / "README.md")
-    assert set(card.data.tags) >= {TAG, "mine"}
-    assert card.text.count("## Learning rate") == 1
+    card = ModelCard.load(Path(args.output_dir) / "README.md")  # raises where metadata is wrong
+    assert set(card.data.tags) >= {*TAGS, "mine"}
+    assert card.text.count("## Learning rate") == card.text.count(BEGIN) == 1
+    rows = rows_of(card.text)
+
     logs = trainer.aees.get_logs()
     for value in (0.5, 2.0):
-        assert f"| x{value:g} | 0 | {logs['selected_lr_values'].count(value)} |" in card.text
+        episodes = [i for i, played in enumerate(logs["selected_lr_values"]) if played == value]
+        rewards = [logs["episode_rewards"][i] for i in episodes]
+        steps = [
+            logs["episode_end_steps"][i] - logs["episode_start_steps"][i] + 1 for i in episodes
+        ]
+        assert rows[f"x{value:g}"] == [
+            "0",
+            str(len(episodes)),
+            str(sum(steps)),
+            f"{sum(rewards) / len(rewards):+.4f}",
+            f"{min(rewards):+.4f} to {max(rewards):+.4f}",
+        ]
     used = [e["pulse/learning_rate"] for e in trainer.state.log_history if "loss" in e]
-    assert f"logged: {min(used):.3g} to {max(used):.3g}." in card.text
-    assert f"Calibrated: {trainer.aees.calibration.scale:.3g} times" in card.text
-    assert "| `lr_candidates` | `[0.5, 2.0]` |" in card.text
-    assert "| `nonfinite` |" not in card.text
+    assert len(used) == 160
+    assert rows["Effective learning rate"] == [
+        f"{min(used):.4g} to {max(used):.4g}, of the 160 steps that were logged"
+    ]
+    scale = trainer.aees.calibration.scale
+    assert rows["Base learning rate"] == ["0.003"]
+    assert rows["Calibrated learning rate"] == [
+        f"{0.003 * scale:.4g}, {scale:.4g} times the base learning rate"
+    ]
+    assert rows["Episodes"] == [str(len(logs["episode_rewards"]))]
+    assert rows["`lr_candidates`"] == ["`[0.5, 2.0]`"]
 
 
-def test_a_trainer_that_has_not_trained_writes_a_plain_card(
+def test_default_knobs_are_listed_too_as_they_were_in_the_run(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
     args = arguments()
     trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+    trainer.train()
+    trainer.create_model_card()
+    rows = rows_of((Path(args.output_dir) / "README.md").read_text())
+    names = {field.name for field in dataclasses.fields(PulseOptConfig)} - OPERATIONAL_KNOBS
+    assert {row.strip("`") for row in rows if row.startswith("`")} == names
+    assert rows["`lr_candidates`"] == ["`[0.5, 1.0, 2.0]`"]
+    assert rows["`episode_length`"] == ["`5`"]  # unset, and resolved by the run
+    assert rows["`seed`"] == [f"`{args.seed}`"]
+
+
+def test_rolled_back_episodes_and_skipped_steps_are_counted(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    config = PulseOptConfig(
+        lr_candidates=[1.0, 1e4], episode_length=4, divergence="rollback", seed=0
+    )
+    args = arguments(max_steps=40)
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=config)
+    trainer.train()
+    trainer.create_model_card()
+    rows = rows_of((Path(args.output_dir) / "README.md").read_text())
+    assert trainer.aees is not None
+    rolled_back = trainer.aees.get_logs()["episode_outcomes"].count("rolled back")
+    assert rolled_back > 0
+    assert rows["Episodes that were rolled back"] == [str(rolled_back)]
+    assert rows["`divergence`"] == ["`rollback`"]  # of the operational knobs, what was changed
+    assert "`nonfinite`" not in rows
+
+
+def test_the_metadata_is_valid_and_keeps_trainers_scores(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    """As far as that can be told offline: the hub's own check is a request to it."""
+    args = arguments()
+    trainer = PulseOptTrainer(
+        tiny_model(),
+        args,
+        train_dataset=tiny_data,
+        eval_dataset=tiny_data[:8],
+        compute_metrics=lambda predicted: {
+            "accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())
+        },
+    )
+    trainer.train()
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    trainer.create_model_card(
+        tags="mine", tasks="text-generation", dataset_tags="wikitext", dataset="Wikitext"
+    )
+    file = Path(args.output_dir) / "README.md"
+    data = yaml.safe_load(file.read_text().split("---\n")[1])
+    assert set(data) <= set(inspect.signature(ModelCardData).parameters) | {"model-index"}
+    assert len(data["tags"]) == len(set(data["tags"]))
+    assert set(data["tags"]) == {*TAGS, "mine", "generated_from_trainer"}
+    (result,) = ModelCard.load(file).data.eval_results
+    assert (result.metric_type, result.dataset_type) == ("accuracy", "wikitext")
+    assert result.metric_value == pytest.approx(accuracy, abs=1e-4)
+
+
+class KeepsTheCard(Trainer):
+    """A Trainer that leaves a card alone which is there, as PEFT's part of a card does."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not (Path(self.args.output_dir) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
+
+def test_written_again_it_takes_nothing_of_the_users(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments()
+    trainer = with_pulseopt(KeepsTheCard)(tiny_model(), args, train_dataset=tiny_data)
+    trainer.train()
     trainer.create_model_card()
     file = Path(args.output_dir) / "README.md"
-    assert not file.exists() or "## Learning rate" not in file.read_text()
+    before, rest = file.read_text().split(BEGIN)
+    written, after = rest.split(END)
+    mine, mine_too = "## Learning rate\n\nMine: ü.\n\n", "\n## Learning rate\n\nMine too.\n"
+    file.write_text(f"{before}{mine}{BEGIN}\nold\n{END}{after}{mine_too}", encoding="utf-8")
+    trainer.create_model_card()
+    expected = f"{before}{mine}{BEGIN}{written}{END}{after}{mine_too}"
+    assert file.read_text(encoding="utf-8") == expected
+
+
+def test_a_marker_that_lost_its_other_half_takes_nothing_along() -> None:
+    section = f"{BEGIN}\n\nnew\n\n{END}"
+    for card in (f"text\n{BEGIN}\nmine", f"text\n{END}\nmine", f"{END}\ntext\n{BEGIN}\nmine"):
+        once = with_section(card, section)
+        assert once == f"{card}\n\n{section}\n"
+        assert with_section(once, section) == once
+
+
+def test_a_cell_of_a_table_ends_neither_the_cell_nor_the_row() -> None:
+    rows = table(("a", "b"), [("x|y", "two\nlines <b>")]).splitlines()
+    assert rows == ["| a | b |", "| --- | --- |", "| x\\|y | two lines &lt;b> |"]
+
+
+@pytest.fixture
+def uploaded() -> Iterator[dict[str, bytes]]:
+    """Answer the requests to the hub, and return the files that were committed to it."""
+    files: dict[str, bytes] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        lines = [json.loads(line) for line in request.content.splitlines()]
+        if path.endswith("/repos/create"):
+            return httpx.Response(200, json={"url": "https://huggingface.co/somebody/tiny"})
+        if path.endswith("/validate-yaml"):
+            checked.append(lines[0]["content"])
+            return httpx.Response(200, json={"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            names = [file["path"] for file in lines[0]["files"]]
+            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            return httpx.Response(200, json={"files": modes})
+        assert path == "/api/models/somebody/tiny/commit/main"
+        for line in lines:
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        assert checked == [files["README.md"].decode()]
+        url = "https://huggingface.co/somebody/tiny/commit/1"
+        return httpx.Response(200, json={"commitOid": "1", "commitUrl": url})
+
+    checked: list[str] = []
+    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
+    yield files
+    set_client_factory(default_client_factory)
+
+
+@pytest.mark.parametrize("road", ["subclass", "callback"])
+def test_push_to_hub_uploads_a_card_with_the_section(
+    tiny_model: Any, tiny_data: Any, arguments: Any, uploaded: dict[str, bytes], road: str
+) -> None:
+    args = arguments(hub_model_id="somebody/tiny", hub_token="hf_none")
+    trainer = trainer_of(road, tiny_model(), args, tiny_data, PulseOptConfig(episode_length=4))
+    trainer.train()
+    trainer.push_to_hub(tags=["mine"])
+    assert "model.safetensors" in uploaded
+    card = ModelCard(uploaded["README.md"].decode())
+    assert set(card.data.tags) == {*TAGS, "mine", "generated_from_trainer"}
+    assert card.text.count("## Learning rate") == 1
+    assert rows_of(card.text)["Episodes"] == ["6"]
+
+
+def test_a_trainer_that_has_not_trained_writes_trainers_card(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    cards = []
+    for trainer_class in (Trainer, PulseOptTrainer):
+        args = arguments()
+        trainer = trainer_class(tiny_model(), args, train_dataset=tiny_data)
+        trainer.create_model_card(model_name="tiny")
+        cards.append((Path(args.output_dir) / "README.md").read_text())
+    assert cards[0] == cards[1]

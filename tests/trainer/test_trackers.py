@@ -2,32 +2,88 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 
 KEYS = ("episode", "lr_multiplier", "learning_rate", "noise_std", "reward", "skipped_steps")
+EPISODE_LENGTH = 4
+STEPS = {"off": 24, "ladder": 160}  # 24 steps are six whole episodes
+
+Shown = dict[int, float]  # value by optimizer step
 
 
-class Watched(torch.optim.AdamW):
-    """Notes the LR that each update is made with, inside the update."""
+class UsedLR(TrainerCallback):
+    """Notes the LR that each update is made with: its hook comes after the one that scales."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
         self.used: list[float] = []
 
-    def _init_group(self, group: Any, *args: Any, **kwargs: Any) -> Any:
-        self.used.append(float(group["lr"]))
-        return super()._init_group(group, *args, **kwargs)  # type: ignore[no-untyped-call]
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer.register_step_pre_hook(self.note)
+
+    def note(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.used.append(float(optimizer.param_groups[0]["lr"]))
+
+
+def trained(model: Any, args: Any, data: Any, calibration: Any = "off") -> tuple[Any, list[float]]:
+    """Return a trained Trainer, and the LR that each of its optimizer steps used."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    config = PulseOptConfig(
+        lr_candidates=[0.5, 1.0, 2.0], episode_length=EPISODE_LENGTH, calibration=calibration
+    )
+    trainer = PulseOptTrainer(
+        model, args, train_dataset=data, optimizers=(optimizer, None), pulse=config
+    )
+    watch = UsedLR(optimizer)
+    trainer.add_callback(watch)  # behind the callback that puts the arm's hooks on
+    trainer.train()
+    assert len(watch.used) == args.max_steps
+    return trainer, watch.used
+
+
+def check_what_is_shown(shown: dict[str, Shown], trainer: Any, used: list[float]) -> None:
+    """Compare what a tracker shows, by key without `pulse/`, with what happened at each step."""
+    steps = range(1, len(used) + 1)
+    assert set(shown) >= set(KEYS)
+    assert shown["learning_rate"] == pytest.approx(dict(zip(steps, used, strict=True)), rel=1e-6)
+    assert shown["skipped_steps"] == dict.fromkeys(steps, 0.0)
+    logs = trainer.aees.get_logs()
+    starts, ends = logs["episode_start_steps"], logs["episode_end_steps"]
+    assert len(starts) > 2
+    episodes: Shown = {}
+    multipliers: Shown = {}
+    earned: list[tuple[int, float]] = []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for step in range(start + 1, end + 2):  # episodes count steps from 0, Trainer's log from 1
+            episodes[step] = number + 1
+            multipliers[step] = logs["selected_lr_values"][number]
+        if end + 1 - start == EPISODE_LENGTH:  # a shorter one is closed after the last log
+            earned.append((end + 1, logs["episode_rewards"][number]))
+    rewards = {
+        step: [reward for end, reward in earned if end <= step][-1]
+        for step in steps
+        if step >= earned[0][0]
+    }
+    assert shown["episode"] == episodes
+    assert shown["lr_multiplier"] == multipliers
+    assert shown["noise_std"] == dict.fromkeys(episodes, 0.0)
+    assert shown["reward"] == pytest.approx(rewards, rel=1e-6)  # event files hold float32
 
 
 @pytest.mark.parametrize("calibration", ["off", "ladder"])
-def test_tensorboard_shows_the_lr_that_each_step_used(
+def test_tensorboard_shows_what_each_step_used_and_each_episode_earned(
     tiny_model: Any,
     tiny_data: Any,
     arguments: Any,
@@ -36,37 +92,95 @@ def test_tensorboard_shows_the_lr_that_each_step_used(
     calibration: Any,
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    steps = 24 if calibration == "off" else 160
-    args = arguments(report_to=["tensorboard"], max_steps=steps, warmup_steps=3)
-    model = tiny_model()
-    optimizer = Watched(model.parameters(), lr=args.learning_rate)
-    config = PulseOptConfig(
-        lr_candidates=[0.5, 1.0, 2.0], episode_length=4, calibration=calibration
-    )
-    trainer = PulseOptTrainer(
-        model, args, train_dataset=tiny_data, optimizers=(optimizer, None), pulse=config
-    )
-    trainer.train()
+    args = arguments(report_to=["tensorboard"], max_steps=STEPS[calibration], warmup_steps=3)
+    trainer, used = trained(tiny_model(), args, tiny_data, calibration)
 
-    board = EventAccumulator(str(tmp_path / "board"))
+    # As many events as there are: by default the reader thins them out.
+    board = EventAccumulator(str(tmp_path / "board"), size_guidance={"scalars": 0})
     board.Reload()
-    tags = board.Tags()["scalars"]
-    assert "train/loss" in tags
-    for key in KEYS:
-        assert f"train/pulse/{key}" in tags
-    shown = {event.step: event.value for event in board.Scalars("train/pulse/learning_rate")}
-    assert sorted(shown) == list(range(1, steps + 1))
-    for step, used in enumerate(optimizer.used, 1):
-        assert shown[step] == pytest.approx(used, rel=1e-6)  # event files hold float32
-    assert trainer.aees is not None
-    logs = trainer.aees.get_logs()
-    rewards = {event.value for event in board.Scalars("train/pulse/reward")}
-    for reward in logs["episode_rewards"][:-1]:
-        assert any(value == pytest.approx(reward, rel=1e-6) for value in rewards)
+    prefix = "train/pulse/"
+    shown = {
+        tag.removeprefix(prefix): {event.step: event.value for event in board.Scalars(tag)}
+        for tag in board.Tags()["scalars"]
+        if tag.startswith(prefix)
+    }
+    check_what_is_shown(shown, trainer, used)
+    assert len(board.Scalars("train/loss")) == len(used)
     if calibration == "ladder":
-        scales = [event.value for event in board.Scalars("train/pulse/lr_scale")]
-        assert (
-            scales[-1] == pytest.approx(logs["calibration_trials"][-1]["scale"]) or scales[-1] > 0
-        )
+        assert trainer.aees.calibration.is_done
+        final = trainer.aees.calibration.scale
+        assert shown["lr_scale"][len(used)] == pytest.approx(final, rel=1e-6)
+        assert len(set(shown["lr_scale"].values())) > 3  # the search is seen, not its end alone
     base = [event.value for event in board.Scalars("train/learning_rate")]
     assert max(base) <= args.learning_rate * (1 + 1e-6)
+
+
+def test_trackio_shows_them_in_its_local_store(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    # Without a Space, which was the default at first, runs stay on this machine.
+    args = arguments(report_to=["trackio"], project="pulse", run_name="arms", trackio_space_id=None)
+    trainer, used = trained(tiny_model(), args, tiny_data)
+
+    with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "pulse.db") as store:
+        rows = store.execute("SELECT metrics FROM metrics WHERE run_name = 'arms' ORDER BY id")
+        logged = [json.loads(metrics) for (metrics,) in rows]
+    check_what_is_shown(by_key(logged), trainer, used)
+
+
+def test_wandb_shows_them_in_its_offline_run(
+    tiny_model: Any,
+    tiny_data: Any,
+    arguments: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer, used = trained(tiny_model(), arguments(report_to=["wandb"]), tiny_data)
+    import wandb
+
+    wandb.finish()
+    wandb.teardown()  # ends its process, which writes the last records only then
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    logged: list[dict[str, Any]] = []
+    for content in leveldb_records(file.read_bytes()):
+        items = Record.FromString(content).history.item  # empty in records of other kinds
+        logged.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    check_what_is_shown(by_key(logged), trainer, used)
+
+
+def by_key(logged: list[dict[str, Any]]) -> dict[str, Shown]:
+    """Turn what was logged together, with its step, into the values of each `pulse/` key."""
+    prefix = "train/pulse/"
+    shown: dict[str, Shown] = {}
+    for values in logged:
+        for key, value in values.items():
+            if key.startswith(prefix):
+                of_key = shown.setdefault(key.removeprefix(prefix), {})
+                assert values["train/global_step"] not in of_key
+                of_key[values["train/global_step"]] = value
+    return shown
+
+
+def leveldb_records(content: bytes) -> Iterator[bytes]:
+    """Read a file in the format of LevelDB's log, which wandb writes and has no reader for.
+
+    Blocks of 32 KiB hold fragments: checksum (4 bytes), length (2), type (1: whole, 2: first,
+    3: middle, 4: last), content. The first block opens with seven bytes of wandb's own.
+    """
+    position, record, block = 7, b"", 32 * 1024
+    while position < len(content):
+        if block - position % block < 7:  # too little is left of the block for a fragment
+            position += block - position % block
+            continue
+        length = int.from_bytes(content[position + 4 : position + 6], "little")
+        kind = content[position + 6]
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""

@@ -1,0 +1,104 @@
+"""The commands of the documentation's pages run, or are right as far as that is short."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from pulseopt_hf import cli
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SEEN = ("report", "plot", "watch")  # commands that need a run to look at
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return the commands of a page's blocks, and of the tables of commands, as words."""
+    text = (DOCS / page).read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    lines = "\n".join(block for language, block in blocks if language in ("", "bash"))
+    found = lines.replace("\\\n", " ").splitlines()
+    found += re.findall(r"`((?:python|torchrun|accelerate launch) [^`]+)`(?: \||\n)", text)
+    words = [shlex.split(line, comments=True) for line in found]
+    return [w[1:] if re.fullmatch(r"[A-Z_]+=\S*", w[0]) else w for w in words if w]
+
+
+PAGES = {file.name: commands(file.name) for file in sorted(DOCS.glob("*.md"))}
+LAUNCHERS = {"accelerate": launch_command_parser(), "torchrun": get_args_parser()}
+
+
+def check(words: list[str], folder: Path) -> None:
+    """Run a command, or of one that trains or needs GPUs check all of its words."""
+    if words[0] == "pulseopt-hf":
+        assert run(words[1:]) == cli.DONE
+    elif words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], check=True, cwd=ROOT, capture_output=True)
+    elif words[0] in LAUNCHERS:
+        parsed = LAUNCHERS[words[0]].parse_args(words[2 if words[0] == "accelerate" else 1 :])
+        config = getattr(parsed, "config_file", None)
+        if config is not None:
+            path = folder / config
+            load_config_from_file(str(path if path.exists() else ROOT / config))
+        if getattr(parsed, "module", False):
+            assert parsed.training_script == "pulseopt_hf"
+            assert run(parsed.training_script_args) == cli.DONE
+        else:  # tests/engines launch it
+            assert (ROOT / parsed.training_script).exists()
+    elif words[:2] == ["pip", "install"]:
+        (extra,) = re.findall(r"^pulseopt-hf\[(\w+)\]$", words[2])
+        assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    else:
+        assert words[0] == "python"
+        assert (ROOT / words[1]).exists()
+
+
+def run(words: list[str]) -> int:
+    if words[0] == "train":  # what training gives, other tests show
+        words = ["validate", *(w for w in words[1:] if w not in ("--resume", "--overwrite"))]
+    return cli.main(words)
+
+
+def test_there_are_commands_to_run() -> None:
+    assert {len(PAGES[page]) for page in ("index.md", "method.md", "guarantees.md")} == {0}
+    assert len(PAGES["recipes.md"]) == 12
+    assert len(PAGES["launching.md"]) == 12
+    assert len(PAGES["report.md"]) == 5
+
+
+@pytest.mark.parametrize("page", [name for name, words in PAGES.items() if words])
+def test_the_commands_of_a_page_are_right(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order and in one folder, as a reader would run them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.csv", "validation.csv"):
+        Path(name).write_text("sentence,label\na good film,1\na bad film,0\n")
+    for words in PAGES[page]:
+        if words[1] not in SEEN:
+            check(words, tmp_path)
+
+
+def test_the_commands_on_reports_show_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["--help"])
+    shown = capsys.readouterr().out
+    if not all(f"  {command} " in shown for command in SEEN):
+        pytest.skip("`pulseopt-hf report`, `plot` and `watch` are not in this version")
+    monkeypatch.chdir(tmp_path)
+    short = ["--max_steps", "30", "--logging_steps", "1", "--quiet", "--use_cpu"]
+    for name in ("first", "control", "plain"):
+        words = ["train", "quickstart/lm", "--output_dir", f"runs/{name}", *short]
+        assert cli.main(words) == cli.DONE
+    for words in PAGES["report.md"]:
+        if words[1] in SEEN:
+            assert cli.main(words[1:]) == cli.DONE, words
+    assert "Loss" in Path("first.html").read_text()
+    assert Path("three.html").stat().st_size > 0

@@ -1,0 +1,187 @@
+"""The documentation site builds in strict mode, is whole, and loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+from pulseopt_hf import PulseOptConfig, __all__
+from pulseopt_hf.recipes import catalogue
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium")
+
+
+class Loaded(HTMLParser):
+    """Collects what a browser fetches for a page, and where its links lead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.ids.add(values.get("id", ""))
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
+            self.fetched.append(values["href"])
+        elif "src" in values:
+            self.fetched.append(values["src"])
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
+    return subprocess.run(
+        [*command, "--site-dir", str(site)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT / "mkdocs.yml", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, Loaded]:
+    pages = {}
+    for file in sorted(site.glob("*.html")):
+        pages[file.name] = Loaded()
+        pages[file.name].feed(file.read_text())
+    return pages
+
+
+def test_there_is_a_page_for_every_subject(pages: dict[str, Loaded]) -> None:
+    subjects = "index method knobs recipes library launching guarantees report migrating examples"
+    assert set(pages) == {f"{name}.html" for name in [*subjects.split(), "api", "404"]}
+
+
+def test_no_page_fetches_anything_from_elsewhere(site: Path, pages: dict[str, Loaded]) -> None:
+    fetched = [target for page in pages.values() for target in page.fetched]
+    assert any(target.endswith(".js") for target in fetched)
+    assert any(target.endswith(".css") for target in fetched)
+    assert [target for target in fetched if re.match(r"(\w+:)?//", target)] == []
+    styles = "".join(file.read_text() for file in site.rglob("*.css"))
+    assert re.findall(r"url\(['\"]?(?:https?:)?//[^)]*\)|@import[^;]*//[^;]*", styles) == []
+
+
+def test_every_link_and_anchor_leads_somewhere(site: Path, pages: dict[str, Loaded]) -> None:
+    inside = 0
+    for name, page in pages.items():
+        if name == "404.html":  # its links are those of a server's root
+            continue
+        for link in page.links:
+            if re.match(r"\w+:", link):
+                continue
+            target, anchor = urldefrag(link)
+            assert (site / target).exists(), (name, link)
+            if anchor and (not target or target in pages):
+                assert unquote(anchor) in pages[target or name].ids, (name, link)
+                inside += 1
+    assert inside > 100
+
+
+def test_every_knob_has_its_help_text_and_an_anchor(pages: dict[str, Loaded]) -> None:
+    page = pages["knobs.html"]
+    text = " ".join("".join(page.text).split())
+    for field in dataclasses.fields(PulseOptConfig):
+        assert field.name in page.ids
+        assert field.metadata["help"].replace("`", "") in text
+
+
+def test_every_recipe_introduces_itself_and_shows_its_file(pages: dict[str, Loaded]) -> None:
+    text = "".join(pages["library.html"].text)
+    words = " ".join(text.split())
+    for name in [*catalogue.names(), *catalogue.profiles()]:
+        lines = (catalogue.folder() / f"{name}.yaml").read_text().splitlines()
+        end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+        assert "\n".join(lines[end:]).strip() in text
+        comment = [line.removeprefix("#").strip() for line in lines[:end]]
+        for line in comment:
+            assert line.replace("`", "") in words, (name, line)
+
+
+def test_every_public_name_is_on_the_page_of_the_api(pages: dict[str, Loaded]) -> None:
+    anchors = {name.rpartition(".")[2] for name in pages["api.html"].ids}
+    assert set(__all__) <= anchors
+
+
+def test_the_first_page_has_the_readmes_chapters(site: Path) -> None:
+    text = html.unescape(re.sub(r"<[^>]+>", "", (site / "index.html").read_text()))
+    assert "README:" not in text
+    readme = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```\w+\n(.*?)```", readme.split("## Knobs")[0], re.DOTALL):
+        assert block.strip() in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open the site in")
+def test_search_works_where_the_site_is_opened_from_disk(site: Path, tmp_path: Path) -> None:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={tmp_path}"]
+    flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000"]
+    page = f"{(site / 'index.html').as_uri()}?q=ladder"
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120
+    )
+    assert re.search(r"\d+ matching documents", done.stdout)
+    found = f'<a href="{(site / "method.html").as_uri()}#calibration" class="md-search-result'
+    assert found in done.stdout
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+
+
+def test_make_docs_builds_it_in_strict_mode() -> None:
+    command = ["make", "--dry-run", "docs"]
+    plan = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert re.search(r"mkdocs build --strict$", plan, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "said"),
+    [
+        ("index.md", "[gone](gone.md)", "gone.md"),
+        ("index.md", "[gone](method.md#gone)", "#gone"),
+        ("orphan.md", "# In no menu", "orphan.md"),
+        ("index.md", "<!-- README: Gone -->", "Gone"),
+    ],
+)
+def test_a_broken_link_or_a_page_without_a_menu_entry_ends_the_build(
+    tmp_path: Path, page: str, text: str, said: str
+) -> None:
+    (tmp_path / "README.md").symlink_to(ROOT / "README.md")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for file in (ROOT / "docs").iterdir():
+        if file.name not in (page, "hooks.py"):
+            (docs / file.name).symlink_to(file)
+    (docs / "hooks.py").write_text((ROOT / "docs/hooks.py").read_text())
+    original = ROOT / "docs" / page
+    (docs / page).write_text((original.read_text() if original.exists() else "") + f"\n{text}\n")
+    config = (ROOT / "mkdocs.yml").read_text().replace("paths: [.]", f"paths: [{ROOT}]")
+    (tmp_path / "mkdocs.yml").write_text(config)
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode == 1
+    assert said in done.stderr
