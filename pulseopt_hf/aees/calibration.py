@@ -327,7 +327,7 @@ class Calibration:
         fresh._center = field(state, "center", optional(_scale))
         fresh._winner = field(state, "winner", list_of(_loss))
         fresh._winner_scale = field(state, "winner_scale", optional(_scale))
-        fresh.trials = field(state, "trials", list_of(_trial))
+        fresh.trials = field(state, "trials", list_of(trial_from_json))
         lengths = {len(fresh._before), len(fresh._winner)} - {0}
         if len(lengths) > 1 or (fresh.phase != "start" and len(fresh._before) < 2):
             raise StateError("The probe losses of the saved calibration do not fit each other.")
@@ -336,6 +336,26 @@ class Calibration:
         if fresh._duels > len(DUELS) or (fresh.phase == "hold" and fresh._duels == len(DUELS)):
             raise StateError(f"`duels` must be at most {len(DUELS)}, got {fresh._duels}.")
         self.__dict__.update(fresh.__dict__)
+
+
+def trial_from_json(value: object, name: str) -> Trial:
+    """Rebuild a trial from a mapping of its attributes.
+
+    Raises:
+        StateError: an attribute is missing or of another type.
+    """
+    kept = field(value, "kept", lambda item, _: item)
+    if not isinstance(kept, bool):
+        raise StateError(f"`{name}.kept` must be true or false.")
+    return Trial(
+        field(value, "phase", text),
+        field(value, "scale", number),
+        field(value, "probe_before", number),
+        field(value, "probe_after", number),
+        kept,
+        field(value, "start_step", integer),
+        field(value, "end_step", integer),
+    )
 
 
 def _scale(value: object, name: str) -> float:
@@ -350,21 +370,6 @@ def _loss(value: object, name: str) -> float:
     if abs(result) > LEAP * MOST_RUNGS * NOT_FINITE:
         raise StateError(f"`{name}` is no loss that a probe could have: {result}.")
     return result
-
-
-def _trial(value: object, name: str) -> Trial:
-    kept = field(value, "kept", lambda item, _: item)
-    if not isinstance(kept, bool):
-        raise StateError(f"`{name}.kept` must be true or false.")
-    return Trial(
-        field(value, "phase", text),
-        field(value, "scale", number),
-        field(value, "probe_before", number),
-        field(value, "probe_after", number),
-        kept,
-        field(value, "start_step", integer),
-        field(value, "end_step", integer),
-    )
 
 
 def _mean(values: Sequence[float]) -> float:
