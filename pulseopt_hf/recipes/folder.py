@@ -58,7 +58,7 @@ def clear(path: Path) -> None:
     """Delete what a run before has left: checkpoints, results and records, nothing else."""
     for checkpoint in checkpoints(path):
         shutil.rmtree(checkpoint)
-    records = (FILE_NAME, "episodes.json", "trainer_state.json")
+    records = (FILE_NAME, "report.html", "episodes.json", "trainer_state.json")
     for pattern in ("*_results.json", RECIPE, RUN, LOG, *records):
         for file in path.glob(pattern):
             file.unlink()
