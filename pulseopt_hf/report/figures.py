@@ -30,6 +30,7 @@ _TRIAL = (
 )
 _MOST_MARKERS = 2000  # a browser takes seconds to draw more
 _MOST_POINTS = 6000  # of a curve, several for each pixel across
+_LONGEST_NAME = 70
 _FATE = {True: "kept", False: "undone"}
 
 
@@ -83,8 +84,10 @@ def loss_plot(run: RunData, styles: ArmStyles) -> Plot | None:
                     marker={"color": style.color, "symbol": "square", "size": 11, "opacity": 0.6},
                 )
             )
-        # The strip has an axis of its own from 0 to 1, below the loss.
+        # The strip has an axis of its own from 0 to 1, below the loss. Near a curve a hover tells
+        # of the curve, and elsewhere of the episode.
         figure.update_layout(
+            hovermode="closest",
             yaxis={"visible": False, "fixedrange": True, "range": [0, 1]},
             yaxis2={**_axis("loss"), "overlaying": "y", "side": "left", "tickmode": "auto"},
         )
@@ -146,7 +149,8 @@ def reward_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     for (name, own), symbol in zip(marks.items(), symbols, strict=False):
         if own:
             trace = _markers(run, rows, own, name, color=INK, size=11, symbol=symbol)
-            figure.add_trace(trace)
+            # The episode's own point tells what happened to it.
+            figure.add_trace(trace.update(hoverinfo="skip", hovertemplate=None, customdata=None))
     rewards = [record.reward for record in run.episodes]
     text = (
         f"Rewards of {_count(len(rewards), 'episode')}, from {min(rewards):+.4f} to "
@@ -161,7 +165,7 @@ def plays_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     arms = run.arms()
     if not arms:
         return None
-    figure = new_figure("episodes", "LR multiplier")
+    figure = new_figure("episodes", "arm")
     labels = [style.label for style in styles]
     figure.add_trace(
         go.Bar(
@@ -185,7 +189,7 @@ def mean_reward_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     arms = run.arms()
     if not arms:
         return None
-    figure = new_figure("reward", "LR multiplier")
+    figure = new_figure("reward", "arm")
     labels = [style.label for style in styles]
     figure.add_trace(
         go.Scatter(
@@ -276,7 +280,7 @@ def new_figure(y_title: str, x_title: str = "step") -> go.Figure:
         margin={"l": 64, "r": 16, "t": 36, "b": 52},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         hovermode="x",
-        hoverlabel={"align": "left"},
+        hoverlabel={"align": "left", "namelength": -1},  # `plain` shortens names
         legend={
             "orientation": "h",
             "x": 0,
@@ -337,8 +341,13 @@ def thinned(series: Series, most: int = _MOST_POINTS) -> Series:
 
 
 def plain(text: str) -> str:
-    """Escape a text for plotly, which reads a small HTML in names and hovers."""
-    return html.escape(text, quote=False)
+    """Write any text so that plotly shows it as it is, shortened where it is long.
+
+    Plotly reads a small HTML and `%{...}` in names and hovers.
+    """
+    if len(text) > _LONGEST_NAME:
+        text = text[: _LONGEST_NAME - 1] + "…"
+    return html.escape(text, quote=False).replace("%", "&#37;")
 
 
 def _axis(title: str) -> dict[str, Any]:
