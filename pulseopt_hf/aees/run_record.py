@@ -151,12 +151,14 @@ def loggable(values: Mapping[str, Any]) -> dict[str, Value]:
     """Keep the numbers and words of a log entry.
 
     Tensors are left out, since writing one would read its device. A number that is not finite,
-    which JSON has no word for, becomes `None`.
+    which JSON has no word for, or a whole number beyond 64 bits becomes `None`.
     """
     kept: dict[str, Value] = {}
     for key, value in values.items():
-        if value is None or isinstance(value, bool | str | int):
+        if value is None or isinstance(value, bool | str):
             kept[key] = value
+        elif isinstance(value, int):
+            kept[key] = value if abs(value) < 2**63 else None
         elif isinstance(value, Real):
             kept[key] = float(value) if math.isfinite(value) else None
     return kept

@@ -195,6 +195,10 @@ def test_several_runs_are_compared(
         assert cells[1:3] == ["finished", f"{run.step} of {run.max_steps}"]
         assert float(cells[7]) == pytest.approx(run.metrics["eval_loss"], rel=1e-4)
     assert opened.complaints == []
+    # On paper, where nothing can be scrolled, the table fits the page.
+    opened.page.set_viewport_size({"width": 700, "height": 1000})
+    opened.page.emulate_media(media="print")
+    until(opened.page, "document.documentElement.scrollWidth <= 700")
 
 
 @pytest.mark.parametrize(("button", "magic"), [("PNG", b"\x89PNG"), ("SVG", b"<svg")])
@@ -226,6 +230,8 @@ def test_dark_is_dark_and_paper_is_light(calibrated: Path, page_of: Any, open_pa
     dark.emulate_media(media="print")
     until(dark, f"{paper} === '#ffffff'")
     assert dark.evaluate(background) == "rgb(255, 255, 255)"
+    assert dark.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert dark.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
     assert dark.locator(".modebar").first.is_hidden()
     dark.emulate_media(media="screen", color_scheme="light")
     until(dark, f"{paper} === '#ffffff'")
@@ -258,6 +264,20 @@ def test_without_javascript_the_data_is_there(
     page = open_page(page_of(calibrated), java_script_enabled=False).page
     assert page.locator("#run1-episodes tbody tr").count() == len(read_run(calibrated).episodes)
     assert "need JavaScript" in page.locator(".noscript").inner_text()
+
+
+def test_a_short_run_that_logged_no_loss_still_shows_its_episodes(
+    train: Any, tmp_path: Path, page_of: Any, open_page: Open
+) -> None:
+    knobs = {"lr_candidates": [2.0], "episode_length": 6}
+    settings = {"max_steps": 6, "logging_steps": 500, "eval_strategy": "no"}
+    folder = train(tmp_path / "short", knobs, **settings)
+    opened = open_page(page_of(folder))
+    plots = drawn(opened)
+    assert list(plots) == ["run1-reward", "run1-plays", "run1-mean-reward"]
+    assert plots["run1-reward"]["points"] == 1
+    assert "Rewards of 1 episode, " in opened.page.locator("#run1-reward-text").inner_text()
+    assert opened.complaints == []
 
 
 def cut_off(run: Path, folder: Path, seconds_ago: float) -> Path:

@@ -283,13 +283,19 @@ def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(
     class Say(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
-                trainer.log({"odd": float("inf"), "tensor": torch.ones(()), "word": "x"})  # type: ignore[dict-item]
+                trainer.log(
+                    {"odd": float("inf"), "big": 10**400, "tensor": torch.ones(()), "word": "x"}
+                )  # type: ignore[dict-item]
 
     trainer = make(tiny_model, arguments(), tiny_data)
     trainer.add_callback(Say())
     trainer.train()
     (log,) = [log for log in read_run(trainer.args.output_dir).logs if "odd" in log.values]
-    assert {k: v for k, v in log.values.items() if k != "epoch"} == {"odd": None, "word": "x"}
+    assert {k: v for k, v in log.values.items() if k != "epoch"} == {
+        "odd": None,
+        "big": None,
+        "word": "x",
+    }
 
 
 def test_a_second_run_in_the_same_folder_replaces_the_record(
