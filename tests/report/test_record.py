@@ -16,6 +16,7 @@ from pulseopt_hf.aees.run_record import FILE_NAME, FORMAT_VERSION
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run
 from pulseopt_hf.trainer.record import RunRecorder
+from tests.engines.ranks import run_ranks
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
 
@@ -296,6 +297,24 @@ def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(
         "big": None,
         "word": "x",
     }
+
+
+@pytest.mark.distributed
+def test_of_several_ranks_only_the_first_writes(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    def body(rank: int) -> Any:
+        trainer = make(tiny_model, arguments(), tiny_data)
+        trainer.train()
+        assert trainer.aees is not None
+        recorder = trainer._pulse._recorder
+        return trainer.args.output_dir, recorder is not None, trainer.aees.controller.records
+
+    (folder, first, records), (_, second, _) = run_ranks(2, body)
+    assert (first, second) == (True, False)
+    run = read_run(folder)
+    assert run.episodes == records
+    assert len(run.loss) == 24
 
 
 def test_a_second_run_in_the_same_folder_replaces_the_record(
