@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +124,38 @@ def test_a_run_that_has_not_ended_goes_on_until_it_is_silent_for_long(run: Path)
     assert written is not None
     assert read_run(run, now=written + 60).status == "running"
     assert read_run(run, now=written + 600).status == "silent"
+
+
+def test_a_run_is_read_while_it_goes_and_after_it_was_killed(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    """In a process of its own, killed with no chance to say goodbye."""
+    args = arguments(max_steps=100_000)
+
+    def train() -> None:
+        sys.stdout = open(os.devnull, "w")
+        PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG).train()
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    try:
+        deadline = time.monotonic() + 60
+        counts = [0]
+        while len(counts) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            if (Path(args.output_dir) / FILE_NAME).exists():
+                going = read_run(args.output_dir)
+                assert going.status == "running"
+                if len(going.episodes) > counts[-1]:
+                    counts.append(len(going.episodes))
+    finally:
+        process.kill()
+        process.join()
+    killed = read_run(args.output_dir)
+    assert len(killed.episodes) >= counts[-1]
+    assert killed.max_steps == 100_000
+    assert read_run(args.output_dir, now=time.time() + 3600).status == "silent"
 
 
 def test_what_was_skipped_is_counted_for_its_episode(run: Path) -> None:
