@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pulseopt_hf.report.arms import shown
 from pulseopt_hf.report.data import RunData, Series
-from pulseopt_hf.report.figures import Plot, add_line, new_figure
+from pulseopt_hf.report.drawing import Plot, add_line, new_figure
 from pulseopt_hf.report.tables import Table, progress
 
 # Apart from each other on light and on dark, for colour-blind eyes too; lines differ in dashes when

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,11 +10,19 @@ import plotly.graph_objects as go
 from pulseopt_hf.aees.calibration import Trial
 from pulseopt_hf.report.arms import ArmStyles, shown
 from pulseopt_hf.report.data import RunData, Series
+from pulseopt_hf.report.drawing import (
+    ACCENT,
+    INK,
+    ROLES,
+    SECOND,
+    Plot,
+    add_line,
+    axis,
+    new_figure,
+    plain,
+    rounded,
+)
 from pulseopt_hf.report.tables import notes_on
-
-INK, ACCENT, SECOND = "#1f2430", "#0f766e", "#b4278c"
-# Roles that the page recolours when it turns dark; see `page.js`.
-_ROLES = {INK: "ink", ACCENT: "accent", SECOND: "second"}
 
 _EPISODE = (
     "<b>Episode %{customdata[0]}</b>, steps %{customdata[1]} to %{customdata[2]}<br>"
@@ -29,28 +35,7 @@ _TRIAL = (
     "probe's loss %{customdata[4]:.4f} to %{customdata[5]:.4f}<extra>%{fullData.name}</extra>"
 )
 _MOST_MARKERS = 2000  # a browser takes seconds to draw more
-_MOST_POINTS = 6000  # of a curve, several for each pixel across
-_LONGEST_NAME = 70
 _FATE = {True: "kept", False: "undone"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot and what stands round it.
-
-    Attributes:
-        name: what files and elements are named after; letters and hyphens.
-        title: its heading.
-        text: what it shows in words, for those who do not see it.
-        figure: the plotly figure.
-        wide: whether it takes the whole width of a page.
-    """
-
-    name: str
-    title: str
-    text: str
-    figure: go.Figure
-    wide: bool = True
 
 
 def plots_of_run(run: RunData) -> list[Plot]:
@@ -89,11 +74,11 @@ def loss_plot(run: RunData, styles: ArmStyles) -> Plot | None:
         figure.update_layout(
             hovermode="closest",
             yaxis={"visible": False, "fixedrange": True, "range": [0, 1]},
-            yaxis2={**_axis("loss"), "overlaying": "y", "side": "left", "tickmode": "auto"},
+            yaxis2={**axis("loss"), "overlaying": "y", "side": "left", "tickmode": "auto"},
         )
-    axis = "y2" if run.episodes else "y"
-    add_line(figure, run.loss, "training loss", INK, yaxis=axis)
-    add_line(figure, run.eval_loss, "evaluation loss", SECOND, yaxis=axis, points=True)
+    own_axis = "y2" if run.episodes else "y"
+    add_line(figure, run.loss, "training loss", INK, yaxis=own_axis)
+    add_line(figure, run.eval_loss, "evaluation loss", SECOND, yaxis=own_axis, points=True)
     parts = [_course("The training loss", run.loss), _course("The evaluation loss", run.eval_loss)]
     if run.episodes:
         count = len(run.episodes)
@@ -252,8 +237,8 @@ def _trials(trials: Sequence[tuple[int, Trial]], base_lr: float, name: str) -> g
     first = trials[0][1]
     is_ladder = first.phase == "ladder"
     return go.Scatter(
-        x=[_round(trial.scale * base_lr) for _, trial in trials],
-        y=[_round(_bounded(t.probe_before) - _bounded(t.probe_after)) for _, t in trials],
+        x=[rounded(trial.scale * base_lr) for _, trial in trials],
+        y=[rounded(_bounded(t.probe_before) - _bounded(t.probe_after)) for _, t in trials],
         customdata=[
             [number, t.start_step, t.end_step - 1, t.scale, t.probe_before, t.probe_after]
             for number, t in trials
@@ -269,95 +254,6 @@ def _trials(trials: Sequence[tuple[int, Trial]], base_lr: float, name: str) -> g
         meta={"role": "accent" if is_ladder else "second"},
         hovertemplate=_TRIAL,
     )
-
-
-def new_figure(y_title: str, x_title: str = "step") -> go.Figure:
-    """Return an empty figure with the axes and margins that all share."""
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        height=360,
-        margin={"l": 64, "r": 16, "t": 36, "b": 52},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        hovermode="x",
-        hoverlabel={"align": "left", "namelength": -1},  # `plain` shortens names
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1.01,
-            "yanchor": "bottom",
-            "itemsizing": "constant",
-        },
-        xaxis=_axis(x_title),
-        yaxis=_axis(y_title),
-    )
-    return figure
-
-
-def add_line(
-    figure: go.Figure,
-    series: Series,
-    name: str,
-    color: str,
-    *,
-    yaxis: str = "y",
-    points: bool = False,
-    dash: str = "solid",
-    format: str = ".4f",
-) -> None:
-    """Add a curve, if it has a point. `name` may be any text: it is shown as it is."""
-    if not series:
-        return
-    series = thinned(series)
-    figure.add_trace(
-        go.Scatter(
-            x=[step for step, _ in series],
-            y=[_round(value) for _, value in series],
-            name=plain(name),
-            yaxis=yaxis,
-            mode="lines+markers" if points or len(series) == 1 else "lines",
-            line={"color": color, "width": 1.8, "dash": dash},
-            meta={"role": _ROLES.get(color)},
-            hovertemplate=f"step %{{x}}<br>%{{y:{format}}}<extra>%{{fullData.name}}</extra>",
-        )
-    )
-
-
-def thinned(series: Series, most: int = _MOST_POINTS) -> Series:
-    """Return a curve of at most `most` points, the lowest and the highest of each stretch.
-
-    A shorter one is returned as it is. Every peak is kept, so the two look alike.
-    """
-    if len(series) <= most:
-        return series
-    stretches = most // 2
-    kept: Series = []
-    for index in range(stretches):
-        start = index * len(series) // stretches
-        stretch = series[start : (index + 1) * len(series) // stretches]
-        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
-
-
-def plain(text: str) -> str:
-    """Write any text so that plotly shows it as it is, shortened where it is long.
-
-    Plotly reads a small HTML and `%{...}` in names and hovers.
-    """
-    if len(text) > _LONGEST_NAME:
-        text = text[: _LONGEST_NAME - 1] + "…"
-    return html.escape(text, quote=False).replace("%", "&#37;")
-
-
-def _axis(title: str) -> dict[str, Any]:
-    return {
-        "title": {"text": title, "standoff": 8},
-        "automargin": True,
-        "gridcolor": "#e3e6ec",
-        "zeroline": False,
-        "ticks": "outside",
-    }
 
 
 def _shading(run: RunData, styles: ArmStyles) -> go.Heatmap:
@@ -408,9 +304,9 @@ def _rows(run: RunData, styles: ArmStyles) -> list[list[Any]]:
                 record.start_step,
                 record.end_step,
                 styles[styles.index(record)].label,
-                _round(record.start_loss),
-                _round(record.end_loss),
-                _round(record.reward),
+                rounded(record.start_loss),
+                rounded(record.end_loss),
+                rounded(record.reward),
                 "".join(f"<br>{plain(note)}" for note in notes),
             ]
         )
@@ -429,14 +325,14 @@ def _markers(
 ) -> go.Scatter:
     return go.Scatter(
         x=[run.episodes[i].end_step + 1 for i in own],
-        y=[_round(run.episodes[i].reward) for i in own],
+        y=[rounded(run.episodes[i].reward) for i in own],
         customdata=[rows[i] for i in own],
         name=plain(name),
         mode="markers",
         marker={"color": color, "size": size, "symbol": symbol, "line": {"width": 1.5}}
         if symbol != "circle"
         else {"color": color, "size": size},
-        meta={"role": _ROLES.get(color)},
+        meta={"role": ROLES.get(color)},
         hovertemplate=_EPISODE,
     )
 
@@ -447,7 +343,7 @@ def _stems(run: RunData, own: list[int], name: str, color: str) -> go.Scatter:
     rewards: list[float] = []
     for i in own:
         steps += [run.episodes[i].end_step + 1] * 3
-        rewards += [0.0, _round(run.episodes[i].reward), 0.0]
+        rewards += [0.0, rounded(run.episodes[i].reward), 0.0]
     return go.Scatter(
         x=steps,
         y=rewards,
@@ -485,7 +381,3 @@ def _times(count: int) -> str:
 def _bounded(loss: float) -> float:
     """Keep a probe loss that was not finite, which is a huge number, within sight."""
     return min(loss, 1e3)
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -17,7 +17,8 @@ from plotly.utils import PlotlyJSONEncoder
 from pulseopt_hf import __version__
 from pulseopt_hf.report.comparison import comparison_table, plots_of_runs
 from pulseopt_hf.report.data import RunData
-from pulseopt_hf.report.figures import Plot, plots_of_run
+from pulseopt_hf.report.drawing import Plot
+from pulseopt_hf.report.figures import plots_of_run
 from pulseopt_hf.report.tables import Table, facts, status_line, tables_of_run
 
 GENERATOR = '<meta name="generator" content="pulseopt_hf'

@@ -59,7 +59,7 @@ class RunRecorder:
         self._offset = 0  # size of what is whole in the file
         self._warned = False
         self._ended = False
-        self._pending = bytearray(encode(head, time.time()))
+        self._pending = [encode(head, time.time())]
         for entry in state.log_history:
             self._add_news(None, before=int(entry["step"]))
             self._add_log(entry, None)
@@ -143,15 +143,16 @@ class RunRecorder:
         self._add(Log(int(entry["step"]), values), now)
 
     def _add(self, line: Line, now: float | None) -> None:
-        self._pending += encode(line, now)
+        self._pending.append(encode(line, now))
 
     def _flush(self) -> None:
         """Append what is pending to what is whole in the file; the first time, replace the file."""
+        content = b"".join(self._pending)
         try:
             if self._offset == 0:
-                self._replace()
+                self._replace(content)
             else:
-                self._append()
+                self._append(content)
         except OSError as error:
             if not self._warned:
                 self._warned = True
@@ -159,27 +160,27 @@ class RunRecorder:
                     "The run record %s could not be written: %s. Training goes on, and the record "
                     "is written when there is room again.",
                     self._file,
-                    error,
+                    error.strerror or error,
                 )
             return
-        self._offset += len(self._pending)
+        self._offset += len(content)
         self._pending.clear()
 
-    def _replace(self) -> None:
+    def _replace(self, content: bytes) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_name(FILE_NAME + ".new")
         try:
-            beside.write_bytes(self._pending)
+            beside.write_bytes(content)
             os.replace(beside, self._file)
         except OSError:
             beside.unlink(missing_ok=True)
             raise
 
-    def _append(self) -> None:
+    def _append(self, content: bytes) -> None:
         with self._file.open("r+b") as file:
             if file.seek(0, os.SEEK_END) < self._offset:
                 raise OSError("the file has become shorter")
             # A write that failed may have left a part of a line.
             file.seek(self._offset)
             file.truncate()
-            file.write(self._pending)
+            file.write(content)

@@ -205,32 +205,59 @@ def test_trials_are_recorded_and_the_latest_word_on_each_counts(
 
 
 def test_a_full_disk_does_not_end_training_and_warns_once(
+    small_disk: Path,
     tiny_model: Any,
     tiny_data: Any,
     arguments: Any,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The disk is full from step 8 to step 15; half of a line gets through each time."""
-    original = RunRecorder._append
+    """A real one: full from step 8 on, and with room again at step 45."""
+    filler = small_disk / "filler"
 
-    def append(self: RunRecorder) -> None:
-        if 8 <= trainer.state.global_step <= 15:
-            with self._file.open("ab") as file:
-                file.write(self._pending[: len(self._pending) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(self)
+    class Fill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 8:
+                with pytest.raises(OSError, match="No space"):
+                    filler.write_bytes(bytes(4 << 20))  # more than there is room for
+            elif state.global_step == 44:
+                seen.append(len(read_run(small_disk / "run").loss))
+            elif state.global_step == 45:
+                filler.unlink()
 
-    monkeypatch.setattr(RunRecorder, "_append", append)
-    trainer = make(tiny_model, arguments(), tiny_data)
+    seen: list[int] = []
+    args = arguments(output_dir=str(small_disk / "run"), max_steps=60)
+    trainer = make(tiny_model, args, tiny_data)
+    trainer.add_callback(Fill())
     with caplog.at_level(logging.WARNING, "pulseopt_hf"):
         trainer.train()
     (warning,) = [r for r in caplog.records if "run record" in r.getMessage()]
-    assert "No space left on device" in warning.getMessage()
+    assert "could not be written: No space left on device. Training goes on" in warning.getMessage()
+    # Meanwhile what had been written could be read.
+    assert 8 <= seen[0] < 44
+    run = read_run(args.output_dir)
+    assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
+    assert len(run.episodes) == 12
+    assert run.status == "finished"
+
+
+def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
+    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RunRecorder._append
+
+    def append(self: RunRecorder, content: bytes) -> None:
+        if 8 <= trainer.state.global_step <= 15:
+            with self._file.open("ab") as file:
+                file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, content)
+
+    monkeypatch.setattr(RunRecorder, "_append", append)
+    trainer = make(tiny_model, arguments(), tiny_data)
+    trainer.train()
     run = read_run(trainer.args.output_dir)
     assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
     assert len(run.episodes) == 5
-    assert run.status == "finished"
 
 
 def test_a_folder_that_cannot_be_written_to_does_not_end_training(
