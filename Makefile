@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-oldest lint format readme docs figures benchmark clean
+.PHONY: install quickstart browser test test-slow test-oldest lint format readme docs figures \
+	benchmark clean
 
 install: $(INSTALLED)
 
@@ -20,13 +21,22 @@ $(VENV)/.engines: $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
 	touch $@
 
+# Pages are opened in a real browser. Where it cannot be installed, those tests are skipped and say
+# why.
+browser:
+	@if command -v chromium >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		(apt-get update -qq && apt-get install -y -qq chromium) >/dev/null 2>&1 \
+			|| echo "chromium could not be installed; tests of pages will be skipped"; \
+	else echo "chromium is not installed; tests of pages will be skipped"; fi
+
 quickstart: install
 	$(BIN)/python -m pulseopt_hf.quickstart
 
-test: $(VENV)/.engines
+test: $(VENV)/.engines browser
 	$(BIN)/python -m pytest $(TESTS)
 
-test-slow: $(VENV)/.engines
+test-slow: $(VENV)/.engines browser
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 # The lowest versions that pyproject.toml allows, as `tests/oldest.txt` lists them. The torch

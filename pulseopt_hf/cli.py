@@ -32,8 +32,9 @@ Fine-tune with Transformers from a recipe, with the learning rate adapted in epi
   validate RECIPE [--KEY VALUE ...] check a recipe, and say all that is wrong with it at once
   train RECIPE [--KEY VALUE ...]    run a recipe; a key overrides the recipe's line
   compare RECIPE [--KEY VALUE ...]  does it help? methods, base LRs and seeds at equal cost
+  report RUN [RUN ...]              a page on a run, or on several beside each other
 
-RECIPE is a name that `list` shows, or the path of a YAML file.
+RECIPE is a name that `list` shows, or the path of a YAML file. RUN is a run's folder.
 
 options of every command:
   --debug      show where an error came from
@@ -52,6 +53,9 @@ options of compare:
   --seeds           seeds, with commas between
   --steps           optimizer steps of a run, 600 by default
   --out             folder for the results; what is there already is not run again
+
+options of report:
+  --out        the page's file; by default report.html, in the run's folder if there is one run
 """
 
 
@@ -100,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"pulseopt-hf {__version__}")
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
-    commands["compare"] = _compare
+    commands |= {"compare": _compare, "report": _report}
     command, rest = words[0], words[1:]
     if command not in commands:
         raise UsageError(
@@ -191,6 +195,13 @@ def _compare(words: list[str]) -> int:
     from pulseopt_hf.compare.command import compare
 
     compare(name, options)
+    return DONE
+
+
+def _report(words: list[str]) -> int:
+    from pulseopt_hf.report.command import report
+
+    print(report(words))
     return DONE
 
 

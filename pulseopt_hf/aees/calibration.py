@@ -252,7 +252,7 @@ class Calibration:
         fresh._step = field(state, "step", integer)
         fresh.probes = field(state, "probes", integer)
         fresh._origin = field(state, "origin", list_of(_loss))
-        fresh.trials = field(state, "trials", list_of(_trial))
+        fresh.trials = field(state, "trials", list_of(trial_from_json))
         if (fresh.phase == "trials") != (len(fresh._origin) >= 2):
             raise StateError(
                 f"`origin` has {len(fresh._origin)} losses, which does not fit the phase "
@@ -314,7 +314,12 @@ def _loss(value: object, name: str) -> float:
     return result
 
 
-def _trial(value: object, name: str) -> Trial:
+def trial_from_json(value: object, name: str) -> Trial:
+    """Rebuild a trial from a mapping of its attributes.
+
+    Raises:
+        StateError: an attribute is missing or of another type.
+    """
     return Trial(
         field(value, "scale", _scale),
         field(value, "loss_movement", number),

@@ -58,7 +58,8 @@ class TrendBandit(Bandit):
 
     def select(self, context: str | None = None) -> int:
         """See `Bandit`; `context` is one of `BUCKETS`."""
-        return self._bucket(context).select()
+        chosen: int = self._bucket(context).select()
+        return chosen
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
         """See `Bandit`; `context` is one of `BUCKETS`."""

@@ -141,3 +141,33 @@ def records_from_json(value: object, name: str) -> list[EpisodeRecord]:
         raise StateError(f"The columns of `{name}` differ in length: {sorted(lengths)}.")
     # The checks above give every column the type of its attribute.
     return [EpisodeRecord(*row) for row in zip(*columns.values(), strict=True)]
+
+
+def episode_from_json(value: object) -> EpisodeRecord:
+    """Rebuild one episode from a mapping of its attributes.
+
+    Raises:
+        StateError: an attribute is missing or of another type.
+    """
+    attributes: dict[str, Any] = {
+        name: field(value, name, _CHECKS[str(info.type)])
+        for name, info in EpisodeRecord.__dataclass_fields__.items()
+    }
+    return EpisodeRecord(**attributes)
+
+
+def records_from_logs(logs: object) -> list[EpisodeRecord]:
+    """Rebuild the record from what `to_logs` returned.
+
+    Raises:
+        StateError: a list is missing, of another length or holds another type.
+    """
+    columns = {name: field(logs, key, _anything) for key, name in _ATTRIBUTE_OF_KEY.items()}
+    none = [None] * len(field(logs, "episode_rewards", list_of(number)))
+    for key, name in ((_CONTEXT_KEY, "context"), (_OUTCOME_KEY, "outcome")):
+        columns[name] = logs[key] if isinstance(logs, Mapping) and key in logs else none
+    return records_from_json(columns, "episodes")
+
+
+def _anything(value: object, name: str) -> object:
+    return value

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
 from pulseopt_hf.trainer.checkpoints import checkpoints
@@ -57,7 +58,8 @@ def clear(path: Path) -> None:
     """Delete what a run before has left: checkpoints, results and records, nothing else."""
     for checkpoint in checkpoints(path):
         shutil.rmtree(checkpoint)
-    for pattern in ("*_results.json", RECIPE, RUN, LOG, "episodes.json", "trainer_state.json"):
+    records = (FILE_NAME, "report.html", "episodes.json", "trainer_state.json")
+    for pattern in ("*_results.json", RECIPE, RUN, LOG, *records):
         for file in path.glob(pattern):
             file.unlink()
 

@@ -126,6 +126,13 @@ class PulseOptCallback(TrainerCallback, ExportableState):
             self._save_after_epoch = False
             control.should_save = True
 
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write into the run record what Trainer has just added to its log history."""
+        if self.session is not None and state.log_history:
+            self.session.note_log(state.log_history[-1])
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -163,6 +170,9 @@ def _closing(session: PulseSession, train: Any) -> Any:
         session.note_resume(*args, **kwargs)
         try:
             return train(*args, **kwargs)
+        except BaseException as error:
+            session.end(error)
+            raise
         finally:
             session.end()
 

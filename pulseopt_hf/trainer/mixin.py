@@ -61,6 +61,9 @@ class PulseOptMixin:
         self._pulse.note_resume(*args, **kwargs)
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
+        except BaseException as error:
+            self._pulse.end(error)
+            raise
         finally:
             self._pulse.end()
 

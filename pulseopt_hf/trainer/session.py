@@ -24,6 +24,7 @@ from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
 from pulseopt_hf.trainer.guard import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
+from pulseopt_hf.trainer.record import RunRecorder
 from pulseopt_hf.trainer.upstream import (
     checkpoint_folder,
     mark_engine_step_skipped,
@@ -72,6 +73,7 @@ class PulseSession:
         self._loss: Tensor | None = None
         self._engine_stepped = False
         self._calibrator: Calibrator | None = None
+        self._recorder: RunRecorder | None = None
         # The checkpoint that `train` was asked to resume from; whoever wraps `train` notes it.
         self.resumed_folder: Path | None = None
         self._check_engine()
@@ -129,6 +131,7 @@ class PulseSession:
         elif isinstance(saved, dict) and "calibration" in saved:
             self._calibrator = Calibrator(trainer, aees, config, state.max_steps)
             self._calibrator.load_state_dict(saved, self.resumed_folder)
+        self._recorder = RunRecorder.of(trainer, aees, state)
         self._loss = None
         self._engine_stepped = False
         self._guard = NonFiniteGuard(
@@ -254,8 +257,14 @@ class PulseSession:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._aees.divergence.save(folder / self._snapshot_file)
 
-    def end(self) -> None:
-        """Finish training, or what an exception left of it. `trainer.aees` keeps the record."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Finish training, or what an exception left of it. `trainer.aees` keeps the record.
+
+        Args:
+            error: the exception that ends it.
+        """
+        if self._aees is not None and self._recorder is not None:
+            self._recorder.end(self.trainer.state.global_step, error)
         self._patches.undo()
         if self._aees is not None:
             self._aees.remove()
@@ -265,6 +274,13 @@ class PulseSession:
         """Close the last episode, which may be a partial one."""
         if self._aees is not None:
             self._aees.finalize()
+        if self._recorder is not None:
+            self._recorder.end(self.trainer.state.global_step)
+
+    def note_log(self, entry: dict[str, Any]) -> None:
+        """Write an entry of the log history into the run record; one after training too."""
+        if self._recorder is not None:
+            self._recorder.log(entry)
 
     def state_dict(self) -> StateDict | None:
         """Return what a checkpoint has to hold, or `None` outside of training."""

@@ -27,6 +27,15 @@ def checkpoint_folder(trainer: Any, trial: Any) -> Path:
     return Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
 
 
+def run_folder(trainer: Any) -> Path:
+    """Return the folder of the run that a Trainer has begun, a trial's own in a search.
+
+    No event hands on the trial of a hyperparameter search, which `train` keeps in `_trial`.
+    Transformers 5.0 - 5.23.
+    """
+    return Path(trainer._get_output_dir(trial=trainer._trial))
+
+
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
     """Tell Trainer, which asks `accelerator.optimizer_step_was_skipped`, what became of a step.
 

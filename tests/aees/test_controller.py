@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from pulseopt_hf import PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError
 
+KNOBS: dict[str, Any] = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 10, "seed": 1}
+
 knob_sets = st.fixed_dictionaries(
     {
         "lr_candidates": st.sampled_from([[1.0], [0.5, 2.0], [0.5, 1.0, 2.0]]),
@@ -37,7 +39,7 @@ def run(controller: Controller, episodes: int, losses: random.Random) -> None:
 def test_a_restored_controller_goes_on_bit_for_bit(
     knobs: dict[str, Any], before: int, after: int, mid: bool
 ) -> None:
-    config = PulseOptConfig.published(**knobs)
+    config = PulseOptConfig.published(**KNOBS)
     controller, losses = Controller(config), random.Random(0)
     run(controller, before, losses)
     if mid:
@@ -65,10 +67,9 @@ def test_other_settings_are_refused_with_both_values() -> None:
 
 
 def test_knobs_that_only_watch_over_a_run_may_change() -> None:
-    knobs: dict[str, Any] = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 10, "seed": 1}
-    saved = Controller(PulseOptConfig(**knobs)).state_dict()
+    saved = Controller(PulseOptConfig(**KNOBS)).state_dict()
     config = PulseOptConfig(
-        **knobs, nonfinite="raise", max_consecutive_skips=3, log_update_norm=True
+        **KNOBS, nonfinite="raise", max_consecutive_skips=3, log_update_norm=True
     )
     Controller(config).load_state_dict(saved)
 
@@ -88,7 +89,7 @@ def test_knobs_that_only_watch_over_a_run_may_change() -> None:
 def test_a_damaged_state_is_refused_and_changes_nothing(
     change: dict[str, Any], message: str
 ) -> None:
-    config = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=1)
+    config = PulseOptConfig(**KNOBS)
     controller = Controller(config)
     run(controller, 3, random.Random(0))
     before = controller.state_dict()
@@ -98,7 +99,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(
 
 
 def test_columns_of_the_record_that_differ_in_length_are_refused() -> None:
-    controller = Controller(PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=1))
+    controller = Controller(PulseOptConfig(**KNOBS))
     run(controller, 3, random.Random(0))
     state = controller.state_dict()
     state["records"]["reward"].pop()
@@ -107,7 +108,7 @@ def test_columns_of_the_record_that_differ_in_length_are_refused() -> None:
 
 
 def test_calls_out_of_order_are_refused() -> None:
-    controller = Controller(PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=1))
+    controller = Controller(PulseOptConfig(**KNOBS))
     with pytest.raises(RuntimeError, match="No episode is open"):
         controller.close([1.0], 0)
     controller.open(controller.choose(), 0)

@@ -50,7 +50,8 @@ def test_the_wheel_is_typed_and_has_every_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "pulseopt_hf/py.typed" in names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pulseopt_hf").rglob("*.py")}
-    assert modules <= names
+    assets = (ROOT / "pulseopt_hf" / "report" / "assets").iterdir()
+    assert modules | {str(path.relative_to(ROOT)) for path in assets} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
 
 

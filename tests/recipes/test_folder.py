@@ -11,6 +11,7 @@ import yaml
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import folder
+from pulseopt_hf.report.reading import read_run
 from pulseopt_hf.trainer.checkpoints import checkpoints, newest_whole_checkpoint
 from tests.recipes.tiny import files_of, results
 from tests.versions import needs
@@ -147,9 +148,13 @@ def test_a_finished_run_is_not_written_over_unasked(
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
     words = ["train", "glue/cola", "--overwrite", "--quiet", "--output_dir", str(copy), *options]
     (copy / "mine.txt").write_text("kept")
+    assert read_run(copy).max_steps == 30
     assert main([*words, "--max_steps", "15"]) == 0
     assert [path.name for path in checkpoints(copy)] == ["checkpoint-15", "checkpoint-10"]
     assert (copy / "mine.txt").read_text() == "kept"
+    assert read_run(copy).max_steps == 15
+    folder.clear(copy)
+    assert not (copy / "pulse.jsonl").exists()
 
 
 def test_unnamed_runs_get_folders_of_their_own(

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +93,6 @@ def test_weights_alone_are_said_not_to_continue_the_run(
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
     assert "holds weights only" in caplog.text
     assert len(resumed.aees.get_logs()["episode_rewards"]) == 4  # the arms are all there
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own of 3 MB: room for two checkpoints or three."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no `mount` here: {error}")
-    if done.returncode:
-        pytest.skip(f"this user may not mount a tmpfs: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_run_loudly_and_leaves_what_can_be_resumed(

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
+from pulseopt_hf.report.reading import read_run
 from tests.recipes.tiny import files_of
 
 CONFIG = {
@@ -90,6 +91,13 @@ def assert_killed_equals_whole(
     one = torch.load(whole / "end.pt", weights_only=True)
     other = torch.load(killed / "end.pt", weights_only=True)
     torch.testing.assert_close(other, one, rtol=0, atol=0)
+    # The run record reads as if nothing had happened, too.
+    record, expected = read_run(killed), read_run(whole)
+    assert record.loss == expected.loss
+    assert len(record.loss) == steps
+    assert record.episodes == expected.episodes
+    assert record.trials == expected.trials
+    assert record.status == expected.status == "finished"
     return in_saves
 
 

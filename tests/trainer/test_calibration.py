@@ -19,9 +19,7 @@ from tests.conftest import history, parameters_equal
 from tests.engines.ranks import run_ranks
 from tests.engines.trainers import Fp16PulseTrainer
 
-CONFIG = PulseOptConfig(
-    lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5
-)
+CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5)
 
 
 CONSTANT = PulseOptConfig(calibration="trust_region")

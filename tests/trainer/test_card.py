@@ -41,7 +41,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 def test_the_card_has_plays_knobs_and_learning_rates(
     tiny_model: Any, tiny_data: Any, arguments: Any, road: str
 ) -> None:
-    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=3, calibration="ladder")
+    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=3, calibration="trust_region")
     args = arguments(max_steps=160)
     trainer = trainer_of(road, tiny_model(), args, tiny_data, config)
     trainer.train()

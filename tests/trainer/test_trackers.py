@@ -18,7 +18,7 @@ from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 
 KEYS = ("episode", "lr_multiplier", "learning_rate", "noise_std", "reward", "skipped_steps")
 EPISODE_LENGTH = 4
-STEPS = {"off": 24, "ladder": 160}  # 24 steps are six whole episodes
+STEPS = {"off": 24, "trust_region": 60}  # 24 steps are six whole episodes
 
 Shown = dict[int, float]  # value by optimizer step
 
@@ -82,7 +82,7 @@ def check_what_is_shown(shown: dict[str, Shown], trainer: Any, used: list[float]
     assert shown["reward"] == pytest.approx(rewards, rel=1e-6)  # event files hold float32
 
 
-@pytest.mark.parametrize("calibration", ["off", "ladder"])
+@pytest.mark.parametrize("calibration", ["off", "trust_region"])
 def test_tensorboard_shows_what_each_step_used_and_each_episode_earned(
     tiny_model: Any,
     tiny_data: Any,
@@ -106,7 +106,7 @@ def test_tensorboard_shows_what_each_step_used_and_each_episode_earned(
     }
     check_what_is_shown(shown, trainer, used)
     assert len(board.Scalars("train/loss")) == len(used)
-    if calibration == "ladder":
+    if calibration == "trust_region":
         assert trainer.aees.calibration.is_done
         final = trainer.aees.calibration.scale
         assert shown["lr_scale"][len(used)] == pytest.approx(final, rel=1e-6)

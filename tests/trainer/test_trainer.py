@@ -24,6 +24,7 @@ from pulseopt_hf import (
     PulseOptTrainingArguments,
     with_pulseopt,
 )
+from pulseopt_hf.report.reading import read_run
 from tests.conftest import parameters_equal
 
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
@@ -140,6 +141,8 @@ def test_a_hyperparameter_search_has_a_fresh_controller_for_each_trial(
     assert [aees.episode_length for aees in seen] == lengths
     assert seen[0] is not seen[1]
     assert [len(aees.controller.records) for aees in seen] == [8, 4]
+    folders = [Path(args.output_dir) / f"run-{number}" for number in (0, 1)]
+    assert [len(read_run(folder).episodes) for folder in folders] == [8, 4]
 
 
 def test_the_seam_can_be_overridden(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:

@@ -16,6 +16,7 @@ from pulseopt_hf.trainer.upstream import (
     checkpoint_folder,
     mark_engine_step_skipped,
     mark_step_skipped,
+    run_folder,
 )
 
 
@@ -43,6 +44,16 @@ def test_the_checkpoints_folder_is_known_before_it_is_written(
     trainer = Watching(tiny_model(), args, train_dataset=tiny_data)
     trainer.train()
     assert [folder.name for folder in trainer.folders] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_folder_of_a_run_that_has_begun_is_the_trials_own_in_a_search(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    """`tests/trainer/test_trainer.py` has the search."""
+    trainer = Trainer(tiny_model(), arguments(max_steps=1), train_dataset=tiny_data)
+    trainer.train()
+    assert run_folder(trainer) == Path(trainer.args.output_dir)
+    assert "self._trial = trial" in inspect.getsource(Trainer._hp_search_setup)
 
 
 def test_the_mark_is_what_accelerate_reports_as_a_skipped_step() -> None:

@@ -1,0 +1,203 @@
+"""The run record's format: one JSON object a line. Standard library only.
+
+A run writes it line by line (`pulseopt_hf.trainer.record`), and whoever shows a run reads it
+(`pulseopt_hf.report`). The kinds of line:
+
+| kind | holds |
+|---|---|
+| `head` | format version, run name, length, knobs, base LR, package versions |
+| `log` | what Trainer logged, with its step |
+| `episode` | a closed episode, with its number from 1 |
+| `trial` | a segment of the calibration, with its number from 1; the last line of a number counts |
+| `end` | the step that training ended at, whether that is the whole run, and the error if one did |
+
+Every line has the time it was written at, in seconds since 1970. A line that was taken over from a
+checkpoint has `None`, since checkpoints hold no times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Any
+
+from pulseopt_hf.aees.calibration import Trial, trial_from_json
+from pulseopt_hf.aees.records import EpisodeRecord, episode_from_json
+from pulseopt_hf.aees.state import StateError, field, integer, number, optional, shorten, text
+
+FILE_NAME = "pulse.jsonl"
+FORMAT_VERSION = 1
+
+Value = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a run is.
+
+    Attributes:
+        name: the run's name.
+        max_steps: optimizer steps of the whole run.
+        knobs: the `PulseOptConfig` as a mapping, with all that followed from the run filled in.
+        base_lr: the highest base LR of the schedule, over all parameter groups.
+        versions: version of each package, by its name.
+        resumed_from: global step of the checkpoint that the run went on from, or `None`.
+    """
+
+    name: str
+    max_steps: int
+    knobs: dict[str, Any]
+    base_lr: float
+    versions: dict[str, str]
+    resumed_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Log:
+    """What Trainer logged at a step; `None` stands for a number that was not finite."""
+
+    step: int
+    values: dict[str, Value]
+
+
+@dataclass(frozen=True)
+class NumberedEpisode:
+    """A closed episode and its number, from 1."""
+
+    number: int
+    record: EpisodeRecord
+
+
+@dataclass(frozen=True)
+class NumberedTrial:
+    """A segment of the calibration and its number, from 1."""
+
+    number: int
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class End:
+    """How training ended.
+
+    Attributes:
+        step: global step.
+        finished: whether that is the last step of the run.
+        error: class of the exception that ended it, or `None`.
+    """
+
+    step: int
+    finished: bool
+    error: str | None = None
+
+
+Line = Head | Log | NumberedEpisode | NumberedTrial | End
+
+
+def encode(line: Line, time: float | None) -> bytes:
+    """Return a line as it stands in the file, with its newline.
+
+    Args:
+        line: what to write.
+        time: seconds since 1970, or `None` where that is not known.
+    """
+    content: dict[str, Any]
+    if isinstance(line, Head):
+        content = {"kind": "head", "version": FORMAT_VERSION, **asdict(line)}
+    elif isinstance(line, Log):
+        content = {"kind": "log", "step": line.step, "values": loggable(line.values)}
+    elif isinstance(line, NumberedEpisode):
+        # A norm that was measured can overflow; everything else in a record is finite.
+        content = {"kind": "episode", "number": line.number, **loggable(asdict(line.record))}
+    elif isinstance(line, NumberedTrial):
+        content = {"kind": "trial", "number": line.number, **asdict(line.trial)}
+    else:
+        content = {"kind": "end", **asdict(line)}
+    content["time"] = None if time is None else round(time, 3)
+    return json.dumps(content, allow_nan=False).encode() + b"\n"
+
+
+def decode(content: object) -> tuple[Line | None, float | None]:
+    """Rebuild a line and its time from the parsed JSON.
+
+    Returns:
+        The line, or `None` for a kind that this release does not know, and its time.
+
+    Raises:
+        StateError: it is damaged, or of a newer format version.
+    """
+    kind, time = field(content, "kind", text), field(content, "time", optional(number))
+    if kind == "head":
+        return _head(content), time
+    if kind == "log":
+        return Log(field(content, "step", integer), field(content, "values", _values)), time
+    if kind == "episode":
+        episode = episode_from_json(content)
+        return NumberedEpisode(field(content, "number", _from_one), episode), time
+    if kind == "trial":
+        trial = trial_from_json(content, "trial")
+        return NumberedTrial(field(content, "number", _from_one), trial), time
+    if kind == "end":
+        finished = field(content, "finished", _boolean)
+        step = field(content, "step", integer)
+        return End(step, finished, field(content, "error", optional(text))), time
+    return None, time
+
+
+def loggable(values: Mapping[str, Any]) -> dict[str, Value]:
+    """Keep the numbers and words of a log entry.
+
+    Tensors are left out, since writing one would read its device. A number that is not finite,
+    which JSON has no word for, or a whole number beyond 64 bits becomes `None`.
+    """
+    kept: dict[str, Value] = {}
+    for key, value in values.items():
+        if value is None or isinstance(value, bool | str):
+            kept[key] = value
+        elif isinstance(value, int):
+            kept[key] = value if abs(value) < 2**63 else None
+        elif isinstance(value, Real):
+            kept[key] = float(value) if math.isfinite(value) else None
+    return kept
+
+
+def _head(content: object) -> Head:
+    version = field(content, "version", integer)
+    if version > FORMAT_VERSION:
+        raise StateError(
+            f"has format version {version}, and this release of pulseopt_hf reads up to version "
+            f"{FORMAT_VERSION}. Upgrade pulseopt_hf to the release that wrote it."
+        )
+    return Head(
+        field(content, "name", text),
+        field(content, "max_steps", integer),
+        field(content, "knobs", _mapping),
+        field(content, "base_lr", number),
+        {key: text(value, key) for key, value in field(content, "versions", _mapping).items()},
+        field(content, "resumed_from", optional(integer)),
+    )
+
+
+def _mapping(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise StateError(f"`{name}` must be a mapping, got {shorten(value)}.")
+    return value
+
+
+def _values(value: object, name: str) -> dict[str, Value]:
+    return loggable(_mapping(value, name))
+
+
+def _boolean(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise StateError(f"`{name}` must be true or false, got {shorten(value)}.")
+    return value
+
+
+def _from_one(value: object, name: str) -> int:
+    if value == 0:
+        raise StateError(f"`{name}` counts from 1, got 0.")
+    return integer(value, name)

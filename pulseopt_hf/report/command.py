@@ -1,0 +1,88 @@
+"""The command `pulseopt-hf report`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.report.data import RunData
+from pulseopt_hf.report.reading import read_run, require_episodes
+
+PAGE = "report.html"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"`report`: {message}. Write `pulseopt-hf report RUN ... [--out FILE]`.")
+
+
+def report(words: Sequence[str]) -> Path:
+    """Write the page of one or several runs.
+
+    Args:
+        words: the folders and the option `--out`.
+
+    Returns:
+        The page: `report.html` in the run's folder, or in the working folder for several runs.
+
+    Raises:
+        UsageError: a folder is no run, the page has no place, or plotly is not installed.
+    """
+    parser = _Parser(prog="report", add_help=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", metavar="FILE")
+    options = parser.parse_args(list(words))
+    folders = [Path(name) for name in options.runs]
+    runs = read_runs(folders)
+    file = Path(options.out) if options.out is not None else _default(folders)
+    _check_place(file)
+    try:
+        from pulseopt_hf.report.page import write_page
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"`report` needs {error.name}, which is not installed: "
+            "pip install 'pulseopt-hf[report]'."
+        ) from error
+    try:
+        write_page(runs, file)
+    except OSError as error:
+        raise UsageError(
+            f"{file}: cannot be written: {error.strerror or error}; name another place by `--out`."
+        ) from error
+    return file
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Read runs to be shown: each once, and none that has yet to finish an episode.
+
+    Beside a run with episodes a plain Trainer's is welcome, as what to compare with.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("`report`: a run was named twice; name each once.")
+    runs = [read_run(folder) for folder in folders]
+    for run in runs:
+        if run.knobs or all(not other.knobs for other in runs):
+            require_episodes(run)
+    return runs
+
+
+def _default(folders: Sequence[Path]) -> Path:
+    return folders[0] / PAGE if len(folders) == 1 else Path(PAGE)
+
+
+def _check_place(file: Path) -> None:
+    """Refuse a place that is none, and what is no page of ours."""
+    if file.is_dir():
+        raise UsageError(f"`--out`: {file} is a folder; name a file in it.")
+    if not file.parent.is_dir():
+        raise UsageError(f"`--out`: {file.parent}: there is no such folder.")
+    if file.exists():
+        with file.open("rb") as opened:
+            if b'<meta name="generator" content="pulseopt_hf' not in opened.read(1000):
+                raise UsageError(
+                    f"{file}: is there already and is no page of this command; name another place "
+                    "by `--out`."
+                )

@@ -1,0 +1,166 @@
+"""`pulseopt-hf report`: where the page goes, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulseopt_hf.cli import main
+from pulseopt_hf.report.page import as_script_data
+
+
+@pytest.fixture
+def copy(calibrated: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(calibrated, tmp_path / "copy"))
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """Run `report` with words that must be refused, and return the one line it says."""
+
+    def refused(*words: object) -> str:
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+        capsys.readouterr()
+        assert main(["report", *map(str, words)]) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("pulseopt-hf: error: ")
+        assert captured.out == ""
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+        return line
+
+    return refused
+
+
+def head_and_logs(run: Path, kinds: tuple[str, ...]) -> None:
+    file = run / "pulse.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if json.loads(line)["kind"] in kinds))
+
+
+def test_the_page_of_one_run_lies_in_its_folder_and_is_made_anew(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert main(["report", str(copy)]) == 0
+        assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
+    assert (copy / "report.html").read_text().startswith("<!doctype html>")
+    assert not (copy / "report.html.new").exists()
+
+
+def test_the_page_of_several_runs_lies_in_the_working_folder(
+    calibrated: Path, eventful: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(calibrated), str(eventful)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_plain_trainers_run_is_welcome_beside_one_with_episodes(
+    calibrated: Path, train: Any, tmp_path: Path, say: Callable[..., str]
+) -> None:
+    """It keeps no record; its `trainer_state.json` has the loss to compare with."""
+    plain = train(tmp_path / "plain", None, save_strategy="steps", save_steps=40)
+    page = tmp_path / "page.html"
+    assert main(["report", str(calibrated), str(plain), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "<td>plain" in text
+    page.unlink()
+    assert "plain: has no finished episode at step 40 of 40" in say(plain)
+
+
+def test_a_neutral_run_is_shown_from_its_checkpoint(train: Any, tmp_path: Path) -> None:
+    knobs = {"lr_candidates": [1.0], "episode_length": 5}
+    neutral = train(tmp_path / "neutral", knobs, save_strategy="steps", save_steps=20)
+    assert not (neutral / "pulse.jsonl").exists()
+    assert main(["report", str(neutral)]) == 0
+
+
+def test_a_run_with_no_finished_episode_is_refused(copy: Path, say: Callable[..., str]) -> None:
+    head_and_logs(copy, ("head", "log"))
+    line = say(copy)
+    assert "has no finished episode at step 60 of 60" in line
+    assert "`logging_steps`" in line
+    head_and_logs(copy, ("head",))
+    assert "has no finished episode at step 0 of 60" in say(copy)
+
+
+def test_a_run_in_its_calibration_has_trials_to_show(copy: Path) -> None:
+    head_and_logs(copy, ("head", "log", "trial"))
+    assert main(["report", str(copy)]) == 0
+
+
+def test_folders_and_files_that_are_no_run_are_refused(
+    copy: Path, tmp_path: Path, say: Callable[..., str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "gone: there is no such folder" in say(tmp_path / "gone")
+    assert "empty: is no run" in say(tmp_path / "empty")
+    assert "is a file; name the run's folder" in say(copy / "pulse.jsonl")
+    assert "is no run" in say(copy, tmp_path / "empty")
+    assert "a run was named twice" in say(copy, copy)
+    record = copy / "pulse.jsonl"
+    text = record.read_text()
+    record.write_text(text.replace('"version": 1', '"version": 99', 1))
+    assert "has format version 99, and this release" in say(copy)
+    record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
+    assert "is no JSON" in say(copy)
+
+
+def test_a_place_that_is_none_is_refused(
+    copy: Path, tmp_path: Path, say: Callable[..., str]
+) -> None:
+    (tmp_path / "mine.html").write_text("<html>mine</html>")
+    assert "is a folder; name a file in it" in say(copy, "--out", tmp_path)
+    assert "there is no such folder" in say(copy, "--out", tmp_path / "no" / "page.html")
+    line = say(copy, "--out", tmp_path / "mine.html")
+    assert "is there already and is no page of this command" in line
+    assert (tmp_path / "mine.html").read_text() == "<html>mine</html>"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: RUN"),
+        (["run", "--out"], "expected one argument"),
+        (["run", "--ou", "x"], "unrecognized arguments: --ou"),
+    ],
+)
+def test_words_that_are_none_are_refused(
+    words: list[str], says: str, say: Callable[..., str]
+) -> None:
+    line = say(*words)
+    assert says in line
+    assert "Write `pulseopt-hf report RUN ... [--out FILE]`" in line
+
+
+@pytest.mark.parametrize("package", ["plotly", "jinja2"])
+def test_where_the_extra_is_missing_it_is_named(copy: Path, package: str) -> None:
+    """In a process of its own, which finds no such package."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from pulseopt_hf.cli import main\n"
+        f"sys.exit(main(['report', {str(copy)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert package in line
+    assert "pip install 'pulseopt-hf[report]'" in line
+    assert not (copy / "report.html").exists()
+
+
+def test_json_in_a_script_cannot_end_it() -> None:
+    content = {"</script><!--": ["<script>", "&amp;", "\u2028", 'quote"']}
+    text = str(as_script_data(content))
+    assert "<" not in text
+    assert ">" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == content

@@ -1,0 +1,64 @@
+"""What plots are made of: the strip of episodes, thinned curves, colours."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pulseopt_hf.report.arms import ArmStyles
+from pulseopt_hf.report.drawing import thinned
+from pulseopt_hf.report.figures import loss_plot, plots_of_run
+from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.tables import tables_of_run
+
+
+def test_a_thinned_curve_keeps_its_peaks_and_its_order() -> None:
+    rng = random.Random(0)
+    curve = [(step, rng.gauss(0.0, 1.0)) for step in range(50_001)]
+    curve[12_345] = (12_345, 99.0)
+    curve[40_000] = (40_000, -99.0)
+    kept = thinned(curve, most=1000)
+    assert 900 < len(kept) <= 1000
+    assert kept == sorted(kept)
+    assert {(12_345, 99.0), (40_000, -99.0)} <= set(kept) <= set(curve)
+    assert thinned(curve[:1000], most=1000) == curve[:1000]
+
+
+def test_the_strip_has_a_cell_for_each_episode_and_none_for_the_calibration(
+    calibrated: Path,
+) -> None:
+    run = read_run(calibrated)
+    styles = ArmStyles(run.episodes)
+    plot = loss_plot(run, styles)
+    assert plot is not None
+    strip = plot.figure.data[0]
+    edges, cells = list(strip.x), list(strip.z[0])
+    assert len(edges) == len(cells) + 1
+    assert cells == [styles.index(record) for record in run.episodes]
+    # In steps that are done: an episode from step 100 to 104 lies between 100 and 105.
+    assert edges[0] == run.episodes[0].start_step >= run.trials[-1].step + 1
+    assert edges[1:] == [record.end_step + 1 for record in run.episodes]
+
+
+def test_every_arm_has_a_colour_of_its_own(calibrated: Path) -> None:
+    (record, *_) = read_run(calibrated).episodes
+    rates, noises = (0.1, 0.5, 1.0, 2.0, 10.0), (0.0, 1e-3, 1e-2)
+    styles = list(
+        ArmStyles([replace(record, lr_value=r, noise_value=n) for r in rates for n in noises])
+    )
+    assert len(styles) == 15
+    assert len({style.color for style in styles}) == 15
+    assert styles[1].label == "×0.1, noise 0.001"  # noqa: RUF001
+
+
+def test_a_long_runs_curves_are_thinned_and_its_table_says_so(long: Path) -> None:
+    run = read_run(long)
+    plots: dict[str, Any] = {plot.name: plot.figure for plot in plots_of_run(run)}
+    (loss,) = [trace for trace in plots["loss"].data if trace.name == "training loss"]
+    assert 3000 < len(loss.x) <= 6000
+    assert max(loss.y) == float(f"{max(value for _, value in run.loss):.6g}")
+    (table,) = [table for table in tables_of_run(run) if table.name == "logged"]
+    assert table.title == "Logged values, one row in 2"
+    assert len(table.rows) == 10_000
