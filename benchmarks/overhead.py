@@ -28,7 +28,6 @@ import warnings
 from importlib.metadata import version
 
 import torch
-from pulseopt import AEES as PublishedAEES
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -39,6 +38,7 @@ from transformers import (
 )
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.compare.published import PublishedTrainer
 
 VARIANTS = ("vanilla", "vanilla again", "lr", "lr+noise", "published lr", "published lr+noise")
 ARMS = [0.5, 1.0, 2.0]
@@ -60,39 +60,6 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Stop the clock."""
         self.durations.append(self._now() - self._start)
-
-
-class PublishedTrainer(Trainer):
-    """A Trainer whose optimizer step is the published package's, as a user would wire it in."""
-
-    def __init__(self, *args, noise, **kwargs):
-        """Keep the noise candidates for the optimizer that comes later."""
-        super().__init__(*args, **kwargs)
-        self._noise = noise
-
-    def train(self, *args, **kwargs):
-        """Train, and leave the optimizer as it was."""
-        self._published = None
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.optimizer.step = self._plain_step
-
-    def training_step(self, *args, **kwargs):
-        """Begin a published step before the forward pass; Trainer's optimizer step ends it."""
-        if self._published is None:
-            self._plain_step = self.optimizer.step
-            self._published = PublishedAEES(
-                self.optimizer.optimizer,
-                lr_candidates=ARMS,
-                noise_candidates=self._noise,
-                episode_length=4,
-                seed=0,
-            )
-            self.optimizer.step = lambda closure=None: self._published.step_end(self._step_loss)
-        self._published.step_start(self.state.global_step)
-        self._step_loss = super().training_step(*args, **kwargs)
-        return self._step_loss
 
 
 def build_model(options: argparse.Namespace) -> BertForSequenceClassification:
@@ -145,7 +112,9 @@ def build_trainer(
     if variant.startswith("vanilla"):
         return Trainer(**common)
     if variant.startswith("published"):
-        return PublishedTrainer(**common, noise=noise)
+        return PublishedTrainer(
+            **common, lr_candidates=ARMS, noise_candidates=noise, episode_length=4
+        )
     pulse = PulseOptConfig.published(lr_candidates=ARMS, noise_candidates=noise, episode_length=4)
     return PulseOptTrainer(**common, pulse=pulse)
 

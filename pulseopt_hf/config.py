@@ -63,8 +63,8 @@ class PulseOptKnobs:
     )
     bandit: Literal["scaled_ucb", "discounted_ucb"] = _knob(
         "scaled_ucb",
-        "`scaled_ucb`: explores in proportion to the spread of the rewards seen, which are measured "
-        "from their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
+        "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
+        "their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
     )
     structured_control_mode: Literal["independent", "conditional"] = _knob(
         "independent",

@@ -120,8 +120,10 @@ def _train(cell: Cell) -> dict[str, Any]:
         set_seed(training.seed)
         parts = data.load(resolved.recipe, training)
         prepared = tasks.prepare(resolved.recipe, training, parts)
-        trainer = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
+        trainer: Any = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
         assert trainer.model is not None
+        if method.trainer is not None:
+            trainer = method.trainer(trainer)
         if method.optimizer is not None:
             parameters = [p for p in trainer.model.parameters() if p.requires_grad]
             trainer.optimizer = method.optimizer(parameters)
@@ -136,7 +138,8 @@ def _train(cell: Cell) -> dict[str, Any]:
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
         finished = trainer.state.global_step == training.max_steps
-        search = None if trainer.aees is None else trainer.aees.calibration
+        aees = getattr(trainer, "aees", None)
+        search = None if aees is None else aees.calibration
         return {
             "cell": asdict(cell),
             "loss_before": before,

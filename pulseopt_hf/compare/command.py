@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pulseopt_hf.compare.cells import Cell, run_apart
+from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import Scores, score
 from pulseopt_hf.recipes import catalogue
@@ -32,7 +33,7 @@ def compare(recipe: str, words: Sequence[str]) -> Path:
         words: the command's options; those it does not know are the recipe's keys.
 
     Returns:
-        The folder with `compare.json`, `compare.md` and a file for each cell.
+        The folder with `compare.json`, `compare.md`, `compare.svg` and a file for each cell.
 
     Raises:
         UsageError: an option, the recipe or its data is wrong.
@@ -83,6 +84,8 @@ def compare(recipe: str, words: Sequence[str]) -> Path:
     table = to_markdown(recipe, options.steps, len(seeds), scores)
     (folder / "compare.md").write_text(table, encoding="utf-8")
     print(f"\n{table}\nWritten to {folder}.")
+    if not draw({recipe: (results, scores)}, folder / "compare.svg"):
+        print("No plot was drawn: pip install 'pulseopt-hf[report]' has what it needs.")
     return folder
 
 
@@ -111,7 +114,7 @@ def to_markdown(recipe: str, steps: int, seeds: int, scores: Scores) -> str:
         )
     lines += [
         "",
-        "Excess is (L - L*) / (L0 - L*): 0 is as good as tuned, 1 is nothing learned. Robustness "
+        "Excess is (L - L\\*) / (L0 - L\\*): 0 is as good as tuned, 1 is nothing learned. Robustness "
         "is its mean over base LRs from 1/30 to 30 times the tuned one, harm its value at the "
         "tuned one.",
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pulseopt_hf.compare.published import published_trainer
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.trainer.calibration import PROBE_ROWS
 
@@ -22,6 +23,7 @@ class Method:
         words: keys of a recipe, as the command line gives them.
         about: what it is.
         optimizer: makes its own optimizer from the model's parameters.
+        trainer: makes its own Trainer from the recipe's.
         ignores_lr: whether the base LR means nothing to it.
         evaluations: evaluations of the validation data that it steers by.
         probes: probes of training rows that it measures, to be paid for.
@@ -30,6 +32,7 @@ class Method:
     words: tuple[str, ...]
     about: str
     optimizer: Callable[[Any], Any] | None = None
+    trainer: Callable[[Any], Any] | None = None
     ignores_lr: bool = False
     evaluations: int = 0
     probes: int = 0
@@ -68,6 +71,9 @@ METHODS = {
         ("--calibration", "off", *_ARMS), "arms 0.5, 1, 2 played by the scaled bandit"
     ),
     "default_arms": Method(_ARMS, "the default with arms 0.5, 1, 2", probes=_PROBES),
+    "pulseopt": Method(
+        _CONSTANT, "arms 0.5, 1, 2 by the package pulseopt itself", trainer=published_trainer
+    ),
     "greedy": Method(
         (*_CONSTANT, "--lr_scheduler_type", "greedy"),
         "Transformers' GreedyLR, with ten evaluations that it is not charged for",

@@ -11,6 +11,7 @@ import pytest
 from pulseopt_hf.cli import main
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import DIVERGED, score
+from pulseopt_hf.trainer.calibration import PROBE_ROWS
 from tests.recipes.tiny import files_of
 
 
@@ -56,8 +57,8 @@ def test_nothing_to_measure_against_is_an_error() -> None:
 
 def test_probes_are_paid_for() -> None:
     assert METHODS["static"].paid_steps(16) == 0
-    assert METHODS["calibrated"].paid_steps(16) == 24
-    assert METHODS["calibrated"].paid_steps(32) == 12
+    assert METHODS["default"].paid_steps(16) == 7
+    assert METHODS["default"].paid_steps(32) == 4
 
 
 def test_a_comparison_is_run_kept_and_written(
@@ -67,26 +68,38 @@ def test_a_comparison_is_run_kept_and_written(
     files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
     words = ["compare", "glue/cola", "--model_name_or_path", bert, *files]
     words += ["--use_cpu", "--per_device_train_batch_size", "16", "--out", str(tmp_path / "out")]
-    words += ["--steps", "180", "--seeds", "0", "--learning_rates", "3e-5,1e-3"]
-    assert main([*words, "--methods", "calibrated"]) == 0
+    words += ["--steps", "70", "--seeds", "0", "--learning_rates", "3e-5,1e-3"]
+    methods = "published,pulseopt,default"
+    assert main([*words, "--methods", methods]) == 0
     shown = capsys.readouterr().out
-    assert "4/4  calibrated at 0.001, seed 0: eval loss" in shown
+    assert "8/8  default at 0.001, seed 0: eval loss" in shown
     content = json.loads((tmp_path / "out/compare.json").read_text())
-    assert [row["method"] for row in content["scores"]["scores"]] == ["static", "calibrated"]
+    assert [row["method"] for row in content["scores"]["scores"]] == ["static", *methods.split(",")]
     for result in content["cells"]:
         # Probes are paid for in steps.
-        paid = 24 if result["cell"]["method"] == "calibrated" else 0
-        assert result["steps"] == 180 - paid
+        probes = result["probes"]
+        assert (probes > 0) == (result["cell"]["method"] == "default")
+        assert result["steps"] == 70 - (7 if probes else 0)
+        assert probes * PROBE_ROWS / 3 / 16 <= 7
+    # The package itself and its twin of this project end in the same place.
+    losses = {
+        method: [c["loss_after"] for c in content["cells"] if c["cell"]["method"] == method]
+        for method in ("static", "published", "pulseopt")
+    }
+    assert losses["published"] == losses["pulseopt"] != losses["static"]
     table = (tmp_path / "out/compare.md").read_text()
     assert table in shown
-    assert "| calibrated |" in table
+    assert "| default |" in table
+    picture = (tmp_path / "out/compare.svg").read_text()
+    assert "<svg" in picture
+    assert picture.count("<path") > 20
 
     # Done cells are not run again, a lost one is.
     cells = sorted((tmp_path / "out/cells").iterdir())
-    assert len(cells) == 4
+    assert len(cells) == 8
     cells[0].unlink()
     before = {file: file.stat().st_mtime_ns for file in cells[1:]}
-    assert main([*words, "--methods", "calibrated"]) == 0
+    assert main([*words, "--methods", methods]) == 0
     assert {file: file.stat().st_mtime_ns for file in cells[1:]} == before
     again = json.loads((tmp_path / "out/compare.json").read_text())
     for one, other in zip(content["cells"], again["cells"], strict=True):
