@@ -129,11 +129,19 @@ class Opened:
         page: the page, drawn.
         complaints: errors and warnings of the console, exceptions and dialogs.
         requests: addresses that were asked for.
+        session: the browser's own measurements of the page.
     """
 
     page: Any
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    session: Any = None
+
+    def processor_seconds(self) -> float:
+        """Return the processor time that the page's main thread has taken so far."""
+        metrics = self.session.send("Performance.getMetrics")["metrics"]
+        seconds: float = {item["name"]: item["value"] for item in metrics}["ThreadTime"]
+        return seconds
 
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
@@ -173,6 +181,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
         page.on("pageerror", lambda error: opened.complaints.append(str(error)))
         page.on("dialog", lambda d: (opened.complaints.append(f"dialog {d.message}"), d.dismiss()))
         page.on("request", lambda request: opened.requests.append(request.url))
+        opened.session = page.context.new_cdp_session(page)
+        # Before the page is opened: the clock starts here.
+        opened.session.send("Performance.enable", {"timeDomain": "threadTicks"})
         page.goto(file.as_uri())
         if context.get("java_script_enabled", True):
             page.wait_for_selector("html[data-drawn=all]", timeout=60_000)

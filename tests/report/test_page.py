@@ -323,12 +323,9 @@ def test_ten_thousand_episodes_open_within_three_seconds_and_stay_small(
     # The page's processor time, the best of a few: what else the machine does takes its time too.
     for _ in range(4):
         opened = open_page(file)
-        session = opened.page.context.new_cdp_session(opened.page)
-        session.send("Performance.enable", {"timeDomain": "threadTicks"})
-        metrics = session.send("Performance.getMetrics")["metrics"]
-        seconds.append({item["name"]: item["value"] for item in metrics}["ThreadTime"])
+        seconds.append(opened.processor_seconds())
         assert opened.complaints == []
-    assert min(seconds) < 3.0
+    assert 0.2 < min(seconds) < 3.0, seconds  # plotly alone takes longer than the lower bound
     plots = drawn(opened)
     assert all(plot["seen"] for plot in plots.values())
     page = opened.page
