@@ -57,6 +57,7 @@ format: install
 
 readme: install
 	$(BIN)/python benchmarks/knobs_table.py --write
+	$(BIN)/python benchmarks/tables.py --write
 
 # Into site/, which opens from disk. The extra `docs` is part of `dev`.
 docs: install

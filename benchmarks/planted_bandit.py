@@ -3,9 +3,9 @@
     python benchmarks/planted_bandit.py [--write]
 
 A small GPT is trained on `quickstart/lm` for 600 steps at one constant LR, in 60 episodes of 10
-steps. Their rewards are a trend, since the loss falls more and more slowly, and noise about it. Then
-60 episodes of three arms are played: every arm is rewarded by that trend with noise drawn from the
-same run, and one of them by a gap more. The gap is given in standard deviations of the noise.
+steps. Their rewards are a trend, since the loss falls more and more slowly, and noise about it.
+Then 60 episodes of three arms are played: every arm is rewarded by that trend with noise drawn from
+the same run, and one of them by a gap more. The gap is given in standard deviations of the noise.
 `--write` puts the result into `benchmarks/results/planted-bandit.json`.
 """
 

@@ -2,10 +2,10 @@
 
     python benchmarks/trust_region.py --data FOLDER [--tasks sst2,...] [--seeds 0,1,2] [--write]
 
-Every task is trained for 50 steps from a base LR of 1e-4, which is long enough for the calibration.
-The LR that its trial steps allow by the losses alone, by the weights alone, and by both is set beside
-the LR at which static runs end best (`benchmarks/results/compare-tasks.json`). `--write` puts the
-result into `benchmarks/results/trust-region.json`.
+Every task is trained for 50 steps from a base LR of 1e-4, enough for the calibration. The LR that
+its trial steps allow by the losses alone, by the weights alone, and by both is set beside the LR at
+which static runs end best (`benchmarks/results/compare-tasks.json`). `--write` puts the result into
+`benchmarks/results/trust-region.json`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=compare_tasks.OUT)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
-    tuned = json.loads(compare_tasks.RESULTS.read_text(encoding="utf-8"))["tasks"]
+    tuned = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))["tasks"]
     result = {}
     for task in options.tasks.split(","):
         rows: dict[str, list[float]] = {name: [] for name in COLUMNS}

@@ -6,14 +6,12 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compare_tasks
-from pulseopt_hf.compare.command import to_markdown
-from pulseopt_hf.compare.scores import score
+from benchmarks import compare_tasks, planted_bandit, tables
+from pulseopt_hf.compare.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,26 +65,49 @@ def test_the_readmes_figures_are_those_of_the_committed_result() -> None:
         assert re.search(pattern, readme, re.MULTILINE), name
 
 
-def test_the_table_of_the_method_is_that_of_the_results() -> None:
-    content = json.loads((ROOT / "benchmarks/results/compare-quickstart-lm.json").read_text())
-    page = (ROOT / "docs/method.md").read_text()
-    scores = score(content["cells"])
-    assert to_markdown(content["recipe"], 600, 1, scores) in page
-    for cell in content["cells"]:
-        assert f" {cell['loss_after']:.3f} |" in page
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    for path, text in tables.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make readme`"
 
 
-def test_the_table_of_tasks_is_that_of_the_results() -> None:
-    result = json.loads(compare_tasks.RESULTS.read_text())
+def test_the_scores_are_those_of_the_cells() -> None:
+    result = json.loads(compare_tasks.RESULT.read_text())
     assert set(result["tasks"]) == set(compare_tasks.TASKS)
-    for content in result["tasks"].values():
-        cells = [{**cell, "cell": cell, "peak_mib": 0.0} for cell in content["cells"]]
-        scores = asdict(score(cells))["scores"]
-        for row, found in zip(scores, content["scores"], strict=True):
-            assert (row["robustness"], row["worst"], row["harm"]) == pytest.approx(
-                (found["robustness"], found["worst"], found["harm"])
+    for task, (cells, scores) in compare_tasks.pictured(result).items():
+        found = result["tasks"][task]["scores"]
+        assert len(found) == len(scores.scores) > 1
+        for row, other in zip(scores.scores, found, strict=True):
+            assert (row.robustness, row.worst, row.harm) == pytest.approx(
+                (other["robustness"], other["worst"], other["harm"])
             )
-    assert compare_tasks.to_markdown(result) in (ROOT / "docs/method.md").read_text()
+        paid = METHODS["default"].probes
+        assert all(cell["probes"] <= paid for cell in cells if cell["method"] == "default")
+
+
+def test_the_scaled_bandit_finds_the_best_arm_twice_as_often_as_the_published() -> None:
+    """As the committed result says it, from the rewards of a real run."""
+    shares = json.loads(planted_bandit.RESULT.read_text())["shares"]
+    assert shares["scaled_ucb"]["1.0"] >= 2 * shares["discounted_ucb"]["1.0"]
+
+
+def test_the_planted_bandit_and_the_trust_region_are_measured_anew(tmp_path: Path) -> None:
+    """Short: the runs are real and the tables have their rows."""
+    done = run("planted_bandit.py", "--steps", "60")
+    assert re.search(r"\| `scaled_ucb` \| +\d+%", done.stdout)
+    done = run(
+        *("trust_region.py", "--data", str(tmp_path), "--out", str(tmp_path)),
+        *("--tasks", "sentences", "--seeds", "0"),
+    )
+    row = re.search(r"^\| sentences \| 0.003 \| .* \| (.*) \| (.*) \|$", done.stdout, re.M)
+    assert row is not None
+    assert float(row[1]) == float(row[2]) < 0.01  # by the weights
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{words[0]}", *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(
@@ -95,9 +116,12 @@ def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(
     words = ["--data", str(tmp_path), "--tasks", "sentences", "--methods", "static"]
     words += ["--learning_rates", "1e-2", "--seeds", "0", "--steps", "4", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["compare_tasks.py", *words])
-    before = compare_tasks.RESULTS.read_text()
+    before = compare_tasks.RESULT.read_text()
     compare_tasks.main()
-    assert "| sentences | 1 | 0.01 | 0.01 to 0.01 | static | 0.000 |" in capsys.readouterr().out
-    assert compare_tasks.RESULTS.read_text() == before
+    assert (
+        "| sentences | 1 | 0.01 | 0.01 to 0.01 | static | 0.000 | 0.000 to 0.000 |"
+        in capsys.readouterr().out
+    )
+    assert compare_tasks.RESULT.read_text() == before
     command = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]["command"]
     assert command.endswith("--methods static --learning_rates 0.01 --seeds 0 --steps 4")

@@ -21,7 +21,10 @@ def test_the_quickstart_learns_and_says_where_to_look(
     evaluations = [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e]
     assert len(evaluations) >= 4
     assert evaluations[-1] < evaluations[0] - 0.5
-    assert output.count("\nepisode ") == 12
+    assert output.count("\ntrial ") >= 4
+    assert "\ncalibrated: learning rate " in output
+    assert " times the base LR of 5.00e-05" in output
+    assert output.count("\nepisode ") >= 9
     assert f"eval loss after training:  {evaluations[-1]:.3f}" in output
     assert str(folder) in output
     for name in ("episodes.json", "train_results.json", "eval_results.json", "model.safetensors"):
@@ -36,4 +39,4 @@ def test_the_pretrained_demo_runs_on_the_real_weights(
     quickstart.main(["--task", "order", "--max_steps", "15", "--output_dir", str(folder)])
     results = json.loads((folder / "eval_results.json").read_text())
     assert 0.4 <= results["eval_accuracy"] <= 1.0
-    assert "plays of each LR multiplier" in capsys.readouterr().out
+    assert "\nepisode " in capsys.readouterr().out

@@ -24,6 +24,8 @@ RUN_BY = {
     ".venv/bin/python examples/accelerate_loop.py": "tests/test_examples.py",
     "make benchmark": "tests/test_benchmarks.py",
     ".venv/bin/pulseopt-hf list": "tests/cli/test_commands.py",
+    ".venv/bin/pulseopt-hf compare quickstart/lm --methods static,default "
+    "--learning_rates 5e-5,1e-3 --seeds 0": "tests/cli/test_compare.py",
     ".venv/bin/pulseopt-hf report runs/sst2": "tests/report/test_command.py",
 }
 

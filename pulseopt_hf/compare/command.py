@@ -114,9 +114,9 @@ def to_markdown(recipe: str, steps: int, seeds: int, scores: Scores) -> str:
         )
     lines += [
         "",
-        "Excess is (L - L\\*) / (L0 - L\\*): 0 is as good as tuned, 1 is nothing learned. Robustness "
-        "is its mean over base LRs from 1/30 to 30 times the tuned one, harm its value at the "
-        "tuned one.",
+        "Excess is (L - L\\*) / (L0 - L\\*): 0 is as good as tuned, 1 is nothing learned. "
+        "Robustness is its mean over base LRs from 1/30 to 30 times the tuned one, harm its value "
+        "at the tuned one.",
     ]
     return "\n".join(lines) + "\n"
 

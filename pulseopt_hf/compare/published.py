@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -45,8 +46,8 @@ class PublishedTrainer(Trainer):
             ) from error
         if self.args.gradient_accumulation_steps != 1:
             raise UsageError("`pulseopt` cannot run with `gradient_accumulation_steps` above 1.")
-        self._make = lambda optimizer: AEES(
-            optimizer,
+        self._make: Any = functools.partial(
+            AEES,
             lr_candidates=lr_candidates,
             noise_candidates=noise_candidates,
             episode_length=episode_length,
@@ -63,7 +64,8 @@ class PublishedTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             if self._published is not None:
-                self.optimizer.step = self._plain_step  # type: ignore[union-attr]
+                optimizer: Any = self.optimizer
+                optimizer.step = self._plain_step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Begin a published step before the forward pass; Trainer's optimizer step ends it."""
