@@ -53,8 +53,9 @@ class EpisodeLines(TrainerCallback):
                 f"moved losses by {trial.loss_movement:.2%}, weights by {trial.weight_movement:.2%}"
             )
             if search.is_done and self._trials == len(search.trials):
+                found = "not calibrated" if search.failed else "calibrated"
                 self._write(
-                    f"calibrated: learning rate {search.scale * args.learning_rate:.2e}, "
+                    f"{found}: learning rate {search.scale * args.learning_rate:.2e}, "
                     f"{search.scale:.3g} times the base LR of {args.learning_rate:.2e}"
                 )
 

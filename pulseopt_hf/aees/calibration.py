@@ -124,6 +124,7 @@ class Calibration:
         self.phase = "start"
         self.scale = FIRST_SCALE  # of the trial that runs, and in the end the one found
         self.trials: list[Trial] = []
+        self.failed = False  # whether the search ended without a scale, so that the base LR stands
         self.probes = 0  # times that the probe was measured
         self._step = 0  # global step of the trial that runs, or of the first step after the search
         self._origin: list[float] = []  # the probe's losses before training
@@ -181,8 +182,10 @@ class Calibration:
         trial = Trial(self.scale, movement, moved.weights, before, _mean(now), False, self._step)
         self.trials.append(trial)
         allowed = self._allowed()
-        if self._is_settled(allowed) or len(self.trials) >= MOST_TRIALS:
+        if allowed is not None and self._is_settled(allowed):
             return self._finish(step, allowed)
+        if len(self.trials) >= MOST_TRIALS:
+            return self._give_up(step)
         self.scale = _bounded(self._next(trial, allowed))
         self._step = step
         return Order(restore=True)
@@ -192,9 +195,7 @@ class Calibration:
         scales = [_largest(trial) for trial in self.trials if _is_readable(trial)]
         return min(scales, default=None)
 
-    def _is_settled(self, allowed: float | None) -> bool:
-        if allowed is None:
-            return False
+    def _is_settled(self, allowed: float) -> bool:
         near = [t for t in self.trials if allowed / NEAR <= t.scale <= allowed * NEAR]
         # Without a smaller one it is not known that movements still grow with the scale.
         smaller = any(trial.scale < allowed / NEAR for trial in self.trials)
@@ -207,19 +208,21 @@ class Calibration:
             return min(other.scale for other in self.trials) / RETREAT
         return allowed
 
-    def _finish(self, step: int, allowed: float | None) -> Order:
-        """Take the scale found, or the base LR if no step moved anything.
-
-        The last trial's step stays where it was not much larger than allowed.
-        """
+    def _finish(self, step: int, allowed: float) -> Order:
+        """Take the scale found; the last trial's step stays where it was not much too large."""
         last = self.trials[-1]
-        self.scale = 1.0 if allowed is None else _bounded(allowed)
         keeps = max(_shares(last)) <= NEAR
         if keeps:
             self.trials[-1] = Trial(**{**asdict(last), "kept": True})
-        self.phase, self._step = "done", step
+        self.scale, self.phase, self._step = _bounded(allowed), "done", step
         self._origin = []
         return Order(restore=not keeps, finished=True)
+
+    def _give_up(self, step: int) -> Order:
+        """Take the base LR: nothing moved, or what moved did not depend on the LR."""
+        self.scale, self.phase, self._step, self.failed = 1.0, "done", step, True
+        self._origin = []
+        return Order(restore=True, finished=True)
 
     def state_dict(self) -> StateDict:
         """Return all that later decisions depend on, as JSON."""
@@ -228,6 +231,7 @@ class Calibration:
             "ramp": self.ramp,
             "phase": self.phase,
             "scale": self.scale,
+            "failed": self.failed,
             "step": self._step,
             "probes": self.probes,
             "origin": list(self._origin),
@@ -249,6 +253,7 @@ class Calibration:
         if fresh.phase not in _PHASES:
             raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {fresh.phase!r}.")
         fresh.scale = field(state, "scale", _scale)
+        fresh.failed = field(state, "failed", _flag)
         fresh._step = field(state, "step", integer)
         fresh.probes = field(state, "probes", integer)
         fresh._origin = field(state, "origin", list_of(_loss))
