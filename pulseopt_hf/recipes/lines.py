@@ -154,7 +154,7 @@ class Interruption(TrainerCallback):
             if stop:
                 accelerator.set_trigger()
             stop = accelerator.check_trigger()
-        # Resumed from an epoch's last step, Trainer leaves out the epoch's evaluation, and the random
+        # Resumed from an epoch's last step, Trainer leaves out its evaluation and the random
         # numbers that it draws; so the next step is waited for.
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
         if stop and not (ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH):
