@@ -180,25 +180,12 @@ class Calibration:
         movement = math.sqrt(change) / (abs(before) or 1.0)
         trial = Trial(self.scale, movement, moved.weights, before, _mean(now), False, self._step)
         self.trials.append(trial)
-        allowed = self._allowed()
-        if self._is_settled(allowed) or len(self.trials) >= MOST_TRIALS:
-            return self._finish(step, allowed)
+        allowed = _allowed(self.trials)
+        if (found := scale_found(self.trials)) is not None:
+            return self._finish(step, found)
         self.scale = _bounded(self._next(trial, allowed))
         self._step = step
         return Order(restore=True)
-
-    def _allowed(self) -> float | None:
-        """Return the smallest scale that a trial allows, of those that moved anything readably."""
-        scales = [_largest(trial) for trial in self.trials if _is_readable(trial)]
-        return min(scales, default=None)
-
-    def _is_settled(self, allowed: float | None) -> bool:
-        if allowed is None:
-            return False
-        near = [t for t in self.trials if allowed / NEAR <= t.scale <= allowed * NEAR]
-        # Without a smaller one it is not known that movements still grow with the scale.
-        smaller = any(trial.scale < allowed / NEAR for trial in self.trials)
-        return smaller and len(near) >= TRUSTED
 
     def _next(self, trial: Trial, allowed: float | None) -> float:
         if allowed is None:
@@ -207,13 +194,13 @@ class Calibration:
             return min(other.scale for other in self.trials) / RETREAT
         return allowed
 
-    def _finish(self, step: int, allowed: float | None) -> Order:
-        """Take the scale found, or the base LR if no step moved anything.
+    def _finish(self, step: int, found: float) -> Order:
+        """Take the scale found.
 
         The last trial's step stays where it was not much larger than allowed.
         """
         last = self.trials[-1]
-        self.scale = 1.0 if allowed is None else _bounded(allowed)
+        self.scale = found
         keeps = max(_shares(last)) <= NEAR
         if keeps:
             self.trials[-1] = Trial(**{**asdict(last), "kept": True})
@@ -263,6 +250,17 @@ class Calibration:
         self.__dict__.update(fresh.__dict__)
 
 
+def scale_found(trials: Sequence[Trial]) -> float | None:
+    """Return the scale that a search decides on after these trials, or `None` if it goes on.
+
+    After `MOST_TRIALS` that moved nothing readably, it is 1: the base LR is kept.
+    """
+    allowed = _allowed(trials)
+    if not _is_settled(trials, allowed) and len(trials) < MOST_TRIALS:
+        return None
+    return 1.0 if allowed is None else _bounded(allowed)
+
+
 _NOT_FINITE = 1e9  # stands for a loss that is NaN or infinite
 
 
@@ -276,6 +274,20 @@ def _mean(values: Sequence[float]) -> float:
 
 def _bounded(scale: float) -> float:
     return min(max(scale, LOWEST_SCALE), HIGHEST_SCALE)
+
+
+def _allowed(trials: Sequence[Trial]) -> float | None:
+    """Return the smallest scale that a trial allows, of those that moved anything readably."""
+    return min((_largest(trial) for trial in trials if _is_readable(trial)), default=None)
+
+
+def _is_settled(trials: Sequence[Trial], allowed: float | None) -> bool:
+    if allowed is None:
+        return False
+    near = [t for t in trials if allowed / NEAR <= t.scale <= allowed * NEAR]
+    # Without a smaller one it is not known that movements still grow with the scale.
+    smaller = any(trial.scale < allowed / NEAR for trial in trials)
+    return smaller and len(near) >= TRUSTED
 
 
 def _shares(trial: Trial) -> tuple[float, float]:
