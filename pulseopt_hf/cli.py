@@ -33,6 +33,7 @@ Fine-tune with Transformers from a recipe, with the learning rate adapted in epi
   train RECIPE [--KEY VALUE ...]    run a recipe; a key overrides the recipe's line
   compare RECIPE [--KEY VALUE ...]  does it help? methods, base LRs and seeds at equal cost
   report RUN [RUN ...]              a page on a run, or on several beside each other
+  watch RUN                         follow a run while it goes; plain lines where no terminal is
 
 RECIPE is a name that `list` shows, or the path of a YAML file. RUN is a run's folder.
 
@@ -104,7 +105,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"pulseopt-hf {__version__}")
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
-    commands |= {"compare": _compare, "report": _report}
+    commands |= {"compare": _compare, "report": _report, "watch": _watch}
     command, rest = words[0], words[1:]
     if command not in commands:
         raise UsageError(
@@ -202,6 +203,13 @@ def _report(words: list[str]) -> int:
     from pulseopt_hf.report.command import report
 
     print(report(words))
+    return DONE
+
+
+def _watch(words: list[str]) -> int:
+    from pulseopt_hf.report.watch import watch
+
+    watch(words)
     return DONE
 
 
