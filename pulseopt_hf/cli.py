@@ -34,6 +34,7 @@ Fine-tune with Transformers from a recipe, with the learning rate adapted in epi
   compare RECIPE [--KEY VALUE ...]  does it help? methods, base LRs and seeds at equal cost
   report RUN [RUN ...]              a page on a run, or on several beside each other
   plot RUN [RUN ...]                the page's plots as SVG or PNG files
+  watch RUN                         follow a run while it goes; plain lines where no terminal is
 
 RECIPE is a name that `list` shows, or the path of a YAML file. RUN is a run's folder.
 
@@ -109,7 +110,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"pulseopt-hf {__version__}")
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
-    commands |= {"compare": _compare, "report": _report, "plot": _plot}
+    commands |= {"compare": _compare, "report": _report, "plot": _plot, "watch": _watch}
     command, rest = words[0], words[1:]
     if command not in commands:
         raise UsageError(
@@ -215,6 +216,13 @@ def _plot(words: list[str]) -> int:
 
     for file in plot(words):
         print(file)
+    return DONE
+
+
+def _watch(words: list[str]) -> int:
+    from pulseopt_hf.report.watch import watch
+
+    watch(words)
     return DONE
 
 

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.report.wording import calibrated_line, episode_line, trial_line
 
 
 class EpisodeLines(TrainerCallback):
@@ -47,17 +48,9 @@ class EpisodeLines(TrainerCallback):
             return
         for trial in search.trials[self._trials :]:
             self._trials += 1
-            self._write(
-                f"trial {self._trials:>2}  step {trial.step:>3}  "
-                f"LR x{trial.scale:<7.3g} = {trial.scale * args.learning_rate:.2e}  "
-                f"moved losses by {trial.loss_movement:.2%}, weights by {trial.weight_movement:.2%}"
-            )
+            self._write(trial_line(self._trials, trial, args.learning_rate))
             if search.is_done and self._trials == len(search.trials):
-                found = "not calibrated" if search.failed else "calibrated"
-                self._write(
-                    f"{found}: learning rate {search.scale * args.learning_rate:.2e}, "
-                    f"{search.scale:.3g} times the base LR of {args.learning_rate:.2e}"
-                )
+                self._write(calibrated_line(search.scale, args.learning_rate, failed=search.failed))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,15 +72,7 @@ class EpisodeLines(TrainerCallback):
         while self._printed < len(records):
             record = records[self._printed]
             self._printed += 1
-            learning_rate = aees.learning_rate
-            shown = "" if learning_rate is None else f" = {learning_rate:.2e}"
-            noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
-            self._write(
-                f"episode {self._printed:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "
-                f"LR x{record.lr_value:<4g}{shown}{noise}  "
-                f"loss {record.start_loss:.3f} to {record.end_loss:.3f}  "
-                f"reward {record.reward:+.4f}"
-            )
+            self._write(episode_line(self._printed, record, aees.learning_rate))
 
     def _aees(self) -> AEES | None:
         return getattr(self._trainer, "aees", None)

@@ -124,7 +124,6 @@ class Calibration:
         self.phase = "start"
         self.scale = FIRST_SCALE  # of the trial that runs, and in the end the one found
         self.trials: list[Trial] = []
-        self.failed = False  # whether the search ended without a scale, so that the base LR stands
         self.probes = 0  # times that the probe was measured
         self._step = 0  # global step of the trial that runs, or of the first step after the search
         self._origin: list[float] = []  # the probe's losses before training
@@ -133,6 +132,11 @@ class Calibration:
     def is_done(self) -> bool:
         """Whether the scale is final."""
         return self.phase == "done"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the search ended without a scale, so that the base LR stands."""
+        return search_failed(self.trials)
 
     def is_due(self, step: int) -> bool:
         """Whether the probe is to be measured before the optimizer step `step`."""
@@ -181,25 +185,11 @@ class Calibration:
         movement = math.sqrt(change) / (abs(before) or 1.0)
         trial = Trial(self.scale, movement, moved.weights, before, _mean(now), False, self._step)
         self.trials.append(trial)
-        allowed = self._allowed()
-        if allowed is not None and self._is_settled(allowed):
-            return self._finish(step, allowed)
-        if len(self.trials) >= MOST_TRIALS:
-            return self._give_up(step)
-        self.scale = _bounded(self._next(trial, allowed))
+        if (found := scale_found(self.trials)) is not None:
+            return self._finish(step, found)
+        self.scale = _bounded(self._next(trial, _allowed(self.trials)))
         self._step = step
         return Order(restore=True)
-
-    def _allowed(self) -> float | None:
-        """Return the smallest scale that a trial allows, of those that moved anything readably."""
-        scales = [_largest(trial) for trial in self.trials if _is_readable(trial)]
-        return min(scales, default=None)
-
-    def _is_settled(self, allowed: float) -> bool:
-        near = [t for t in self.trials if allowed / NEAR <= t.scale <= allowed * NEAR]
-        # Without a smaller one it is not known that movements still grow with the scale.
-        smaller = any(trial.scale < allowed / NEAR for trial in self.trials)
-        return smaller and len(near) >= TRUSTED
 
     def _next(self, trial: Trial, allowed: float | None) -> float:
         if allowed is None:
@@ -208,21 +198,15 @@ class Calibration:
             return min(other.scale for other in self.trials) / RETREAT
         return allowed
 
-    def _finish(self, step: int, allowed: float) -> Order:
+    def _finish(self, step: int, found: float) -> Order:
         """Take the scale found; the last trial's step stays where it was not much too large."""
         last = self.trials[-1]
-        keeps = max(_shares(last)) <= NEAR
+        keeps = not self.failed and max(_shares(last)) <= NEAR
         if keeps:
             self.trials[-1] = Trial(**{**asdict(last), "kept": True})
-        self.scale, self.phase, self._step = _bounded(allowed), "done", step
+        self.scale, self.phase, self._step = found, "done", step
         self._origin = []
         return Order(restore=not keeps, finished=True)
-
-    def _give_up(self, step: int) -> Order:
-        """Take the base LR: nothing moved, or what moved did not depend on the LR."""
-        self.scale, self.phase, self._step, self.failed = 1.0, "done", step, True
-        self._origin = []
-        return Order(restore=True, finished=True)
 
     def state_dict(self) -> StateDict:
         """Return all that later decisions depend on, as JSON."""
@@ -231,7 +215,6 @@ class Calibration:
             "ramp": self.ramp,
             "phase": self.phase,
             "scale": self.scale,
-            "failed": self.failed,
             "step": self._step,
             "probes": self.probes,
             "origin": list(self._origin),
@@ -253,7 +236,6 @@ class Calibration:
         if fresh.phase not in _PHASES:
             raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {fresh.phase!r}.")
         fresh.scale = field(state, "scale", _scale)
-        fresh.failed = field(state, "failed", _flag)
         fresh._step = field(state, "step", integer)
         fresh.probes = field(state, "probes", integer)
         fresh._origin = field(state, "origin", list_of(_loss))
@@ -266,6 +248,22 @@ class Calibration:
         if len(fresh.trials) > MOST_TRIALS:
             raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(fresh.trials)}.")
         self.__dict__.update(fresh.__dict__)
+
+
+def scale_found(trials: Sequence[Trial]) -> float | None:
+    """Return the scale that a search decides on after these trials, or `None` if it goes on.
+
+    It is 1 if the search fails: the base LR is kept.
+    """
+    if search_failed(trials):
+        return 1.0
+    allowed = _allowed(trials)
+    return _bounded(allowed) if allowed is not None and _is_settled(trials, allowed) else None
+
+
+def search_failed(trials: Sequence[Trial]) -> bool:
+    """Whether a search gives up: nothing moved, or what moved did not depend on the LR."""
+    return len(trials) >= MOST_TRIALS and not _is_settled(trials, _allowed(trials))
 
 
 _NOT_FINITE = 1e9  # stands for a loss that is NaN or infinite
@@ -281,6 +279,20 @@ def _mean(values: Sequence[float]) -> float:
 
 def _bounded(scale: float) -> float:
     return min(max(scale, LOWEST_SCALE), HIGHEST_SCALE)
+
+
+def _allowed(trials: Sequence[Trial]) -> float | None:
+    """Return the smallest scale that a trial allows, of those that moved anything readably."""
+    return min((_largest(trial) for trial in trials if _is_readable(trial)), default=None)
+
+
+def _is_settled(trials: Sequence[Trial], allowed: float | None) -> bool:
+    if allowed is None:
+        return False
+    near = [t for t in trials if allowed / NEAR <= t.scale <= allowed * NEAR]
+    # Without a smaller one it is not known that movements still grow with the scale.
+    smaller = any(trial.scale < allowed / NEAR for trial in trials)
+    return smaller and len(near) >= TRUSTED
 
 
 def _shares(trial: Trial) -> tuple[float, float]:

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
+from pulseopt_hf.report.wording import described
+
 _RANKS_AGREE_EVERY = 10  # optimizer steps
 
 
@@ -91,18 +93,6 @@ class EpochLines(TrainerCallback):
     ) -> None:
         """Write the metrics."""
         self._write(f"step {state.global_step}  {described(metrics or {})}")
-
-
-def described(metrics: dict[str, float]) -> str:
-    """Write out the metrics of an evaluation that are no times or counts."""
-    shown = []
-    for key, value in metrics.items():
-        name = key.removeprefix("eval_")
-        if name.split("_mm")[0] in ("runtime", "samples_per_second", "steps_per_second", "samples"):
-            continue
-        if isinstance(value, float) and name not in ("epoch", "model_preparation_time"):
-            shown.append(f"{name} {value:.3f}")
-    return "eval " + ", ".join(shown)
 
 
 class Interruption(TrainerCallback):

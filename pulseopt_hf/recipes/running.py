@@ -20,8 +20,9 @@ from pulseopt_hf.progress import EpisodeLines
 from pulseopt_hf.recipes import data, folder, tasks
 from pulseopt_hf.recipes.card import write_card
 from pulseopt_hf.recipes.errors import UsageError
-from pulseopt_hf.recipes.lines import Bar, EpochLines, Interruption, Lines, described
+from pulseopt_hf.recipes.lines import Bar, EpochLines, Interruption, Lines
 from pulseopt_hf.recipes.parsing import Resolved
+from pulseopt_hf.report.wording import described
 from pulseopt_hf.trainer.card import section
 from pulseopt_hf.trainer.checkpoints import newest_whole_checkpoint
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pulseopt_hf.aees.calibration import Trial
+from pulseopt_hf.aees.calibration import Trial, scale_found
 from pulseopt_hf.aees.records import EpisodeRecord
 from pulseopt_hf.aees.run_record import Log
 
@@ -120,8 +120,16 @@ class RunData:
         return latest
 
     @property
+    def scale_found(self) -> float | None:
+        """Factor on the base LR that calibration chose; `None` before it has, and without one."""
+        return scale_found(self.trials)
+
+    @property
     def lr_scale(self) -> float | None:
         """Factor on the base LR that calibration chose, or has reached; `None` without one."""
+        # What is logged right after the choice is still smaller: the LR rises to it.
+        if self.scale_found is not None:
+            return self.scale_found
         logged = self.series("pulse/lr_scale")
         return logged[-1][1] if logged else None
 
@@ -179,6 +187,17 @@ class RunData:
                 )
             )
         return result
+
+
+def lr_of(record: EpisodeRecord, rates: Series) -> float | None:
+    """Return the LR of an episode's latest log, or `None` where nothing was logged in it.
+
+    Args:
+        record: the episode.
+        rates: the run's `effective_lrs`.
+    """
+    index = bisect_right(rates, record.end_step + 1, key=lambda point: point[0]) - 1
+    return rates[index][1] if index >= 0 and rates[index][0] > record.start_step else None
 
 
 def series_of(logs: Sequence[Log], key: str) -> Series:

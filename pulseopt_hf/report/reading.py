@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pulseopt_hf.aees.calibration import Trial, trial_from_json
 from pulseopt_hf.aees.records import EpisodeRecord, records_from_json, records_from_logs
-from pulseopt_hf.aees.run_record import (
-    FILE_NAME,
-    End,
-    Head,
-    Log,
-    NumberedEpisode,
-    NumberedTrial,
-    decode,
-    loggable,
-)
+from pulseopt_hf.aees.run_record import FILE_NAME, Log, loggable
 from pulseopt_hf.aees.state import StateError, field, integer, list_of
 from pulseopt_hf.recipes.errors import UsageError
-from pulseopt_hf.report.data import RunData, Status, series_of
+from pulseopt_hf.report.data import RunData, series_of
+from pulseopt_hf.report.record_file import RecordFile
 
 _STATE, _EPISODES = "trainer_state.json", "episodes.json"
-# A run that has written nothing for so long, measured in its longest pause so far, is silent.
-_PAUSES, _PATIENCE = 10.0, 120.0
 
 
 def read_run(folder: str | Path, *, now: float | None = None) -> RunData:
@@ -46,12 +35,11 @@ def read_run(folder: str | Path, *, now: float | None = None) -> RunData:
         UsageError: the folder is no run, its files are damaged or of a newer format version.
     """
     path = Path(folder)
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such folder.")
-    if not path.is_dir():
-        raise UsageError(f"{path}: is a file; name the run's folder, its `output_dir`.")
+    require_folder(path)
     if (path / FILE_NAME).is_file():
-        return _from_record(path, time.time() if now is None else now)
+        record = RecordFile(path)
+        record.read()
+        return record.data(time.time() if now is None else now)
     states = _states(path)
     if not states:
         raise UsageError(
@@ -59,6 +47,18 @@ def read_run(folder: str | Path, *, now: float | None = None) -> RunData:
             "`output_dir` of a run that has logged something."
         )
     return _from_states(path, states)
+
+
+def require_folder(path: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UsageError: there is nothing, or a file.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such folder.")
+    if not path.is_dir():
+        raise UsageError(f"{path}: is a file; name the run's folder, its `output_dir`.")
 
 
 def require_episodes(run: RunData) -> None:
@@ -73,81 +73,6 @@ def require_episodes(run: RunData) -> None:
             f"{run.folder}: has no finished episode{since}. Look again when one has ended and been "
             "logged; `logging_steps` says how often that is."
         )
-
-
-def _from_record(path: Path, now: float) -> RunData:
-    file = path / FILE_NAME
-    head: Head | None = None
-    end: End | None = None
-    logs: list[Log] = []
-    episodes: dict[int, EpisodeRecord] = {}
-    trials: dict[int, Trial] = {}
-    times: list[float] = []
-    for number, content in _lines(file):
-        try:
-            line, at = decode(content)
-            if head is None and not isinstance(line, Head):
-                raise StateError("the record begins without its `head`.")
-        except StateError as error:
-            raise UsageError(f"{file}, line {number}: {error}") from error
-        if isinstance(line, Head):
-            head = line
-        elif isinstance(line, Log):
-            logs.append(line)
-        elif isinstance(line, NumberedEpisode):
-            episodes[line.number] = line.record
-        elif isinstance(line, NumberedTrial):
-            trials[line.number] = line.trial
-        elif isinstance(line, End):
-            end = line
-        if at is not None:
-            times.append(at)
-    if head is None:
-        raise UsageError(f"{file}: is empty; the run has not begun.")
-    for name, numbers in (("episode", episodes), ("trial", trials)):
-        if sorted(numbers) != list(range(1, len(numbers) + 1)):
-            raise UsageError(f"{file}: is damaged; lines of the kind `{name}` are missing.")
-    step = max([log.step for log in logs] + [r.end_step + 1 for r in episodes.values()], default=0)
-    return RunData(
-        folder=path,
-        name=head.name,
-        status=_status(end, times, now),
-        step=step if end is None else end.step,
-        max_steps=head.max_steps,
-        base_lr=head.base_lr,
-        knobs=head.knobs,
-        versions=head.versions,
-        resumed_from=head.resumed_from,
-        logs=logs,
-        episodes=[episodes[number] for number in sorted(episodes)],
-        trials=[trials[number] for number in sorted(trials)],
-        error=None if end is None else end.error,
-        updated=max(times, default=None),
-    )
-
-
-def _lines(file: Path) -> Iterator[tuple[int, object]]:
-    """Parse a record line by line, from 1. A last line that was cut off is passed over."""
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror or error}.") from error
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is not whole
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{file}, line {number}: is no JSON: {error}.") from error
-
-
-def _status(end: End | None, times: list[float], now: float) -> Status:
-    if end is not None:
-        if end.error is not None:
-            return "failed"
-        return "finished" if end.finished else "stopped"
-    pauses = [after - before for before, after in pairwise(times)]
-    longest = max(pauses, default=0.0)
-    silent = now - max(times, default=now) > max(_PATIENCE, _PAUSES * longest)
-    return "silent" if silent else "running"
 
 
 def _states(path: Path) -> list[tuple[Path, dict[str, Any]]]:

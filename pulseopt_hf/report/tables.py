@@ -50,7 +50,7 @@ def status_line(run: RunData) -> str:
         return f"Ended by {run.error} at step {run.step:,}: {done}."
     if run.status == "stopped":
         return f"Stopped before its last step: {done}."
-    when = "" if run.updated is None else f" Last written to at {_clock(run.updated)}."
+    when = "" if run.updated is None else f" Last written to at {clock(run.updated)}."
     if run.status == "running":
         return f"Still running: {done} so far.{when} Make the page again to see more."
     return f"Broken off: {done}, and no end was recorded.{when} It was killed, or it waits."
@@ -180,6 +180,7 @@ def _logged(run: RunData) -> Table:
     return Table("logged", title, ["step", *(_LOGGED[key] for key in keys)], rows)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Write a time, given in seconds since 1970."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
