@@ -23,8 +23,11 @@ def groups(file: Path, name: str) -> list[ElementTree.Element]:
 
 
 def marks(file: Path) -> int:
-    """Count the points of an SVG's scatter plots; one alone is a path of its own."""
-    return sum(max(1, len(list(group.iter(f"{SVG}use")))) for group in groups(file, "points-"))
+    """Count the points of an SVG's scatter plots; a few are drawn as paths of their own."""
+    return sum(
+        len(list(group.iter(f"{SVG}use"))) or len(list(group.iter(f"{SVG}path")))
+        for group in groups(file, "points-")
+    )
 
 
 def test_every_plot_of_the_page_is_a_file(
