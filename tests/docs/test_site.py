@@ -142,7 +142,7 @@ def test_search_works_where_the_site_is_opened_from_disk(site: Path, tmp_path: P
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     flags += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={tmp_path}"]
     flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000"]
-    page = f"{(site / 'index.html').as_uri()}?q=ladder"
+    page = f"{(site / 'index.html').as_uri()}?q=calibration"
     done = subprocess.run(
         [str(CHROMIUM), *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120
     )
