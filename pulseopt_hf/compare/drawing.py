@@ -36,9 +36,12 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(1.5 + 3.6 * columns, 0.6 + 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    methods = list(dict.fromkeys(c["cell"]["method"] for cells, _ in tasks.values() for c in cells))
+    lines: dict[str, Any] = {}
     for axis, (name, (cells, scores)) in zip(axes, tasks.items(), strict=False):
-        for index, method in enumerate(dict.fromkeys(c["cell"]["method"] for c in cells)):
-            _line(axis, method, cells, scores.loss_before, _COLOURS[index % len(_COLOURS)])
+        for method in dict.fromkeys(c["cell"]["method"] for c in cells):
+            colour = _COLOURS[methods.index(method) % len(_COLOURS)]
+            lines[method] = _line(axis, method, cells, scores.loss_before, colour)
         axis.axhline(scores.loss_tuned, color="#999999", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
         axis.set_title(name)
@@ -47,14 +50,14 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
         axis.grid(alpha=0.2)
     for axis in list(axes)[len(tasks) :]:
         axis.set_axis_off()
-    figure.axes[0].legend(frameon=False)
+    figure.legend(lines.values(), lines, loc="outside upper left", ncols=8, frameon=False)
     figure.savefig(file, format="svg", metadata={"Date": None})
     return True
 
 
 def _line(
     axis: Any, method: str, cells: Sequence[dict[str, Any]], loss_before: float, colour: str
-) -> None:
+) -> Any:
     losses: dict[float, list[float]] = {}
     for cell in cells:
         if cell["cell"]["method"] == method:
@@ -65,6 +68,6 @@ def _line(
     means = [sum(losses[rate]) / len(losses[rate]) for rate in rates]
     below = [mean - min(losses[rate]) for rate, mean in zip(rates, means, strict=True)]
     above = [max(losses[rate]) - mean for rate, mean in zip(rates, means, strict=True)]
-    axis.errorbar(
+    return axis.errorbar(
         rates, means, yerr=[below, above], label=method, color=colour, marker="o", capsize=3
     )
