@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -124,7 +126,7 @@ def _progress(run: RunData) -> Table:
     return grid
 
 
-def _facts(run: RunData) -> Text:
+def _facts(run: RunData) -> RenderableType:
     facts = [("base LR", shown(run.base_lr))]
     for name, series in (("base LR now", run.base_lrs), ("effective LR", run.effective_lrs)):
         if series:
@@ -135,18 +137,17 @@ def _facts(run: RunData) -> Text:
     if multipliers and run.status == "running":
         facts.append(("arm now", f"×{multipliers[-1][1]:g}"))  # noqa: RUF001
     facts += [("episodes", f"{len(run.episodes):,}"), ("skipped steps", f"{run.skipped_steps:,}")]
-    text = Text()
-    for name, value in facts:
-        text.append(f"{name} ", "dim").append(value, "bold").append("   ")
-    if run.metrics:
-        text.append("\n" + printable(described(run.metrics)))
-    return text
+    pairs = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in facts]
+    columns = Columns(pairs, padding=(0, 3))
+    if not run.metrics:
+        return columns
+    return Group(columns, Text(printable(described(run.metrics))))
 
 
 def _arms(run: RunData) -> Table | None:
     if not run.episodes:
         return None
-    table = Table("arm", title="Arms", title_justify="left")
+    table = Table("arm", title="Arms", title_justify="left", box=SIMPLE_HEAD)
     for name in ("plays", "mean reward", "spread"):
         table.add_column(name, justify="right")
     for arm, style in zip(run.arms(), ArmStyles(run.episodes), strict=True):
@@ -154,7 +155,7 @@ def _arms(run: RunData) -> Table | None:
             Text.assemble(("■ ", style.color), style.label),
             f"{arm.plays:,}",
             f"{arm.mean:+.4f}",
-            shown(arm.spread),
+            "–" if arm.spread is None else f"{arm.spread:.4f}",  # noqa: RUF001
         )
     return table
 
@@ -162,7 +163,7 @@ def _arms(run: RunData) -> Table | None:
 def _trials(run: RunData) -> Table | None:
     if not run.trials or run.base_lr is None:
         return None
-    table = Table("trial", title="Calibration", title_justify="left")
+    table = Table("trial", title="Calibration", title_justify="left", box=SIMPLE_HEAD)
     for name in ("LR", "losses moved", "weights moved"):
         table.add_column(name, justify="right")
     for number, trial in enumerate(run.trials, 1):
