@@ -6,7 +6,6 @@ python benchmarks/figures.py [--run runs/figures] [--steps 600] [--out docs/figu
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,17 +26,10 @@ def main() -> None:
         str(options.run),
         "--overwrite",
         "--quiet",
-        "--max_steps",
-        str(options.steps),
+        *("--max_steps", str(options.steps)),
+        *("--lr_candidates", "0.5", "1", "2"),  # so that there are arms to be seen
     )
-    command("plot", str(options.run))
-    pictures = [p for p in options.run.rglob("*") if p.suffix in (".png", ".svg")]
-    if not pictures:
-        raise SystemExit(f"`pulseopt-hf plot` left no picture in {options.run}.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        shutil.copy(picture, options.out / picture.name)
-        print(options.out / picture.name)
+    command("plot", str(options.run), "--out", str(options.out))
 
 
 def command(*words: str) -> None:

@@ -1,6 +1,6 @@
 """Measure what AEES costs: step time and peak memory against a vanilla Trainer.
 
-    python benchmarks/overhead.py [--rounds 12] [--steps 4] [--layers 6] [--width 384]
+    python benchmarks/overhead.py [--rounds 12] [--steps 4] [--layers 6] [--width 384] [--out FILE]
 
 Variants train the same BERT-like model on the same batches in one process: the vanilla Trainer
 (twice, to show what the clock can tell apart), PulseOptTrainer adapting the LR only and with
@@ -10,6 +10,9 @@ falls on all of them alike. Times are quoted as ratios to vanilla: the median ov
 ratio within a round. On one thread, the default, they are processor times, to which other processes
 add nothing; on more they are times by the clock, and need a machine that does nothing else. Memory
 is the peak of a process that trains one variant, less that of the vanilla Trainer's.
+
+Calibration is paid for once a run. Runs of 50 steps are trained with it and without, in turn, and
+the difference is quoted in optimizer steps.
 """
 
 from __future__ import annotations
@@ -38,9 +41,11 @@ from transformers import (
 )
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.published import PublishedTrainer
 
 VARIANTS = ("vanilla", "vanilla again", "lr", "lr+noise", "published lr", "published lr+noise")
+LONG_RUN = 1500  # optimizer steps
 ARMS = [0.5, 1.0, 2.0]
 NOISE = [0.005, 0.01]  # noise in every step, so that its cost is not averaged away
 
@@ -141,6 +146,33 @@ def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
     return times
 
 
+def measure_calibration(options: argparse.Namespace) -> float:
+    """Return what calibration takes, in optimizer steps of the same model: a median over rounds."""
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    extra = []
+    for _ in range(options.calibration_rounds):
+        seconds = {}
+        for calibration in ("off", "trust_region"):
+            model = build_model(options)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+            with tempfile.TemporaryDirectory() as directory:
+                plain = build_trainer("vanilla", model, optimizer, options, directory)
+                plain.args.max_steps = SHORTEST_RUN
+                trainer = PulseOptTrainer(
+                    model,
+                    plain.args,
+                    train_dataset=plain.train_dataset,
+                    optimizers=(optimizer, None),
+                    pulse=PulseOptConfig(calibration=calibration),
+                )
+                start = clock()
+                trainer.train()
+                seconds[calibration] = clock() - start
+        extra.append((seconds["trust_region"] / seconds["off"] - 1.0) * SHORTEST_RUN)
+        print(f"calibration: {extra[-1]:.1f} steps", file=sys.stderr)
+    return statistics.median(extra)
+
+
 def peak_memory() -> float:
     """Return this process's peak resident memory in MiB, as the kernel counted it.
 
@@ -175,6 +207,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--calibration-rounds", type=int, default=3)
     parser.add_argument("--out", help="also write the result to this JSON file")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -188,6 +221,7 @@ def main() -> None:
         return
     times = measure_times(options)
     memory = {variant: measure_memory(variant, options) for variant in VARIANTS}
+    calibration = measure_calibration(options)
     parameters = build_model(options).num_parameters()
     result = {
         "parameters": parameters,
@@ -199,6 +233,7 @@ def main() -> None:
             name: version(name) for name in ("torch", "transformers", "pulseopt", "pulseopt-hf")
         },
         "machine": platform.machine(),
+        "calibration_steps": calibration,
         "variants": {
             variant: {
                 "step_ratio": statistics.median(
@@ -214,6 +249,10 @@ def main() -> None:
     print(f"{'variant':<20} {'step time':>10} {'extra peak memory':>18}")
     for variant, row in result["variants"].items():
         print(f"{variant:<20} {row['step_ratio']:>8.3f} x {row['extra_peak_mib']:>14.0f} MiB")
+    print(
+        f"calibration takes {calibration:.1f} optimizer steps, once a run: "
+        f"{1.0 + calibration / LONG_RUN:.3f} x in one of {LONG_RUN:,} steps"
+    )
     if options.out:
         with open(options.out, "w") as file:
             json.dump(result, file, indent=2)

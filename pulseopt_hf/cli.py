@@ -33,6 +33,7 @@ Fine-tune with Transformers from a recipe, with the learning rate adapted in epi
   train RECIPE [--KEY VALUE ...]    run a recipe; a key overrides the recipe's line
   compare RECIPE [--KEY VALUE ...]  does it help? methods, base LRs and seeds at equal cost
   report RUN [RUN ...]              a page on a run, or on several beside each other
+  plot RUN [RUN ...]                the page's plots as SVG or PNG files
   watch RUN                         follow a run while it goes; plain lines where no terminal is
 
 RECIPE is a name that `list` shows, or the path of a YAML file. RUN is a run's folder.
@@ -57,6 +58,10 @@ options of compare:
 
 options of report:
   --out        the page's file; by default report.html, in the run's folder if there is one run
+
+options of plot:
+  --out        folder for the pictures; by default plots, in the run's folder if there is one run
+  --format     svg or png
 """
 
 
@@ -105,7 +110,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"pulseopt-hf {__version__}")
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
-    commands |= {"compare": _compare, "report": _report, "watch": _watch}
+    commands |= {"compare": _compare, "report": _report, "plot": _plot, "watch": _watch}
     command, rest = words[0], words[1:]
     if command not in commands:
         raise UsageError(
@@ -203,6 +208,14 @@ def _report(words: list[str]) -> int:
     from pulseopt_hf.report.command import report
 
     print(report(words))
+    return DONE
+
+
+def _plot(words: list[str]) -> int:
+    from pulseopt_hf.report.command import plot
+
+    for file in plot(words):
+        print(file)
     return DONE
 
 

@@ -50,7 +50,7 @@ class EpisodeLines(TrainerCallback):
             self._trials += 1
             self._write(trial_line(self._trials, trial, args.learning_rate))
             if search.is_done and self._trials == len(search.trials):
-                self._write(calibrated_line(search.scale, args.learning_rate))
+                self._write(calibrated_line(search.scale, args.learning_rate, failed=search.failed))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -133,6 +133,11 @@ class Calibration:
         """Whether the scale is final."""
         return self.phase == "done"
 
+    @property
+    def failed(self) -> bool:
+        """Whether the search ended without a scale, so that the base LR stands."""
+        return search_failed(self.trials)
+
     def is_due(self, step: int) -> bool:
         """Whether the probe is to be measured before the optimizer step `step`."""
         return self.phase == "start" or (self.phase == "trials" and step > self._step)
@@ -180,10 +185,9 @@ class Calibration:
         movement = math.sqrt(change) / (abs(before) or 1.0)
         trial = Trial(self.scale, movement, moved.weights, before, _mean(now), False, self._step)
         self.trials.append(trial)
-        allowed = _allowed(self.trials)
         if (found := scale_found(self.trials)) is not None:
             return self._finish(step, found)
-        self.scale = _bounded(self._next(trial, allowed))
+        self.scale = _bounded(self._next(trial, _allowed(self.trials)))
         self._step = step
         return Order(restore=True)
 
@@ -195,16 +199,12 @@ class Calibration:
         return allowed
 
     def _finish(self, step: int, found: float) -> Order:
-        """Take the scale found.
-
-        The last trial's step stays where it was not much larger than allowed.
-        """
+        """Take the scale found; the last trial's step stays where it was not much too large."""
         last = self.trials[-1]
-        self.scale = found
-        keeps = max(_shares(last)) <= NEAR
+        keeps = not self.failed and max(_shares(last)) <= NEAR
         if keeps:
             self.trials[-1] = Trial(**{**asdict(last), "kept": True})
-        self.phase, self._step = "done", step
+        self.scale, self.phase, self._step = found, "done", step
         self._origin = []
         return Order(restore=not keeps, finished=True)
 
@@ -253,12 +253,17 @@ class Calibration:
 def scale_found(trials: Sequence[Trial]) -> float | None:
     """Return the scale that a search decides on after these trials, or `None` if it goes on.
 
-    After `MOST_TRIALS` that moved nothing readably, it is 1: the base LR is kept.
+    It is 1 if the search fails: the base LR is kept.
     """
+    if search_failed(trials):
+        return 1.0
     allowed = _allowed(trials)
-    if not _is_settled(trials, allowed) and len(trials) < MOST_TRIALS:
-        return None
-    return 1.0 if allowed is None else _bounded(allowed)
+    return _bounded(allowed) if allowed is not None and _is_settled(trials, allowed) else None
+
+
+def search_failed(trials: Sequence[Trial]) -> bool:
+    """Whether a search gives up: nothing moved, or what moved did not depend on the LR."""
+    return len(trials) >= MOST_TRIALS and not _is_settled(trials, _allowed(trials))
 
 
 _NOT_FINITE = 1e9  # stands for a loss that is NaN or infinite

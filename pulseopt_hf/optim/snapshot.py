@@ -87,6 +87,12 @@ class Snapshot:
                 self._optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Put back the buffers alone."""
+        for index, buffer in enumerate(self._buffers):
+            _local(buffer).copy_(self._copies[f"buffer.{index}"])
+
+    @torch.no_grad()
     def distance(self) -> tuple[float, float]:
         """Return how far the trained matrices have moved since `take`, and how large they were.
 

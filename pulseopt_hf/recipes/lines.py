@@ -17,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from pulseopt_hf.report.wording import described
 
@@ -143,7 +144,10 @@ class Interruption(TrainerCallback):
             if stop:
                 accelerator.set_trigger()
             stop = accelerator.check_trigger()
-        if stop:
+        # Resumed from an epoch's last step, Trainer leaves out its evaluation and the random
+        # numbers that it draws; so the next step is waited for.
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if stop and not (ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH):
             self.happened = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -1,4 +1,4 @@
-"""The command `pulseopt-hf report`."""
+"""The commands `pulseopt-hf report` and `pulseopt-hf plot`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from pulseopt_hf.report.reading import read_run, require_episodes
 PAGE = "report.html"
 
 
+PICTURES = "plots"
+_USAGE = {
+    "report": "pulseopt-hf report RUN ... [--out FILE]",
+    "plot": "pulseopt-hf plot RUN ... [--out FOLDER] [--format svg|png]",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"`report`: {message}. Write `pulseopt-hf report RUN ... [--out FILE]`.")
+        raise UsageError(f"`{self.prog}`: {message}. Write `{_USAGE[self.prog]}`.")
 
 
 def report(words: Sequence[str]) -> Path:
@@ -42,17 +49,59 @@ def report(words: Sequence[str]) -> Path:
     try:
         from pulseopt_hf.report.page import write_page
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"`report` needs {error.name}, which is not installed: "
-            "pip install 'pulseopt-hf[report]'."
-        ) from error
+        raise _missing("report", error) from error
     try:
         write_page(runs, file)
     except OSError as error:
-        raise UsageError(
-            f"{file}: cannot be written: {error.strerror or error}; name another place by `--out`."
-        ) from error
+        raise _unwritable(file, error) from error
     return file
+
+
+def plot(words: Sequence[str]) -> list[Path]:
+    """Save the pictures of one run, or those of several overlaid.
+
+    Args:
+        words: the folders and the options `--out` and `--format`.
+
+    Returns:
+        The files, in `plots` in the run's folder, or in the working folder for several runs.
+
+    Raises:
+        UsageError: a folder is no run, the pictures have no place, or a library is not installed.
+    """
+    parser = _Parser(prog="plot", add_help=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", metavar="FOLDER")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    options = parser.parse_args(list(words))
+    folders = [Path(name) for name in options.runs]
+    runs = read_runs(folders)
+    folder = Path(PICTURES) if len(folders) > 1 else folders[0] / PICTURES
+    folder = folder if options.out is None else Path(options.out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"`--out`: {folder} is a file; name a folder.")
+    try:
+        from pulseopt_hf.report.page import distinct_names
+        from pulseopt_hf.report.pictures import write_pictures
+    except ModuleNotFoundError as error:
+        raise _missing("plot", error) from error
+    try:
+        return write_pictures(runs, distinct_names(runs), folder, options.format)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> UsageError:
+    return UsageError(
+        f"`{command}` needs {error.name}, which is not installed: "
+        "pip install 'pulseopt-hf[report]'."
+    )
+
+
+def _unwritable(place: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"{place}: cannot be written: {error.strerror or error}; name another place by `--out`."
+    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
@@ -61,7 +110,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     Beside a run with episodes a plain Trainer's is welcome, as what to compare with.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UsageError("`report`: a run was named twice; name each once.")
+        raise UsageError("A run was named twice; name each once.")
     runs = [read_run(folder) for folder in folders]
     for run in runs:
         if run.knobs or all(not other.knobs for other in runs):

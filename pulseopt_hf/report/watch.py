@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from pulseopt_hf.aees.calibration import search_failed
 from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.report.arms import shown
@@ -147,7 +148,9 @@ class PlainView:
                 scale = run.scale_found
                 if self._trials == len(run.trials) and scale is not None and not self._calibrated:
                     self._calibrated = True
-                    lines.append(calibrated_line(scale, run.base_lr))
+                    lines.append(
+                        calibrated_line(scale, run.base_lr, failed=search_failed(run.trials))
+                    )
             elif isinstance(line, NumberedEpisode):
                 lines.append(episode_line(line.number, line.record, lr_of(line.record, rates)))
             elif isinstance(line, Log) and "eval_loss" in line.values:

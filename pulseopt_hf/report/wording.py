@@ -20,10 +20,10 @@ def trial_line(number: int, trial: Trial, base_lr: float) -> str:
     )
 
 
-def calibrated_line(scale: float, base_lr: float) -> str:
-    """Tell what the calibration found."""
+def calibrated_line(scale: float, base_lr: float, *, failed: bool) -> str:
+    """Tell what the calibration found; if it failed, that is the base LR."""
     return (
-        f"calibrated: learning rate {scale * base_lr:.2e}, "
+        f"{'not calibrated' if failed else 'calibrated'}: learning rate {scale * base_lr:.2e}, "
         f"{scale:.3g} times the base LR of {base_lr:.2e}"
     )
 

@@ -145,6 +145,8 @@ class Calibrator:
             elif aees.optimizer_steps == self._steps_before:
                 search.postpone(step)
             else:
+                # Running statistics, as a batch norm's, move with every batch whatever the LR is.
+                self._origin.restore_buffers()
                 self._obey(search.advance(step, Movement(self._losses(), self._weights())))
                 last = search.trials[-1]
                 logger.info(
@@ -152,7 +154,14 @@ class Calibrator:
                     "%.2g",
                     *(step, last.scale, last.loss_movement, last.weight_movement),
                 )
-                if search.is_done:
+                if search.failed:
+                    logger.warning(
+                        "The learning rate could not be calibrated: in %d trial steps the losses "
+                        "of training rows did not move in keeping with the LR. The base LR is "
+                        "taken as it is.",
+                        len(search.trials),
+                    )
+                elif search.is_done:
                     logger.info("Calibrated: %.3g x the base LR", search.scale)
             self._steps_before = aees.optimizer_steps
         aees.lr_scale = search.multiplier(step)

@@ -93,24 +93,27 @@ def test_every_trial_begins_where_training_began_and_only_the_last_may_stay() ->
     assert [trial.kept for trial in search.trials] == [False] * (len(search.trials) - 1) + [True]
 
 
-def test_a_step_that_ends_too_far_off_is_put_back_in_the_end() -> None:
+@pytest.mark.parametrize("loss", [math.nan, 0.9])
+def test_movements_that_do_not_depend_on_the_lr_leave_the_base_lr(loss: float) -> None:
     search = Calibration(600)
     search.begin(0, ROWS)
-    order = None
-    for step in range(1, MOST_TRIALS + 1):
-        assert not search.is_done
-        order = search.advance(step, Movement([math.nan] * len(ROWS), 1e9))
-    assert order is not None
-    assert search.is_done
+    for step in range(1, MOST_TRIALS):
+        assert search.advance(step, Movement([loss] * len(ROWS), 0.0)).restore
+    assert not search.is_done
+    order = search.advance(MOST_TRIALS, Movement([loss] * len(ROWS), 0.0))
     assert order.restore
-    assert not search.trials[-1].kept
-    assert search.scale < 1e-6
+    assert order.finished
+    assert search.is_done
+    assert search.failed
+    assert search.scale == 1.0
+    assert not any(trial.kept for trial in search.trials)
 
 
 def test_where_no_step_moves_anything_the_base_lr_stands() -> None:
     search = run(Model(math.inf), base_lr=1e-3)
     assert search.is_done
     assert len(search.trials) == MOST_TRIALS
+    assert search.failed
     assert search.scale == 1.0
 
 

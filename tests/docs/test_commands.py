@@ -67,7 +67,7 @@ def run(words: list[str]) -> int:
 
 def test_there_are_commands_to_run() -> None:
     assert {len(PAGES[page]) for page in ("index.md", "method.md", "guarantees.md")} == {0}
-    assert len(PAGES["recipes.md"]) == 12
+    assert len(PAGES["recipes.md"]) == 13
     assert len(PAGES["launching.md"]) == 12
     assert len(PAGES["report.md"]) == 5
 

@@ -17,6 +17,7 @@ KNOBS: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
     "noise_candidates": [0.0, 0.001],
     "episode_length": 4,
+    "bandit": "scaled_ucb",
     "seed": 5,
 }
 STEPS = 24

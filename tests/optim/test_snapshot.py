@@ -117,3 +117,32 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
     snapshot.save(path)
     with pytest.raises(StateError, match="another model's"):
         Snapshot(other).load(path)
+
+
+def test_the_distance_is_that_of_matrices_that_were_not_zero() -> None:
+    model, optimizer = make()
+    matrix, bias = model[0].weight, model[0].bias
+    zero = torch.nn.Parameter(torch.zeros(3, 3))
+    optimizer.add_param_group({"params": [zero]})
+    snapshot = Snapshot(optimizer, model.buffers())
+    snapshot.take()
+    size = matrix.square().sum().item()
+    with torch.no_grad():
+        matrix[0, 0] += 3.0
+        matrix[1, 1] -= 4.0
+        bias += 100.0
+        zero += 100.0
+    assert snapshot.distance() == pytest.approx((25.0, size))
+
+
+def test_buffers_can_be_put_back_alone() -> None:
+    model, optimizer = make()
+    snapshot = Snapshot(optimizer, model.buffers())
+    snapshot.take()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    train(model, optimizer, 1)
+    moved = model[0].weight.detach().clone()
+    assert not torch.equal(model[1].running_mean, buffers["1.running_mean"])
+    snapshot.restore_buffers()
+    assert_equal(dict(model.named_buffers()), buffers)
+    assert torch.equal(model[0].weight, moved)

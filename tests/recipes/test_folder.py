@@ -50,7 +50,7 @@ def test_the_folder_says_what_was_run_on_what(run: Path) -> None:
     assert command["processes"] == 1
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["max_steps"] == 30
-    assert recipe["lr_candidates"] == [0.5, 1.0, 2.0]
+    assert recipe["lr_candidates"] == [1.0]
     for name in ("train", "eval", "all"):
         assert json.loads((run / f"{name}_results.json").read_text())
     card = (run / "README.md").read_text()

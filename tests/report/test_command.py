@@ -105,7 +105,7 @@ def test_folders_and_files_that_are_no_run_are_refused(
     assert "empty: is no run" in say(tmp_path / "empty")
     assert "is a file; name the run's folder" in say(copy / "pulse.jsonl")
     assert "is no run" in say(copy, tmp_path / "empty")
-    assert "a run was named twice" in say(copy, copy)
+    assert "A run was named twice" in say(copy, copy)
     record = copy / "pulse.jsonl"
     text = record.read_text()
     record.write_text(text.replace('"version": 1', '"version": 99', 1))

@@ -198,3 +198,52 @@ def test_with_mixed_precision_and_accumulation(
     assert (search.trials[-1].step >= len(search.trials)) == (setting == "fp16")
     assert all(trial.loss_movement > 0 for trial in search.trials)
     assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == 60
+
+
+class Normalised(torch.nn.Module):
+    """A classifier whose batch norm keeps running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(4, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ReLU(),
+            torch.nn.Linear(16, 2),
+        )
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_running_statistics_are_no_movement(arguments: Any) -> None:
+    """They move with every batch, however small the LR."""
+    torch.manual_seed(0)
+    rows = [{"x": 3.0 + torch.randn(4), "labels": i % 2} for i in range(64)]
+    args = arguments(max_steps=50)
+    trainer = PulseOptTrainer(Normalised(), args, train_dataset=rows, pulse=CONSTANT)
+    trainer.train()
+    assert trainer.aees is not None
+    search = trainer.aees.calibration
+    assert search is not None
+    assert not search.failed
+    assert search.trials[0].loss_movement < 0.001
+    assert 0.02 < search.trials[-1].loss_movement < 0.15
+
+
+def test_a_model_that_nothing_moves_is_trained_at_the_base_lr(
+    arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Idle(Normalised):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = 0.0 * super().forward(x, labels)["loss"] + 1.0
+            return {"loss": loss}
+
+    rows = [{"x": torch.ones(4) * i, "labels": i % 2} for i in range(64)]
+    args = arguments(max_steps=50, optim="sgd")
+    trainer = PulseOptTrainer(Idle(), args, train_dataset=rows, pulse=CONSTANT)
+    trainer.train()
+    assert trainer.aees is not None
+    assert trainer.aees.lr_scale == 1.0
+    assert "could not be calibrated" in caplog.text

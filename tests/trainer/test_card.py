@@ -90,7 +90,7 @@ def test_default_knobs_are_listed_too_as_they_were_in_the_run(
     rows = rows_of((Path(args.output_dir) / "README.md").read_text())
     names = {field.name for field in dataclasses.fields(PulseOptConfig)} - OPERATIONAL_KNOBS
     assert {row.strip("`") for row in rows if row.startswith("`")} == names
-    assert rows["`lr_candidates`"] == ["`[0.5, 1.0, 2.0]`"]
+    assert rows["`lr_candidates`"] == ["`[1.0]`"]
     assert rows["`episode_length`"] == ["`5`"]  # unset, and resolved by the run
     assert rows["`seed`"] == [f"`{args.seed}`"]
 
