@@ -62,7 +62,7 @@ def test_the_scripts_of_the_readme_run(
     assert len(scripts) == 2
     namespace: dict[str, Any] = {"train_data": data}
     exec(scripts[0].replace("distilbert-base-uncased", str(tmp_path / "model")), namespace)
-    assert set(namespace["trainer"].aees.get_logs()["selected_lr_values"]) == {0.5, 1.0, 2.0}
+    assert set(namespace["trainer"].aees.get_logs()["selected_lr_values"]) == {1.0}
     from transformers import Trainer, TrainingArguments
 
     vanilla = Trainer(tiny_model(), TrainingArguments("out", max_steps=15), train_dataset=tiny_data)
