@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -119,6 +121,21 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines.append(encode(End(20_000, True), 20_000.0))
     (folder / FILE_NAME).write_bytes(b"".join(lines))
     return folder
+
+
+@pytest.fixture
+def finished(calibrated: Path, tmp_path: Path) -> Path:
+    """Return a copy of the calibrated run, to be changed."""
+    return Path(shutil.copytree(calibrated, tmp_path / "finished"))
+
+
+def edit_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the lines of a record; those that `change` returns `False` for are left out."""
+    file = folder / FILE_NAME
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+    kept = [line for line in lines if change(line) is not False]
+    (folder / "edited").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(folder / "edited", file)
 
 
 @dataclass

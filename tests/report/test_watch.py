@@ -325,6 +325,7 @@ def test_a_run_without_a_record_is_shown_if_it_has_finished(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = train(tmp_path / "plain", None, save_strategy="steps", save_steps=20)
+    capsys.readouterr()  # what Trainer printed
     assert main(["watch", str(plain)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "run plain: 40 steps, base LR 0.003"
