@@ -8,7 +8,7 @@ A run writes it line by line (`pulseopt_hf.trainer.record`), and whoever shows a
 | `head` | format version, run name, length, knobs, base LR, package versions |
 | `log` | what Trainer logged, with its step |
 | `episode` | a closed episode, with its number from 1 |
-| `trial` | a trial step of the calibration, with its number from 1; the last line of a number counts |
+| `trial` | a trial step of the calibration, with its number from 1 |
 | `end` | the step that training ended at, whether that is the whole run, and the error if one did |
 
 Every line has the time it was written at, in seconds since 1970. A line that was taken over from a
@@ -73,7 +73,7 @@ class NumberedEpisode:
 
 @dataclass(frozen=True)
 class NumberedTrial:
-    """A segment of the calibration and its number, from 1."""
+    """A trial step of the calibration and its number, from 1."""
 
     number: int
     trial: Trial
