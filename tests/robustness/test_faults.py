@@ -20,7 +20,9 @@ from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
 from tests.conftest import history, parameters_equal
 from tests.engines.ranks import Failure, ranks_with_failures, run_ranks
 
-CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.01], episode_length=5)
+CONFIG = PulseOptConfig(
+    lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.01], episode_length=5, calibration="off"
+)
 FAULTS = ("nan loss", "inf loss", "nan gradient", "inf gradient")
 
 

@@ -145,9 +145,9 @@ def throw_states(count: int, seed: int) -> dict[str, int]:
         elif kind == 1:
             target.load_state_dict(valid)
         elif not target.is_done:
-            parts = len(plan["before"])
-            if len(target._before) in (0, parts):
-                target.advance(700, [1.0] * parts)
+            rows = len(plan["origin"])
+            if target.phase == "trials" and len(target._origin) == rows:
+                target.advance(700, Movement([1.0] * rows, 0.1))
             assert target.multiplier(700) == target.multiplier(700)
     return seen
 
