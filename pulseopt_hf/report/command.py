@@ -67,7 +67,8 @@ def plot(words: Sequence[str]) -> list[Path]:
         The files, in `plots` in the run's folder, or in the working folder for several runs.
 
     Raises:
-        UsageError: a folder is no run, the pictures have no place, or a library is not installed.
+        UsageError: a folder is no run, there is nothing to draw, the pictures have no place, or a
+            library is not installed.
     """
     parser = _Parser(prog="plot", add_help=False, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN")
@@ -86,9 +87,15 @@ def plot(words: Sequence[str]) -> list[Path]:
     except ModuleNotFoundError as error:
         raise _missing("plot", error) from error
     try:
-        return write_pictures(runs, distinct_names(runs), folder, options.format)
+        files = write_pictures(runs, distinct_names(runs), folder, options.format)
     except OSError as error:
         raise _unwritable(folder, error) from error
+    if not files:
+        raise UsageError(
+            "`plot`: these runs have logged no loss and no LR to be laid over each other. Name one "
+            "run for a picture of its own, or look again when they have logged."
+        )
+    return files
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> UsageError:

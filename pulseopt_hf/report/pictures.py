@@ -7,6 +7,7 @@ shows. `_draw` knows the kinds of trace that this package makes, and refuses oth
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pulseopt_hf.report.comparison import plots_of_runs
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.drawing import Plot
 from pulseopt_hf.report.figures import plots_of_run
+from pulseopt_hf.report.wording import printable
 
 FORMATS = ("svg", "png")
 _WIDE, _NARROW = (7.2, 3.4), (4.2, 3.4)  # inches
@@ -32,6 +34,7 @@ _SYMBOLS = {
     "x-thin-open": "x",
     "diamond-open": "D",
 }
+_LONGEST_TICKS = 30  # letters that stand side by side below a narrow picture
 _STYLE: Any = {
     "font.size": 10,
     "svg.fonttype": "none",
@@ -53,15 +56,19 @@ def write_pictures(
         format: one of `FORMATS`.
 
     Returns:
-        The files, in the page's order.
+        The files, in the page's order; none where the runs have nothing to show together.
 
     Raises:
         OSError: a file cannot be written.
     """
     plots = plots_of_run(runs[0]) if len(runs) == 1 else plots_of_runs(runs, names)
+    if not plots:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A letter that matplotlib's font lacks: an SVG has it as text, a PNG shows a box.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
         for plot in plots:
             files.append(folder / f"{plot.name.removeprefix('all-')}.{format}")
             extra: dict[str, Any] = {"metadata": {"Date": None}} if format == "svg" else {}
@@ -90,11 +97,21 @@ def draw(plot: Plot) -> Figure:
             axes.axvline(shape.x0, **style)
         else:
             axes.axhline(shape.y0, **style)
+    if sum(len(label) for label in _arms(plot)) > _LONGEST_TICKS:
+        axes.tick_params("x", rotation=30, rotation_mode="anchor")
+        for tick in axes.get_xticklabels():
+            tick.set_horizontalalignment("right")
     axes.grid(alpha=0.25)
     axes.set_title(plot.title, loc="left", fontsize=11)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _arms(plot: Plot) -> Sequence[str]:
+    """Return what stands below the axis of a plot that has a place for each arm."""
+    layout = plot.figure.layout
+    return plot.figure.data[0].x if layout.xaxis.type == "category" else ()
 
 
 def _draw(axes: Any, trace: Any) -> None:
@@ -112,7 +129,8 @@ def _scatter(axes: Any, trace: Any) -> None:
     label = None
     if trace.name and trace.showlegend is not False:
         # A run may be called `$x$`, which is no formula, or begin with `_`, which would hide it.
-        label = html.unescape(trace.name).replace("$", r"\$")
+        # Control characters may not stand in an SVG, and no font has half a surrogate pair.
+        label = printable(html.unescape(trace.name)).replace("$", r"\$")
         label = f"\u200b{label}" if label.startswith("_") else label
     y = [float("nan") if value is None else value for value in trace.y or [None]]
     if trace.mode == "none":

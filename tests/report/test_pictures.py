@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,9 +13,11 @@ from xml.etree import ElementTree
 import pytest
 
 from pulseopt_hf.cli import main
-from pulseopt_hf.report.figures import plots_of_run
+from pulseopt_hf.report.arms import ArmStyles
+from pulseopt_hf.report.figures import plays_plot, plots_of_run
+from pulseopt_hf.report.pictures import draw
 from pulseopt_hf.report.reading import read_run
-from tests.report.conftest import HOSTILE
+from tests.report.conftest import HOSTILE, edit_record
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -108,6 +113,66 @@ def test_bad_input_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", ["svg", "png"])
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$x_1$ and \\$y", "$x_1$ and \\$y"),
+        ("_under", "_under"),
+        ("\x1b[31m\x00\uffff", "\ufffd[31m\ufffd\ufffd"),
+        ("\ud800", "\ufffd"),
+        ("日本", "日本"),
+    ],
+)
+def test_a_name_is_shown_as_it_is_where_a_picture_may_hold_it(
+    name: str,
+    shown: str,
+    format: str,
+    finished: Path,
+    calibrated: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_record(finished, lambda line: line["kind"] != "head" or line.update(name=name))
+    out = tmp_path / "pictures"
+    words = [str(finished), str(calibrated), "--out", str(out), "--format", format]
+    assert main(["plot", *words]) == 0
+    assert capsys.readouterr().err == ""
+    assert len(list(out.iterdir())) == 3
+    if format == "svg":
+        texts = [t for t in ElementTree.parse(out / "loss.svg").getroot().itertext() if t.strip()]
+        assert shown in [text.strip("\u200b") for text in texts]
+
+
+def test_runs_without_curves_are_refused_and_leave_no_folder(
+    finished: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    for folder in (finished, other):
+        edit_record(folder, lambda line: line["kind"] != "log")
+    out = tmp_path / "pictures"
+    assert main(["plot", str(finished), str(other), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "logged no loss and no LR" in line
+    assert not out.exists()
+
+
+def test_names_of_arms_do_not_overlap(eventful: Path, calibrated: Path) -> None:
+    """Long ones, of arms with noise, are slanted; short ones are not."""
+    for folder, slant in ((eventful, 30.0), (calibrated, 0.0)):
+        run = read_run(folder)
+        plot = plays_plot(run, ArmStyles(run.episodes))
+        assert plot is not None
+        figure = draw(plot)
+        figure.savefig(io.BytesIO(), format="png")
+        ticks = figure.axes[0].get_xticklabels()
+        assert len(ticks) == len(run.arms()) > 2
+        assert {tick.get_rotation() for tick in ticks} == {slant}
+        if not slant:
+            ends = [tick.get_window_extent() for tick in ticks]
+            assert all(one.x1 < other.x0 for one, other in pairwise(ends))
 
 
 def test_ten_thousand_episodes_make_small_pictures(long: Path, tmp_path: Path) -> None:
