@@ -1,6 +1,6 @@
 """Make the pictures of the documentation from a short run of `quickstart/lm`.
 
-python benchmarks/figures.py [--run runs/figures] [--steps 600] [--out docs/figures]
+python benchmarks/figures.py [--run runs/figures] [--steps 300] [--out docs/figures]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "figures", help="run folder")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="for pictures")
     options = parser.parse_args()
     command(
