@@ -45,9 +45,7 @@ def real_rewards(folder: Path, steps: int) -> list[float]:
 
 def trend_and_noise(rewards: list[float]) -> tuple[list[float], list[float]]:
     """Split rewards into their moving mean over nine episodes and what is left."""
-    trend = [
-        statistics.fmean(rewards[max(0, i - 4) : i + 5]) for i in range(len(rewards))
-    ]  # fmt: skip
+    trend = [statistics.fmean(rewards[max(0, i - 4) : i + 5]) for i in range(len(rewards))]
     return trend, [reward - mean for reward, mean in zip(rewards, trend, strict=True)]
 
 

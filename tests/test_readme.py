@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ RUN_BY = {
     "make benchmark": "tests/test_benchmarks.py",
     ".venv/bin/pulseopt-hf list": "tests/cli/test_commands.py",
     ".venv/bin/pulseopt-hf compare quickstart/lm --methods static,default "
-    "--learning_rates 5e-5,1e-3 --seeds 0": "tests/cli/test_compare.py",
+    "--learning_rates 5e-5,1e-3 --seeds 0": "tests/test_readme.py",
     ".venv/bin/pulseopt-hf report runs/sst2": "tests/report/test_command.py",
 }
 
@@ -78,3 +79,22 @@ def test_the_recipe_of_the_readme_is_a_right_one(tmp_path: Path) -> None:
         (tmp_path / name).write_text("sentence,label\na good film,1\na bad film,0\n")
     words = [str(tmp_path / word) if word.endswith(".csv") else word for word in words]
     assert cli.main(["validate", *words]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_comparison_of_the_readme_shows_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Trainer's default LR, static runs learn little and calibrated ones as from another."""
+    (command,) = re.findall(r"pulseopt-hf (compare quickstart/lm .*)", README)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command.split()) == 0
+    content = json.loads((tmp_path / "runs/compare-quickstart-lm/compare.json").read_text())
+    losses = {
+        (cell["cell"]["method"], cell["cell"]["learning_rate"]): cell["loss_after"]
+        for cell in content["cells"]
+    }
+    assert losses["static", 5e-5] > losses["static", 1e-3] + 0.5
+    for learning_rate in (5e-5, 1e-3):
+        assert losses["default", learning_rate] < losses["static", 1e-3] + 0.1

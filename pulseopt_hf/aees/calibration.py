@@ -168,6 +168,10 @@ class Calibration:
         self.phase, self._step = "trials", step
         return Order(mark=True)
 
+    def abandon(self) -> None:
+        """End the search before it began; the base LR stands."""
+        self.phase, self.scale, self.ramp = "done", 1.0, False
+
     def advance(self, step: int, moved: Movement) -> Order:
         """End a trial before optimizer step `step`, and begin the next or end the search.
 
@@ -205,6 +209,7 @@ class Calibration:
         if keeps:
             self.trials[-1] = Trial(**{**asdict(last), "kept": True})
         self.scale, self.phase, self._step = found, "done", step
+        self.ramp = self.ramp and not self.failed  # a base LR that stands is taken as it is
         self._origin = []
         return Order(restore=not keeps, finished=True)
 

@@ -25,6 +25,10 @@ PROBE_ROWS = 32  # in all, over all ranks
 _FILE = "pulse_origin_{}.safetensors"
 
 
+class NoProbeLoss(ValueError):
+    """A Trainer's `prediction_step` returns no loss for rows of its training data."""
+
+
 class Probe:
     """Rows of the training data whose loss is measured now and then, always the same ones.
 
@@ -57,7 +61,7 @@ class Probe:
         """Measure the loss of every row, shape (rows over all ranks,); every rank must call it.
 
         Raises:
-            ValueError: the model returns no loss for its training data.
+            NoProbeLoss: the model returns no loss for its training data.
         """
         trainer = self._trainer
         model = trainer.model_wrapped
@@ -72,9 +76,10 @@ class Probe:
         finally:
             model.train(training)
         if any(loss is None for loss in losses):
-            raise ValueError(
+            raise NoProbeLoss(
                 "`calibration` measures the loss of training rows outside of a training step, and "
-                "this Trainer's `prediction_step` returns none. Set `calibration` to 'off'."
+                "this Trainer's `prediction_step` returns none. Name the columns of the labels in "
+                "`label_names`, or set `calibration` to 'off'."
             )
         # Each rank holds rows of its own; with zeros in the others' places a mean joins them.
         joined: list[float | Tensor] = [0.0] * (len(losses) * self._ranks)
@@ -96,6 +101,7 @@ class Calibrator:
         """See the class."""
         self._trainer = trainer
         self._aees = aees
+        self._is_demanded = config.calibration != "auto"
         self._seed = trainer.args.seed if config.seed is None else config.seed
         self._probe: Probe | None = None
         self._origin = Snapshot(trainer.optimizer, list(trainer.model.buffers()))
@@ -137,11 +143,15 @@ class Calibrator:
         return cls(trainer, aees, config, max_steps)
 
     def begin_step(self, step: int) -> None:
-        """Set the LR of an optimizer step, after ending a trial where one is due."""
+        """Set the LR of an optimizer step, after ending a trial where one is due.
+
+        Raises:
+            NoProbeLoss: calibration is demanded, and there is no loss to measure.
+        """
         aees, search = self._aees, self.search
         if search.is_due(step):
             if search.phase == "start":
-                self._obey(search.begin(step, self._losses()))
+                self._begin(step)
             elif aees.optimizer_steps == self._steps_before:
                 search.postpone(step)
             else:
@@ -168,6 +178,18 @@ class Calibrator:
         aees.is_calibrating = not search.is_done
         # Trials are taken at the peak of the schedule, whose warm-up comes after them.
         aees.base_lrs = None if search.is_done else self._peaks()
+
+    def _begin(self, step: int) -> None:
+        try:
+            losses = self._losses()
+        except NoProbeLoss as error:
+            if self._is_demanded:
+                raise
+            logger.warning("%s The base LR is taken as it is.", error)
+            self._probe = None
+            self.search.abandon()
+        else:
+            self._obey(self.search.begin(step, losses))
 
     def _losses(self) -> list[float]:
         if self._probe is None:

@@ -105,7 +105,7 @@ def test_movements_that_do_not_depend_on_the_lr_leave_the_base_lr(loss: float) -
     assert order.finished
     assert search.is_done
     assert search.failed
-    assert search.scale == 1.0
+    assert search.scale == search.multiplier(MOST_TRIALS) == 1.0
     assert not any(trial.kept for trial in search.trials)
 
 

@@ -247,3 +247,35 @@ def test_a_model_that_nothing_moves_is_trained_at_the_base_lr(
     assert trainer.aees is not None
     assert trainer.aees.lr_scale == 1.0
     assert "could not be calibrated" in caplog.text
+
+
+class Targeted(Normalised):
+    """Calls its labels otherwise, so that Trainer does not find them outside of training."""
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x, target)
+
+
+def test_where_no_loss_can_be_measured_the_default_takes_the_base_lr(
+    arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"x": torch.randn(4), "target": i % 2} for i in range(64)]
+
+    def train(pulse: PulseOptConfig, **kwargs: Any) -> PulseOptTrainer:
+        args = arguments(max_steps=50, **kwargs)
+        trainer = PulseOptTrainer(Targeted(), args, train_dataset=rows, pulse=pulse)
+        trainer.train()
+        return trainer
+
+    trainer = train(PulseOptConfig(), logging_steps=1)
+    assert trainer.aees is not None
+    assert trainer.aees.optimizer_steps == 50
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["pulse/learning_rate"] == trainer.args.learning_rate  # with no rise of its own
+    assert "returns none" in caplog.text
+    with pytest.raises(ValueError, match="`label_names`"):
+        train(CONSTANT)
+    named = train(CONSTANT, label_names=["target"])
+    assert named.aees is not None
+    assert named.aees.calibration is not None
+    assert not named.aees.calibration.failed
