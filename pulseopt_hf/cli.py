@@ -7,6 +7,7 @@ neither torch nor Transformers.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the encoding does not have, or a sign of a plot, must not end a command.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _dispatch(words)
     except UsageError as error:

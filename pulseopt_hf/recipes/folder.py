@@ -15,6 +15,7 @@ import yaml
 from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
+from pulseopt_hf.report.command import PAGE, PICTURES
 from pulseopt_hf.trainer.checkpoints import checkpoints
 
 RECIPE, RUN, LOG = "recipe.yaml", "run.json", "train.log"
@@ -55,11 +56,12 @@ def choose(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
 
 
 def clear(path: Path) -> None:
-    """Delete what a run before has left: checkpoints, results and records, nothing else."""
+    """Delete what a run before has left: checkpoints, results, records and what shows them."""
     for checkpoint in checkpoints(path):
         shutil.rmtree(checkpoint)
-    records = (FILE_NAME, "report.html", "episodes.json", "trainer_state.json")
-    for pattern in ("*_results.json", RECIPE, RUN, LOG, *records):
+    records = (FILE_NAME, "episodes.json", "trainer_state.json")
+    shown = (PAGE, f"{PICTURES}/*.svg", f"{PICTURES}/*.png")
+    for pattern in ("*_results.json", RECIPE, RUN, LOG, *records, *shown):
         for file in path.glob(pattern):
             file.unlink()
 

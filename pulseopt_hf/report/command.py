@@ -11,10 +11,7 @@ from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run, require_episodes
 
-PAGE = "report.html"
-
-
-PICTURES = "plots"
+PAGE, PICTURES = "report.html", "plots"
 _USAGE = {
     "report": "pulseopt-hf report RUN ... [--out FILE]",
     "plot": "pulseopt-hf plot RUN ... [--out FOLDER] [--format svg|png]",

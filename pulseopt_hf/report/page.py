@@ -85,8 +85,10 @@ def to_html(runs: Sequence[RunData]) -> str:
 def write_page(runs: Sequence[RunData], file: Path) -> None:
     """Write the page, whole or not at all."""
     beside = file.with_name(file.name + ".new")
+    # A name may hold half a surrogate pair, which no encoding has.
+    content = to_html(runs).encode("utf-8", "replace")
     try:
-        beside.write_text(to_html(runs), encoding="utf-8")
+        beside.write_bytes(content)
         os.replace(beside, file)
     except OSError:
         beside.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ shows. `_draw` knows the kinds of trace that this package makes, and refuses oth
 from __future__ import annotations
 
 import html
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ _STYLE: Any = {
 def write_pictures(
     runs: Sequence[RunData], names: Sequence[str], folder: Path, format: str
 ) -> list[Path]:
-    """Save the plots of one run, or the overlaid ones of several.
+    """Save the plots of one run, or the overlaid ones of several, each file whole or not at all.
 
     Args:
         runs: the runs.
@@ -71,9 +72,19 @@ def write_pictures(
         warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
         for plot in plots:
             files.append(folder / f"{plot.name.removeprefix('all-')}.{format}")
-            extra: dict[str, Any] = {"metadata": {"Date": None}} if format == "svg" else {}
-            draw(plot).savefig(files[-1], format=format, dpi=160, **extra)
+            _save(draw(plot), files[-1], format)
     return files
+
+
+def _save(figure: Figure, file: Path, format: str) -> None:
+    beside = file.with_name(file.name + ".new")
+    extra: dict[str, Any] = {"metadata": {"Date": None}} if format == "svg" else {}
+    try:
+        figure.savefig(beside, format=format, dpi=160, **extra)
+        os.replace(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def draw(plot: Plot) -> Figure:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -72,11 +72,8 @@ def watch(words: Sequence[str]) -> None:
     folder = Path(parser.parse_args(list(words)).run)
     require_folder(folder)
     _require_begun(folder)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # An encoding without the signs of a plot must not end the command.
-        sys.stdout.reconfigure(errors="replace")
     live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    with _live_view() if live else contextlib.nullcontext(PlainView()) as view:
+    with _live_view() if live else contextlib.nullcontext(PlainView()) as view, _exit_at_sigterm():
         _follow(folder, view)
 
 
@@ -230,6 +227,20 @@ def _require_begun(folder: Path) -> None:
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _exit_at_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit, so that a terminal gets its cursor back."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)  # as a shell reports it
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _live_view() -> contextlib.AbstractContextManager[View]:

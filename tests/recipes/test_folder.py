@@ -148,10 +148,12 @@ def test_a_finished_run_is_not_written_over_unasked(
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
     words = ["train", "glue/cola", "--overwrite", "--quiet", "--output_dir", str(copy), *options]
     (copy / "mine.txt").write_text("kept")
+    assert main(["plot", str(copy)]) == main(["report", str(copy)]) == 0
     assert read_run(copy).max_steps == 30
     assert main([*words, "--max_steps", "15"]) == 0
     assert [path.name for path in checkpoints(copy)] == ["checkpoint-15", "checkpoint-10"]
     assert (copy / "mine.txt").read_text() == "kept"
+    assert not [*copy.glob("plots/*"), *copy.glob("report.html")]
     assert read_run(copy).max_steps == 15
     folder.clear(copy)
     assert not (copy / "pulse.jsonl").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.page import as_script_data
+from tests.report.conftest import edit_record
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def test_the_page_of_one_run_lies_in_its_folder_and_is_made_anew(
         assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
     assert (copy / "report.html").read_text().startswith("<!doctype html>")
     assert not (copy / "report.html.new").exists()
+
+
+def test_half_a_surrogate_pair_does_not_keep_a_page_from_being_written(copy: Path) -> None:
+    edit_record(copy, lambda line: line["kind"] != "head" or line.update(name="half \ud800"))
+    assert main(["report", str(copy)]) == 0
+    assert "<title>half ?" in (copy / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_whose_name_is_no_utf8_can_be_shown(copy: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")
+    copy.rename(odd)
+    command = [sys.executable, "-m", "pulseopt_hf", "report", odd]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(odd, "report.html").exists()
 
 
 def test_the_page_of_several_runs_lies_in_the_working_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 from itertools import pairwise
@@ -144,6 +145,23 @@ def test_a_name_is_shown_as_it_is_where_a_picture_may_hold_it(
     if format == "svg":
         texts = [t for t in ElementTree.parse(out / "loss.svg").getroot().itertext() if t.strip()]
         assert shown in [text.strip("\u200b") for text in texts]
+
+
+def test_a_picture_is_written_whole_or_not_at_all(
+    finished: Path,
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A full disk leaves the picture that is there."""
+    assert main(["plot", str(finished), "--out", str(small_disk)]) == 0
+    before = {file.name: file.read_bytes() for file in small_disk.iterdir()}
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "full").write_bytes(bytes(free))
+    capsys.readouterr()
+    assert main(["plot", str(finished), "--out", str(small_disk)]) == 2
+    assert "cannot be written: No space left" in capsys.readouterr().err
+    (small_disk / "full").unlink()
+    assert {file.name: file.read_bytes() for file in small_disk.iterdir()} == before
 
 
 def test_runs_without_curves_are_refused_and_leave_no_folder(

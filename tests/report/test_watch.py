@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -254,6 +255,16 @@ def test_ctrl_c_ends_the_command_and_gives_the_cursor_back(finished: Path, termi
     window.type(b"\x03")
     assert "pulseopt-hf: interrupted." in window.read_to_end()
     assert window.process.returncode == 1
+    assert b"\x1b[?25h" in window.written[window.written.rindex(b"\x1b[?25l") :]
+
+
+def test_sigterm_gives_the_cursor_back_too(finished: Path, terminal: Any) -> None:
+    edit_record(finished, lambda line: line["kind"] != "end")
+    window = terminal(finished)
+    window.read_until("Arms")
+    window.process.terminate()
+    window.read_to_end()
+    assert window.process.returncode == 128 + signal.SIGTERM
     assert b"\x1b[?25h" in window.written[window.written.rindex(b"\x1b[?25l") :]
 
 
