@@ -34,7 +34,7 @@ quickstart: install
 	$(BIN)/python -m pulseopt_hf.quickstart
 
 test: $(VENV)/.engines browser
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
 
 test-slow: $(VENV)/.engines browser
 	$(BIN)/python -m pytest -m slow --timeout 3600

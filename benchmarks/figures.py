@@ -1,14 +1,24 @@
-"""Make the pictures of the documentation from a short run of `quickstart/lm`.
+"""Make the pictures of the documentation: of a short run of `quickstart/lm`, and of the comparison.
 
 python benchmarks/figures.py [--run runs/figures] [--steps 300] [--out docs/figures]
+
+The comparison is drawn from `benchmarks/results/compare-tasks.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+try:
+    from benchmarks import compare_tasks
+except ImportError:
+    import compare_tasks
+
+from pulseopt_hf.compare.drawing import draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +40,8 @@ def main() -> None:
         *("--lr_candidates", "0.5", "1", "2"),  # so that there are arms to be seen
     )
     command("plot", str(options.run), "--out", str(options.out))
+    compared = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))
+    draw(compare_tasks.pictured(compared), options.out / compare_tasks.PICTURE.name)
 
 
 def command(*words: str) -> None:

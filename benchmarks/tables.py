@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 try:
-    from benchmarks import compare_tasks, planted_bandit, trust_region
+    from benchmarks import ablation, compare_tasks, planted_bandit, trust_region
 except ImportError:
+    import ablation
     import compare_tasks
     import planted_bandit
     import trust_region
@@ -31,14 +32,15 @@ def put(text: str, mark: str, table: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Return the pages as they should be."""
-    tasks, bandits, region = (
+    tasks, bandits, region, parts = (
         json.loads(module.RESULT.read_text(encoding="utf-8"))
-        for module in (compare_tasks, planted_bandit, trust_region)
+        for module in (compare_tasks, planted_bandit, trust_region, ablation)
     )
     method = METHOD.read_text(encoding="utf-8")
     method = put(method, "tasks", compare_tasks.to_markdown(tasks))
     method = put(method, "planted bandit", planted_bandit.to_markdown(bandits))
     method = put(method, "trust region", trust_region.to_markdown(region))
+    method = put(method, "ablation", ablation.to_markdown(parts))
     readme = README.read_text(encoding="utf-8")
     readme = put(readme, "tasks", compare_tasks.to_short_markdown(tasks))
     return {METHOD: method, README: readme}

@@ -33,9 +33,9 @@ def test_the_pictures_of_the_documentation_are_made_from_a_run(tmp_path: Path) -
     command += [str(tmp_path / "run"), "--out", str(tmp_path / "figures")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = [path.stat().st_size for path in (tmp_path / "figures").iterdir()]
-    assert made
-    assert min(made) > 1000
+    made = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
+    assert set(made) == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert min(made.values()) > 1000
 
 
 @pytest.mark.slow
@@ -102,6 +102,21 @@ def test_the_planted_bandit_and_the_trust_region_are_measured_anew(tmp_path: Pat
     row = re.search(r"^\| sentences \| 0.003 \| .* \| (.*) \| (.*) \|$", done.stdout, re.M)
     assert row is not None
     assert float(row[1]) == float(row[2]) < 0.01  # by the weights
+
+
+def test_the_ablation_trains_without_the_part(tmp_path: Path) -> None:
+    """Without the ramp the loss differs from that of the same run with it."""
+    done = run(
+        *("ablation.py", "--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "sentences"),
+        *("--variants", "ramp,no_ramp", "--seeds", "0", "--steps", "60"),
+    )
+    found = {
+        name: json.loads(next((tmp_path / name / "sentences").glob("*.json")).read_text())
+        for name in ("ramp", "no_ramp")
+    }
+    assert found["ramp"]["lr_scale"] == found["no_ramp"]["lr_scale"]
+    assert found["ramp"]["loss_after"] != found["no_ramp"]["loss_after"]
+    assert re.search(r"^\| neither ramp nor warm-up \| \d\.\d{3} \|$", done.stdout, re.M)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,140 @@
+"""Take parts of the calibration away and see what the final loss says.
+
+    python benchmarks/ablation.py --data FOLDER [--tasks sst2,...] [--variants ...]
+                                  [--seeds 0,1,2] [--write]
+
+Every variant trains the tasks of `compare_tasks.py` from the lowest of their base LRs, with the
+same budget. The excess is measured against the tuned static run of
+`benchmarks/results/compare-tasks.json`, which the first row is taken from too. Runs are kept in
+`--out` and not run again. `--write` puts the result into `benchmarks/results/ablation.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+try:
+    from benchmarks import compare_tasks
+except ImportError:
+    import compare_tasks
+
+from pulseopt_hf.aees import calibration
+from pulseopt_hf.compare.cells import Cell, run_apart
+from pulseopt_hf.compare.scores import DIVERGED
+
+RESULT = Path(__file__).parent / "results" / "ablation.json"
+OUT = Path("runs/ablation")
+TASKS = "sst2,wikitext2,sentences"
+SHIPPED = "as shipped"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the shipped default.
+
+    Attributes:
+        label: what it is called in the table.
+        constants: of the calibration, by name.
+        options: keys of the recipe.
+    """
+
+    label: str
+    constants: dict[str, float] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+
+
+_COLD = ("--warmup_steps", "0")
+VARIANTS = {
+    "losses": Variant("trust region of the losses only", {"WEIGHT_RADIUS": math.inf}),
+    "weights": Variant("trust region of the weights only", {"LOSS_RADIUS": math.inf}),
+    "one_trial": Variant("one trial near the edge instead of three", {"TRUSTED": 1}),
+    "ramp": Variant("ramp of 5 % instead of the schedule's warm-up", options=_COLD),
+    "no_ramp": Variant("neither ramp nor warm-up", {"RAMP": 0.0}, _COLD),
+}
+
+
+def losses(
+    variant: Variant, task: str, seeds: list[int], steps: int, data: Path, out: Path
+) -> list[float]:
+    """Train with every seed, and return the final losses; infinite where one is not finite."""
+    words = (*compare_tasks.files(task, data, compare_tasks.OUT), *variant.options)
+    recipe = str(compare_tasks.TASKS_FOLDER / f"{task}.yaml")
+    out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for seed in seeds:
+        cell = Cell(recipe, words, "default", lowest_lr(task), seed, steps)
+        with ExitStack() as stack:
+            # A cell is run in a fork of this process, which finds the constants as they are here.
+            for name, value in variant.constants.items():
+                stack.enter_context(patch.object(calibration, name, value))
+            loss = run_apart(cell, out)["loss_after"]
+        print(f"{variant.label}, {task}, seed {seed}: {loss}", flush=True)
+        found.append(math.inf if loss is None else float(loss))
+    return found
+
+
+def lowest_lr(task: str) -> float:
+    """Return the base LR that the variants of a task begin from."""
+    return float(compare_tasks.TASKS[task][2].split(",")[0])
+
+
+def shipped(content: dict[str, Any], task: str, seeds: list[int]) -> list[float]:
+    """Return the final losses of the default in the comparison's result."""
+    rows = {
+        cell["seed"]: cell["loss_after"]
+        for cell in content["cells"]
+        if (cell["method"], cell["learning_rate"]) == ("default", lowest_lr(task))
+    }
+    return [rows[seed] for seed in seeds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
+    options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    compared = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))["tasks"]
+    result: dict[str, dict[str, list[float]]] = {}
+    for task in options.tasks.split(","):
+        content = compared[task]
+        span = content["loss_before"] - content["loss_tuned"]
+        rows = {SHIPPED: shipped(content, task, seeds)}
+        for name in options.variants.split(","):
+            rows[VARIANTS[name].label] = losses(
+                VARIANTS[name],
+                *(task, seeds, options.steps, options.data, options.out / name / task),
+            )
+        result[task] = {
+            label: [min(DIVERGED, (loss - content["loss_tuned"]) / span) for loss in found]
+            for label, found in rows.items()
+        }
+    print(to_markdown(result))
+    if options.write:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def to_markdown(result: dict[str, dict[str, list[float]]]) -> str:
+    """Return a table of the excess, mean over seeds, with a row for each variant."""
+    lines = ["| variant | " + " | ".join(result) + " |", "|---|" + "---|" * len(result)]
+    for label in dict.fromkeys(label for rows in result.values() for label in rows):
+        cells = [rows.get(label) for rows in result.values()]
+        shown = ["" if not c else f"{sum(c) / len(c):.3f}" for c in cells]
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
