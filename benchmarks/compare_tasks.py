@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pulseopt_hf.cli import main as pulseopt_hf
 from pulseopt_hf.compare.drawing import draw
+from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import counts, score
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.recipes.folder import versions
@@ -85,22 +87,48 @@ def files(task: str, data: Path, out: Path) -> list[str]:
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """Return versions, and the command, scores and cells of every task that was run."""
+    """Return versions, and the commands, scores and cells of every task that was run.
+
+    Args:
+        folder: what `--out` names. All runs of a task that are there count, whatever command made
+            them, so that methods may have seeds and base LRs of their own.
+    """
     tasks = {}
-    for file in sorted(folder.glob("*/compare.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        cells = [
+    for task in TASKS:
+        cells = _cells(folder / task / "cells")
+        if not any(cell["cell"]["method"] == "static" for cell in cells):
+            continue
+        rows = [
             {
                 **{key: cell["cell"][key] for key in ("method", "learning_rate", "seed", "steps")},
                 **{key: cell[key] for key in ("loss_before", "loss_after", "seconds")},
                 **{key: cell[key] for key in ("probes", "lr_scale") if cell[key] is not None},
             }
-            for cell in content["cells"]
+            for cell in cells
         ]
-        task = file.parent.name
-        tasks[task] = {"command": _command(task, cells), **content["scores"], "cells": cells}
+        tasks[task] = {"commands": _commands(task, rows), **asdict(score(cells)), "cells": rows}
     packages = {name: version for name, version in versions().items() if name != "platform"}
     return {"versions": packages, "tasks": tasks}
+
+
+def _cells(folder: Path) -> list[dict[str, Any]]:
+    """Return a task's runs in the order of methods, base LRs and seeds."""
+    files = folder.glob("*.json")
+    cells: list[Any] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rates = {cell["cell"]["learning_rate"] for cell in cells}
+    # A method that has no base LR was run at one of them, and ends at the others as it does there.
+    for cell in [cell for cell in cells if METHODS[cell["cell"]["method"]].ignores_lr]:
+        others = rates - {cell["cell"]["learning_rate"]}
+        cells += [
+            {**cell, "cell": {**cell["cell"], "learning_rate": rate}} for rate in sorted(others)
+        ]
+    order = list(METHODS)
+
+    def place(cell: dict[str, Any]) -> tuple[int, float, int]:
+        what = cell["cell"]
+        return order.index(what["method"]), what["learning_rate"], what["seed"]
+
+    return sorted(cells, key=place)
 
 
 def pictured(result: dict[str, Any]) -> dict[str, Any]:
@@ -112,27 +140,34 @@ def pictured(result: dict[str, Any]) -> dict[str, Any]:
     return tasks
 
 
-def _command(task: str, cells: list[dict[str, Any]]) -> str:
-    words = ["python benchmarks/compare_tasks.py --data FOLDER --tasks", task]
-    for option, key in (("methods", "method"), ("learning_rates", "learning_rate")):
-        words += [f"--{option}", ",".join(dict.fromkeys(_short(cell[key]) for cell in cells))]
-    words += ["--seeds", ",".join(dict.fromkeys(str(cell["seed"]) for cell in cells))]
-    return " ".join([*words, "--steps", str(cells[0]["steps"])])
+def _commands(task: str, cells: list[dict[str, Any]]) -> list[str]:
+    """Return the commands that make these runs, one for methods with the same seeds and LRs."""
+    methods: dict[tuple[str, str], list[str]] = {}
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        own = [cell for cell in cells if cell["method"] == method]
+        rates = ",".join(f"{rate:g}" for rate in sorted({cell["learning_rate"] for cell in own}))
+        seeds = ",".join(str(seed) for seed in sorted({cell["seed"] for cell in own}))
+        methods.setdefault((rates, seeds), []).append(method)
+    return [
+        f"python benchmarks/compare_tasks.py --data FOLDER --tasks {task} --methods "
+        f"{','.join(names)} --learning_rates {rates} --seeds {seeds} --steps {cells[0]['steps']}"
+        for (rates, seeds), names in methods.items()
+    ]
 
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Return a table with a row for each task and method of what `summarise` returned."""
     lines = [
-        "| task | seeds | tuned | base LRs counted | method | robustness | 95 % | worst | harm |",
+        "| task | tuned | base LRs counted | method | seeds | robustness | 95 % | worst | harm |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for task, content in result["tasks"].items():
         tuned, cells = content["tuned"], content["cells"]
-        seeds = len({cell["seed"] for cell in cells})
         near = sorted({c["learning_rate"] for c in cells if counts(c["learning_rate"], tuned)})
         for row in content["scores"]:
+            seeds = len({cell["seed"] for cell in cells if cell["method"] == row["method"]})
             lines.append(
-                f"| {task} | {seeds} | {tuned:g} | {near[0]:g} to {near[-1]:g} | {row['method']} | "
+                f"| {task} | {tuned:g} | {near[0]:g} to {near[-1]:g} | {row['method']} | {seeds} | "
                 f"{row['robustness']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
                 f"{row['worst']:.3f} | {row['harm']:+.3f} |"
             )
@@ -149,10 +184,6 @@ def to_short_markdown(result: dict[str, Any]) -> str:
         cells = [f"{rows[m]['robustness']:.3f}" if m in rows else "" for m in methods]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _short(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def first_layers(layers: int, folder: Path) -> Path:

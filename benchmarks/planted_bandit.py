@@ -1,80 +1,127 @@
-"""Measure how often each bandit plays the best arm, with the rewards of a real run.
+"""Measure how often each bandit plays the best arm, with the losses of a real run.
 
     python benchmarks/planted_bandit.py [--write]
 
-A small GPT is trained on `quickstart/lm` for 600 steps at one constant LR, in 60 episodes of 10
-steps. Their rewards are a trend, since the loss falls more and more slowly, and noise about it.
-Then 60 episodes of three arms are played: every arm is rewarded by that trend with noise drawn from
-the same run, and one of them by a gap more. The gap is given in standard deviations of the noise.
-`--write` puts the result into `benchmarks/results/planted-bandit.json`.
+A small GPT is trained on `quickstart/lm` for 1,200 steps at one constant LR, which are 60 episodes
+of 20 steps. Its losses are a trend, since they fall more and more slowly, and noise about it. Then
+60 episodes of three arms are played: in each, the losses are that trend with noise of 20 steps in a
+row drawn from the run, and under one of the arms the loss falls by a gap more. The gap is given in
+standard deviations of the published reward's noise. `--write` puts the result into
+`benchmarks/results/planted-bandit.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
 from pathlib import Path
 
-from pulseopt_hf import cli
-from pulseopt_hf.aees import Bandit, DiscountedUCB, RandomBandit, ScaledUCB
+from pulseopt_hf import PulseOptConfig, cli
+from pulseopt_hf.aees import Bandit, DiscountedUCB, RandomBandit, ScaledUCB, episode_reward
 
 RESULT = Path(__file__).parent / "results" / "planted-bandit.json"
 EPISODES, ARMS, BEST, RUNS = 60, 3, 1, 400
 GAPS = (0.5, 1.0, 2.0)
-BANDITS: dict[str, type[Bandit]] = {
-    "discounted_ucb": DiscountedUCB,
-    "scaled_ucb": ScaledUCB,
-    "random": RandomBandit,
+SMOOTHED = 2  # episodes before and after that the trend is a mean of
+BANDITS: dict[str, tuple[type[Bandit], str]] = {
+    "`discounted_ucb`, `smoothed`: published": (DiscountedUCB, "smoothed"),
+    "`discounted_ucb`, `slope`": (DiscountedUCB, "slope"),
+    "`scaled_ucb`, `smoothed`": (ScaledUCB, "smoothed"),
+    "`scaled_ucb`, `slope`": (ScaledUCB, "slope"),
+    "random": (RandomBandit, "smoothed"),
 }
 
 
-def real_rewards(folder: Path, steps: int) -> list[float]:
-    """Train, and return the rewards of `EPISODES` episodes of one arm."""
+def real_losses(folder: Path, steps: int) -> list[float]:
+    """Train at a constant LR, and return the loss of every step."""
     words = ["train", "quickstart/lm", "--output_dir", str(folder), "--max_steps", str(steps)]
-    words += ["--episode_length", str(steps // EPISODES), "--calibration", "off", "--quiet"]
+    words += ["--calibration", "off", "--learning_rate", "1e-3", "--quiet", "--logging_steps", "1"]
     words += ["--eval_strategy", "no", "--eval_on_start", "false"]
     if cli.main(words):
         raise SystemExit("The run failed.")
-    logs = json.loads((folder / "episodes.json").read_text(encoding="utf-8"))
-    rewards: list[float] = logs["episode_rewards"][:EPISODES]
-    return rewards
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-def trend_and_noise(rewards: list[float]) -> tuple[list[float], list[float]]:
-    """Split rewards into their moving mean over nine episodes and what is left."""
-    trend = [statistics.fmean(rewards[max(0, i - 4) : i + 5]) for i in range(len(rewards))]
-    return trend, [reward - mean for reward, mean in zip(rewards, trend, strict=True)]
+class PlantedEpisodes:
+    """Losses of episodes as the run could have had them, with one arm better than the others.
+
+    Args:
+        losses: of every step of the run.
+    """
+
+    def __init__(self, losses: list[float]) -> None:
+        """See the class."""
+        self._length = len(losses) // EPISODES
+        reach = SMOOTHED * self._length
+        self._trend = [
+            statistics.fmean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))
+        ]
+        self._noise = [loss / mean for loss, mean in zip(losses, self._trend, strict=True)]
+
+    def losses(self, number: int, gap: float, rng: random.Random) -> list[float]:
+        """Return the losses of one episode, whose logarithm falls by `gap` more than the trend."""
+        begin, length = number * self._length, self._length
+        drawn = rng.randrange(len(self._noise) - length + 1)
+        return [
+            self._trend[begin + k] * self._noise[drawn + k] * math.exp(-gap * k / (length - 1))
+            for k in range(length)
+        ]
+
+    def deviation(self, kind: str) -> float:
+        """Return the standard deviation of a reward's noise, mean over the episodes."""
+        rng = random.Random(0)
+        return statistics.fmean(
+            statistics.pstdev(reward(self.losses(i, 0.0, rng), kind) for _ in range(200))
+            for i in range(EPISODES)
+        )
+
+    def share(self, make: type[Bandit], kind: str, gap: float) -> float:
+        """Return the best arm's share of the episodes, mean over `RUNS` seeds."""
+        plays = 0
+        for seed in range(RUNS):
+            bandit, rng = make(ARMS, seed), random.Random(10_000 + seed)
+            for number in range(EPISODES):
+                arm = bandit.select()
+                plays += arm == BEST
+                losses = self.losses(number, gap * (arm == BEST), rng)
+                bandit.update(arm, reward(losses, kind))
+        return plays / RUNS / EPISODES
 
 
-def share(make: type[Bandit], trend: list[float], noise: list[float], gap: float) -> float:
-    """Return the best arm's share of the episodes, mean over `RUNS` seeds."""
-    plays = 0
-    for seed in range(RUNS):
-        bandit, rng = make(ARMS, seed), random.Random(10_000 + seed)
-        for mean in trend:
-            arm = bandit.select()
-            plays += arm == BEST
-            bandit.update(arm, mean + rng.choice(noise) + gap * (arm == BEST))
-    return plays / RUNS / len(trend)
+def reward(losses: list[float], kind: str) -> float:
+    """Return an episode's reward with the other knobs as they are by default."""
+    knobs = PulseOptConfig()
+    return episode_reward(
+        losses,
+        kind=kind,
+        ema_alpha=knobs.ema_alpha,
+        instability_lambda=knobs.reward_instability_lambda,
+        epsilon=knobs.reward_epsilon,
+        clip_min=knobs.reward_clip_min,
+        clip_max=knobs.reward_clip_max,
+    ).value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=20 * EPISODES)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rewards = real_rewards(Path(folder) / "run", options.steps)
-    trend, noise = trend_and_noise(rewards)
-    deviation = statistics.pstdev(noise)
+        episodes = PlantedEpisodes(real_losses(Path(folder) / "run", options.steps))
+    noise = {kind: episodes.deviation(kind) for kind in ("smoothed", "slope")}
     shares = {
-        name: {str(gap): round(share(make, trend, noise, gap * deviation), 3) for gap in GAPS}
-        for name, make in BANDITS.items()
+        name: {str(gap): round(episodes.share(*player, gap * noise["smoothed"]), 3) for gap in GAPS}
+        for name, player in BANDITS.items()
     }
-    result = {"steps": options.steps, "noise": round(deviation, 5), "shares": shares}
+    noise = {kind: round(deviation, 5) for kind, deviation in noise.items()}
+    result = {"steps": options.steps, "noise": noise, "shares": shares}
+    print(json.dumps(noise))
     print(to_markdown(result))
     if options.write:
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -82,10 +129,10 @@ def main() -> None:
 
 def to_markdown(result: dict) -> str:
     """Return a table with a row for each bandit of what `main` measured."""
-    lines = ["| bandit | " + " | ".join(f"gap {gap:g} sd" for gap in GAPS) + " |"]
+    lines = ["| bandit and reward | " + " | ".join(f"gap {gap:g} sd" for gap in GAPS) + " |"]
     lines.append("|---|" + "---|" * len(GAPS))
     for name, shares in result["shares"].items():
-        lines.append(f"| `{name}` | " + " | ".join(f"{v:.0%}" for v in shares.values()) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{v:.0%}" for v in shares.values()) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -66,6 +66,12 @@ class PulseOptKnobs:
         "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
         "their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
     )
+    reward: Literal["slope", "smoothed"] = _knob(
+        "slope",
+        "By how much of itself the loss fell in an episode. `slope`: along the straight line that "
+        "fits all its losses best. `smoothed`: from its first loss to the smoothed last one, by "
+        "logarithms (published).",
+    )
     structured_control_mode: Literal["independent", "conditional"] = _knob(
         "independent",
         "`independent`: one bandit for noise. `conditional`: one for each LR multiplier.",
@@ -81,7 +87,7 @@ class PulseOptKnobs:
     reward_instability_lambda: float = _knob(
         0.0, "Weight of the penalty for losses that vary within an episode, >= 0."
     )
-    reward_epsilon: float = _knob(1e-8, "Added to losses before the logarithm is taken, > 0.")
+    reward_epsilon: float = _knob(1e-8, "Added to a loss before anything is divided by it, or its logarithm taken, > 0.")
     reward_clip_min: float = _knob(-1.0, "Lowest reward; below `reward_clip_max`.")
     reward_clip_max: float = _knob(1.0, "Highest reward; above `reward_clip_min`.")
     ema_alpha: float = _knob(
@@ -144,6 +150,7 @@ class PulseOptConfig(PulseOptKnobs):
         defaults: dict[str, Any] = {
             "calibration": "off",
             "bandit": "discounted_ucb",
+            "reward": "smoothed",
             "episode_length": 100,
         }
         return cls(**{**defaults, **overrides})
@@ -284,6 +291,7 @@ _CHOICES = {
     "calibration": ("auto", "trust_region", "off"),
     "control_mode": ("adaptive", "random"),
     "bandit": ("scaled_ucb", "discounted_ucb"),
+    "reward": ("slope", "smoothed"),
     "structured_control_mode": ("independent", "conditional"),
     "context_mode": ("none", "trend"),
     "nonfinite": ("skip", "raise"),

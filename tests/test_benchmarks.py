@@ -135,9 +135,33 @@ def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(
     before = compare_tasks.RESULT.read_text()
     compare_tasks.main()
     assert (
-        "| sentences | 1 | 0.01 | 0.01 to 0.01 | static | 0.000 | 0.000 to 0.000 |"
+        "| sentences | 0.01 | 0.01 to 0.01 | static | 1 | 0.000 | 0.000 to 0.000 |"
         in capsys.readouterr().out
     )
     assert compare_tasks.RESULT.read_text() == before
-    command = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]["command"]
+    (command,) = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]["commands"]
     assert command.endswith("--methods static --learning_rates 0.01 --seeds 0 --steps 4")
+
+
+def test_methods_of_a_comparison_may_have_seeds_of_their_own(tmp_path: Path) -> None:
+    """And what has no base LR counts at each."""
+    folder = tmp_path / "sentences" / "cells"
+    folder.mkdir(parents=True)
+    runs = [("static", rate, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
+    for method, rate, seed in [*runs, ("prodigy", 1e-3, 0)]:
+        cell = {"method": method, "learning_rate": rate, "seed": seed, "steps": 10}
+        measured = {"loss_before": 7.0, "loss_after": 4.0 - 100 * rate, "seconds": 1.0}
+        cost = {"steps": 10, "probes": 0, "lr_scale": None, "peak_mib": 1.0}
+        (folder / f"{method}-{rate}-{seed}.json").write_text(
+            json.dumps({"cell": cell, **measured, **cost})
+        )
+    task = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]
+    start = "python benchmarks/compare_tasks.py --data FOLDER --tasks sentences --methods "
+    assert task["commands"] == [
+        start + "static --learning_rates 0.001,0.01 --seeds 0,1 --steps 10",
+        start + "prodigy --learning_rates 0.001,0.01 --seeds 0 --steps 10",
+    ]
+    rows = {(c["method"], c["learning_rate"], c["seed"]) for c in task["cells"]}
+    assert rows == {*runs, ("prodigy", 1e-3, 0), ("prodigy", 1e-2, 0)}
+    table = compare_tasks.to_markdown({"tasks": {"sentences": task}})
+    assert "| prodigy | 1 | 0.225 | 0.225 to 0.225 | 0.225 | +0.225 |" in table

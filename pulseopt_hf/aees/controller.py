@@ -156,6 +156,7 @@ class Controller:
         config, selection, arm = self.config, self.episode.selection, self.episode.arm
         reward = episode_reward(
             losses,
+            kind=config.reward,
             ema_alpha=config.ema_alpha,
             instability_lambda=config.reward_instability_lambda,
             epsilon=config.reward_epsilon,
@@ -291,7 +292,7 @@ def check_settings(saved: object, config: PulseOptConfig) -> None:
 
 
 # What knobs meant before they were there: version 1 was saved without them.
-_BEFORE = {"calibration": "off", "bandit": "discounted_ucb"}
+_BEFORE = {"calibration": "off", "bandit": "discounted_ucb", "reward": "smoothed"}
 
 
 def _saved_setting(saved: object, name: str) -> object:

@@ -34,7 +34,7 @@ class EpisodeRecord:
         end_loss: last step loss.
         ema_start: first smoothed loss.
         ema_end: last smoothed loss.
-        reward_base: fall of the logarithm of the smoothed loss.
+        reward_base: how far the loss fell, as a share of itself.
         reward_instability: squared coefficient of variation of the step losses.
         reward_penalty: what the instability cost.
         reward_unclipped: base less penalty.

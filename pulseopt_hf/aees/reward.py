@@ -14,7 +14,7 @@ class Reward:
     Attributes:
         value: the score that the bandits receive: `unclipped` within the clip bounds.
         unclipped: `base - penalty`.
-        base: ln(ema_start + eps) - ln(ema_end + eps).
+        base: how far the logarithm of the loss fell, see `episode_reward`.
         instability: Var(l) / (mean(l)^2 + eps), population variance.
         penalty: lambda * instability.
         ema_start: first value of the smoothed loss, in the unit of the loss.
@@ -33,22 +33,34 @@ class Reward:
 def episode_reward(
     losses: Sequence[float],
     *,
+    kind: str = "smoothed",
     ema_alpha: float,
     instability_lambda: float,
     epsilon: float,
     clip_min: float,
     clip_max: float,
 ) -> Reward:
-    """Score one episode by how far its smoothed loss fell.
+    """Score one episode by how far its loss fell.
 
-    With e_1 = l_1 and e_k = a * l_k + (1 - a) * e_(k-1) over the losses l_1 .. l_n:
+    With step losses l_1 .. l_n, of which e_1 = l_1 and e_k = a * l_k + (1 - a) * e_(k-1) are the
+    smoothed ones:
 
-        reward = clip(ln(e_1 + eps) - ln(e_n + eps) - lambda * Var(l) / (mean(l)^2 + eps))
+        reward = clip(base - lambda * Var(l) / (mean(l)^2 + eps))
 
-    This is the reward of AEES as published in the PyPI package `pulseopt` 0.3.0.
+    Of kind `smoothed`, which is AEES as published in the PyPI package `pulseopt` 0.3.0,
+
+        base = ln(e_1 + eps) - ln(e_n + eps)
+
+    whose noise is that of l_1, however long the episode. Of kind `slope`, with the slope b of the
+    straight line that fits the points (k, l_k) best in the least squares,
+
+        base = -b * (n - 1) / (mean(l) + eps)
+
+    whose noise is that of a single loss times sqrt(12 / n), for large n.
 
     Args:
         losses: step losses of the episode in order, shape (n,), n >= 1, all finite.
+        kind: `smoothed` or `slope`.
         ema_alpha: weight `a` of the newest loss, in (0, 1].
         instability_lambda: weight of the variance penalty, >= 0.
         epsilon: `eps`, > 0, in the unit of the loss.
@@ -59,8 +71,8 @@ def episode_reward(
         The reward with its parts.
 
     Raises:
-        ValueError: there is no loss, a loss is not finite, or the smoothed loss plus `epsilon` is
-            not positive, which has no logarithm.
+        ValueError: there is no loss, a loss is not finite, or a loss that has to be positive (the
+            smoothed one, or the mean) is not so with `epsilon` added.
     """
     if not losses:
         raise ValueError("An episode needs at least one loss to be rewarded.")
@@ -70,16 +82,13 @@ def episode_reward(
             raise ValueError(f"Losses must be finite, got {loss} at position {index}.")
         if index:
             ema = ema_alpha * loss + (1.0 - ema_alpha) * ema
-    start, end = losses[0], ema
-    if start + epsilon <= 0.0 or end + epsilon <= 0.0:
-        raise ValueError(
-            "The reward is a difference of logarithms and needs a positive loss, got a smoothed "
-            f"loss of {start} at the start and {end} at the end of the episode. Add a constant to "
-            "the loss, or choose `reward_epsilon` larger than its lowest value."
-        )
     mean = sum(losses) / len(losses)
     variance = sum((loss - mean) ** 2 for loss in losses) / len(losses)
-    base = math.log(start + epsilon) - math.log(end + epsilon)
+    if kind == "smoothed":
+        start, end = _positive(losses[0], epsilon), _positive(ema, epsilon)
+        base = math.log(start) - math.log(end)
+    else:
+        base = _fall(losses) / _positive(mean, epsilon)
     instability = variance / (mean * mean + epsilon)
     penalty = instability_lambda * instability
     unclipped = base - penalty
@@ -89,6 +98,25 @@ def episode_reward(
         base=base,
         instability=instability,
         penalty=penalty,
-        ema_start=start,
-        ema_end=end,
+        ema_start=losses[0],
+        ema_end=ema,
     )
+
+
+def _positive(loss: float, epsilon: float) -> float:
+    if loss + epsilon <= 0.0:
+        raise ValueError(
+            f"The reward is a share of the loss and needs a positive loss, got {loss}. Add a "
+            "constant to the loss, or choose `reward_epsilon` larger than its lowest value."
+        )
+    return loss + epsilon
+
+
+def _fall(losses: Sequence[float]) -> float:
+    """Return how far the straight line falls that fits the losses best in the least squares."""
+    last = len(losses) - 1
+    weights = [index - last / 2 for index in range(len(losses))]
+    spread = sum(weight * weight for weight in weights)
+    if spread == 0.0:
+        return 0.0  # a single loss
+    return -last * sum(w * loss for w, loss in zip(weights, losses, strict=True)) / spread

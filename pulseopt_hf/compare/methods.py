@@ -58,7 +58,10 @@ def _prodigy(parameters: Any) -> Any:
 
 _CONSTANT = ("--calibration", "off", "--lr_candidates", "1.0")
 _ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
-_PUBLISHED = ("--calibration", "off", "--bandit", "discounted_ucb", *_ARMS)
+_PUBLISHED = (
+    *("--calibration", "off", "--bandit", "discounted_ucb", "--reward", "smoothed"),
+    *_ARMS,
+)
 
 METHODS = {
     "static": Method(_CONSTANT, "the recipe's optimizer and schedule at this base LR"),

@@ -77,6 +77,7 @@ class AEES:
         seed: see `PulseOptConfig`.
         noise_mode: see `PulseOptConfig`.
         bandit: see `PulseOptConfig`.
+        reward: see `PulseOptConfig`.
         calibration: `off`; it needs a Trainer, which can measure the loss between steps.
         nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
             read each loss from the device.
@@ -114,6 +115,7 @@ class AEES:
         seed: int | None = None,
         noise_mode: str = "absolute",
         bandit: str = "discounted_ucb",
+        reward: str = "smoothed",
         calibration: str = "off",
         nonfinite: str = "raise",
         max_consecutive_skips: int = 50,
@@ -140,6 +142,7 @@ class AEES:
             "seed": seed,
             "noise_mode": noise_mode,
             "bandit": bandit,
+            "reward": reward,
             "calibration": calibration,
             "nonfinite": nonfinite,
             "max_consecutive_skips": max_consecutive_skips,

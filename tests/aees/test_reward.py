@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,9 +50,44 @@ def test_the_reward_does_not_depend_on_the_unit_of_the_loss(
     assert one.value == pytest.approx(other.value, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["smoothed", "slope"])
 @given(loss=st.floats(1e-3, 1e3), length=st.integers(1, 20))
-def test_a_constant_loss_earns_nothing(loss: float, length: int) -> None:
-    assert episode_reward([loss] * length, **PUBLISHED).value == pytest.approx(0.0, abs=1e-9)
+def test_a_constant_loss_earns_nothing(kind: str, loss: float, length: int) -> None:
+    reward = episode_reward([loss] * length, kind=kind, **PUBLISHED)
+    assert reward.value == pytest.approx(0.0, abs=1e-9)
+
+
+@given(losses=losses, scale=st.floats(0.1, 10.0))
+def test_the_slope_is_that_of_the_best_line_and_has_no_unit(
+    losses: list[float], scale: float
+) -> None:
+    reward = episode_reward(losses, kind="slope", **PUBLISHED)
+    slope = np.polyfit(range(len(losses)), losses, 1)[0] if len(losses) > 1 else 0.0
+    fall = -slope * (len(losses) - 1) / (statistics.fmean(losses) + 1e-8)
+    assert reward.base == pytest.approx(fall, abs=1e-6)
+    scaled = episode_reward([scale * loss for loss in losses], kind="slope", **PUBLISHED)
+    assert scaled.base == pytest.approx(reward.base, abs=1e-4)
+
+
+def test_the_noise_of_the_slope_lessens_with_the_length_as_it_is_said_to() -> None:
+    """By sqrt(12 / n) of the losses' own, where the smoothed reward's stays near theirs."""
+    rng = random.Random(0)
+
+    def noise(kind: str, length: int) -> float:
+        knobs = {**PUBLISHED, "clip_min": -9.0, "clip_max": 9.0, "kind": kind}
+        episodes = ([rng.gauss(10.0, 1.0) for _ in range(length)] for _ in range(4000))
+        return statistics.pstdev(episode_reward(losses, **knobs).value for losses in episodes)
+
+    for length in (20, 100):
+        assert noise("slope", length) == pytest.approx(0.1 * math.sqrt(12 / length), rel=0.1)
+        assert noise("smoothed", length) > 0.08
+
+
+def test_a_step_of_the_loss_counts_wherever_in_the_episode_it_is() -> None:
+    early, late = [2.0] * 3 + [1.0] * 17, [2.0] * 17 + [1.0] * 3
+    for losses in (early, late):
+        assert episode_reward(losses, kind="slope", **PUBLISHED).value > 0.2
+        assert episode_reward(losses[::-1], kind="slope", **PUBLISHED).value < -0.2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
