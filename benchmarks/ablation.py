@@ -43,20 +43,34 @@ class Variant:
         label: what it is called in the table.
         constants: of the calibration, by name.
         options: keys of the recipe.
+        tasks: where it is tried; elsewhere it changes nothing, or costs more than it tells.
     """
 
     label: str
     constants: dict[str, float] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("sst2", "wikitext2", "sentences")
 
 
 _COLD = ("--warmup_steps", "0")
+_ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
+_FROM_SCRATCH = ("wikitext2", "sentences")
 VARIANTS = {
-    "losses": Variant("trust region of the losses only", {"WEIGHT_RADIUS": math.inf}),
-    "weights": Variant("trust region of the weights only", {"LOSS_RADIUS": math.inf}),
-    "one_trial": Variant("one trial near the edge instead of three", {"TRUSTED": 1}),
+    "losses": Variant(
+        "trust region of the losses only", {"WEIGHT_RADIUS": math.inf}, tasks=_FROM_SCRATCH
+    ),
+    "weights": Variant(
+        "trust region of the weights only", {"LOSS_RADIUS": math.inf}, tasks=("sst2",)
+    ),
+    "one_trial": Variant(
+        "one trial near the edge instead of three", {"TRUSTED": 1}, tasks=_FROM_SCRATCH
+    ),
     "ramp": Variant("ramp of 5 % instead of the schedule's warm-up", options=_COLD),
     "no_ramp": Variant("neither ramp nor warm-up", {"RAMP": 0.0}, _COLD),
+    "arms": Variant("arms of 0.5, 1 and 2", options=_ARMS),
+    "random": Variant(
+        "the same arms at random", options=(*_ARMS, "--control_mode", "random"), tasks=_FROM_SCRATCH
+    ),
 }
 
 
@@ -113,6 +127,8 @@ def main() -> None:
         span = content["loss_before"] - content["loss_tuned"]
         rows = {SHIPPED: shipped(content, task, seeds)}
         for name in options.variants.split(","):
+            if task not in VARIANTS[name].tasks:
+                continue
             rows[VARIANTS[name].label] = losses(
                 VARIANTS[name],
                 *(task, seeds, options.steps, options.data, options.out / name / task),

@@ -50,7 +50,8 @@ def test_a_clean_clone_does_its_quickstart_and_collects_its_tests(tmp_path: Path
     assert float(after) < float(before) - 2
     run = clone / "runs" / "quickstart-lm"
     episodes = json.loads((run / "episodes.json").read_text())
-    assert set(episodes["selected_lr_values"]) == {0.5, 1.0, 2.0}
+    assert len(episodes["selected_lr_values"]) == 10
+    assert len(episodes["calibration_trials"]) >= 4
     assert json.loads((run / "all_results.json").read_text())["eval_loss"] == pytest.approx(
         float(after), abs=1e-3
     )
