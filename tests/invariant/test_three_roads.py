@@ -18,6 +18,7 @@ KNOBS: dict[str, Any] = {
     "noise_candidates": [0.0, 0.001],
     "episode_length": 4,
     "bandit": "scaled_ucb",
+    "reward": "slope",
     "seed": 5,
 }
 STEPS = 24
