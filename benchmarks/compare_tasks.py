@@ -203,7 +203,8 @@ def to_markdown(result: dict[str, Any]) -> str:
 def to_short_markdown(result: dict[str, Any]) -> str:
     """Return the mean excess of every method on every task, a column for each method."""
     tasks = result["tasks"]
-    methods = list(dict.fromkeys(r["method"] for t in tasks.values() for r in t["scores"]))
+    known = {row["method"] for content in tasks.values() for row in content["scores"]}
+    methods = [method for method in METHODS if method in known]
     lines = ["| task | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for task, content in tasks.items():
         rows = {row["method"]: row for row in content["scores"]}

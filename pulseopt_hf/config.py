@@ -87,7 +87,9 @@ class PulseOptKnobs:
     reward_instability_lambda: float = _knob(
         0.0, "Weight of the penalty for losses that vary within an episode, >= 0."
     )
-    reward_epsilon: float = _knob(1e-8, "Added to a loss before anything is divided by it, or its logarithm taken, > 0.")
+    reward_epsilon: float = _knob(
+        1e-8, "Added to a loss before anything is divided by it, or its logarithm taken, > 0."
+    )
     reward_clip_min: float = _knob(-1.0, "Lowest reward; below `reward_clip_max`.")
     reward_clip_max: float = _knob(1.0, "Highest reward; above `reward_clip_min`.")
     ema_alpha: float = _knob(
