@@ -16,6 +16,7 @@ os.environ.update(
 )
 
 import copy
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ from transformers import (
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+# A shell's background job ignores Ctrl-C, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
