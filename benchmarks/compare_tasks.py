@@ -143,11 +143,13 @@ def _cells(folder: Path) -> list[dict[str, Any]]:
     cells: list[Any] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     rates = {cell["cell"]["learning_rate"] for cell in cells}
     # A method that has no base LR was run at one of them, and ends at the others as it does there.
-    for cell in [cell for cell in cells if METHODS[cell["cell"]["method"]].ignores_lr]:
-        others = rates - {cell["cell"]["learning_rate"]}
-        cells += [
-            {**cell, "cell": {**cell["cell"], "learning_rate": rate}} for rate in sorted(others)
-        ]
+    without = [cell for cell in cells if METHODS[cell["cell"]["method"]].ignores_lr]
+    once = {(cell["cell"]["method"], cell["cell"]["seed"]): cell for cell in without}
+    cells = [cell for cell in cells if cell not in without] + [
+        {**cell, "cell": {**cell["cell"], "learning_rate": rate}}
+        for cell in once.values()
+        for rate in rates
+    ]
     order = list(METHODS)
 
     def place(cell: dict[str, Any]) -> tuple[int, float, int]:
