@@ -25,6 +25,8 @@ try:
 except ImportError:
     import compare_tasks
 
+import torch
+
 from pulseopt_hf.aees import calibration
 from pulseopt_hf.compare.cells import Cell, run_apart
 from pulseopt_hf.compare.scores import DIVERGED
@@ -119,6 +121,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
+    if torch.cuda.is_available():
+        # Cells are spawned there, and would find the constants as they are shipped.
+        raise SystemExit("Hide the GPU: CUDA_VISIBLE_DEVICES= python benchmarks/ablation.py ...")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     compared = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))["tasks"]
     result: dict[str, dict[str, list[float]]] = {}

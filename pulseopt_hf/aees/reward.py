@@ -71,8 +71,8 @@ def episode_reward(
         The reward with its parts.
 
     Raises:
-        ValueError: there is no loss, a loss is not finite, or a loss that has to be positive (the
-            smoothed one, or the mean) is not so with `epsilon` added.
+        ValueError: there is no loss, a loss is not finite, a loss that has to be positive (the
+            smoothed one, or the mean) is not so with `epsilon` added, or `kind` is neither.
     """
     if not losses:
         raise ValueError("An episode needs at least one loss to be rewarded.")
@@ -87,8 +87,10 @@ def episode_reward(
     if kind == "smoothed":
         start, end = _positive(losses[0], epsilon), _positive(ema, epsilon)
         base = math.log(start) - math.log(end)
-    else:
+    elif kind == "slope":
         base = _fall(losses) / _positive(mean, epsilon)
+    else:
+        raise ValueError(f"`kind` must be 'smoothed' or 'slope', got {kind!r}.")
     instability = variance / (mean * mean + epsilon)
     penalty = instability_lambda * instability
     unclipped = base - penalty

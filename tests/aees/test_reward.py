@@ -69,6 +69,11 @@ def test_the_slope_is_that_of_the_best_line_and_has_no_unit(
     assert scaled.base == pytest.approx(reward.base, abs=1e-4)
 
 
+def test_a_kind_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="'smoothed' or 'slope', got 'ema'"):
+        episode_reward([1.0, 0.5], kind="ema", **PUBLISHED)
+
+
 def test_the_noise_of_the_slope_lessens_with_the_length_as_it_is_said_to() -> None:
     """By sqrt(12 / n) of the losses' own, where the smoothed reward's stays near theirs."""
     rng = random.Random(0)
