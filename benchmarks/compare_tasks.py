@@ -107,9 +107,10 @@ def take_over(result: dict[str, Any], data: Path, out: Path) -> None:
             measured = {key: row.get(key) for key in ("loss_before", "loss_after", "seconds")}
             found = {"probes": row.get("probes"), "lr_scale": row.get("lr_scale")}
             found["peak_mib"] = row.get("peak_mib", 0.0)
-            (folder / f"{cell.name}.json").write_text(
-                json.dumps({"cell": asdict(cell), "steps": row["steps"], **measured, **found})
-            )
+            file = folder / f"{cell.name}.json"
+            if not file.exists():  # what was run since is newer
+                known = {"cell": asdict(cell), "steps": row["steps"]}
+                file.write_text(json.dumps({**known, **measured, **found}))
 
 
 def summarise(folder: Path) -> dict[str, Any]:
