@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def train(model: Any, data: Any, folder: Path, steps: int) -> None:
     end.write_text(json.dumps({"logs": trainer.aees.get_logs(), "losses": losses}))
 
 
+def wait_for_a_checkpoint(folder: Path, is_alive: Callable[[], bool]) -> None:
+    """Return once there is a new one, or the process that writes them has ended."""
+    before = set(folder.glob("checkpoint-*"))
+    while is_alive() and set(folder.glob("checkpoint-*")) <= before:
+        time.sleep(0.01)
+
+
 def survive(model: Any, data: Any, folder: Path, kills: int, steps: int) -> tuple[int, int]:
     """Start, kill and start again; return how many kills hit, and how many of them a save."""
     rng = random.Random(kills)
@@ -68,7 +76,12 @@ def survive(model: Any, data: Any, folder: Path, kills: int, steps: int) -> tupl
         process = context.Process(target=train, args=(model, data, folder, steps))
         process.start()
         if hits < kills:
-            process.join(timeout=rng.uniform(0.2, 0.8))
+            if hits % 2:
+                # However slow the machine is: every other kill falls where there are saves.
+                wait_for_a_checkpoint(folder, process.is_alive)
+                process.join(timeout=rng.uniform(0.0, 0.3))
+            else:
+                process.join(timeout=rng.uniform(0.2, 0.8))
             if process.is_alive():
                 os.kill(process.pid or 0, signal.SIGKILL)
                 hits += 1
@@ -127,9 +140,7 @@ def test_the_command_line_survives_kills(tmp_path: Path, bert: str) -> None:
             process = subprocess.Popen([*words, "--output_dir", str(folder), *resume])
             if kills > 0:
                 # A start takes seconds: the moment is counted from the first new checkpoint.
-                before = set(folder.glob("checkpoint-*"))
-                while process.poll() is None and set(folder.glob("checkpoint-*")) <= before:
-                    time.sleep(0.01)
+                wait_for_a_checkpoint(folder, lambda: process.poll() is None)
                 time.sleep(rng.uniform(0.0, 1.0))
                 if process.poll() is None:
                     process.kill()
