@@ -22,15 +22,16 @@ from pulseopt_hf.aees.state import (
 
 SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 LOSS_RADIUS = 0.05  # share of the probe's mean loss by which one step may move the loss of a row
+COIN_TOSS = math.log(2.0)  # most that the mean loss of a classifier counts in that, in nats
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 FIRST_SCALE = 1.0 / 300.0  # of the base LR, where the trial steps begin
 LOWEST_SCALE, HIGHEST_SCALE = 1e-8, 1e8
 GROWTH = 100.0  # most that a scale is multiplied by from one trial step to the next
 RETREAT = 30.0  # divisor after a step whose losses are not finite
 READABLE = 0.2  # share of a radius that a movement must reach to be believed
-TRUSTED = 3  # trial steps near the scale found that end the search
+TRUSTED = 6  # trial steps near the scale found that end the search
 NEAR = 3.0  # factor within which a trial step's scale counts as near
-MOST_TRIALS = 12
+MOST_TRIALS = 16
 RAMP = 0.05  # share of the run in which the LR rises, where the schedule has no warm-up
 
 _PHASES = ("start", "trials", "done")
@@ -71,7 +72,7 @@ class Trial:
     Attributes:
         scale: factor on the base LR.
         loss_movement: root mean square of the change of the rows' losses, as a share of their mean
-            before. Infinite losses count as 1e9.
+            before, or of what `Calibration.begin` was told. Infinite losses count as 1e9.
         weight_movement: see `Movement.weights`.
         probe_before: mean loss of the probe before it, in the training loss's unit.
         probe_after: the same after it.
@@ -99,9 +100,9 @@ class Calibration:
         s * min(LOSS_RADIUS / r, WEIGHT_RADIUS / w)
 
     because for small s both grow in proportion. The search starts far below the base LR, jumps to
-    what the last trial allows, and ends with three trials near the smallest scale allowed by any.
-    The smallest, since a batch that happens to be balanced hardly moves the probe. Training begins
-    from the last trial's end, with a warm-up.
+    what the last trial allows, and ends with six trials near the smallest scale allowed by any.
+    The smallest, since a batch that happens to be balanced hardly moves the probe; with two classes
+    half of the batches may be. Training begins from the last trial's end, with a warm-up.
 
     That the step of a well-chosen LR moves what the model computes by a set amount, whatever its
     width, is the condition of maximal-update parametrisation (Yang et al., "Tensor Programs V",
@@ -127,6 +128,7 @@ class Calibration:
         self.probes = 0  # times that the probe was measured
         self._step = 0  # global step of the trial that runs, or of the first step after the search
         self._origin: list[float] = []  # the probe's losses before training
+        self._unit = 1.0  # that movements of the losses are shares of
 
     @property
     def is_done(self) -> bool:
@@ -153,17 +155,24 @@ class Calibration:
         rise = max(1, int(RAMP * self.max_steps))
         return self.scale * min(1.0, (step - self._step + 1) / rise)
 
-    def begin(self, step: int, losses: Sequence[float]) -> Order:
+    def begin(
+        self, step: int, losses: Sequence[float], counts_at_most: float = math.inf
+    ) -> Order:
         """Begin the search before optimizer step `step`.
 
         Args:
             step: global step, >= 0.
             losses: the probe's loss row by row, shape (n,), n >= 2.
+            counts_at_most: what their mean counts as, at most, where movements are shares of it.
+                `COIN_TOSS` for the cross-entropy of one label a row: how far a step of the logits
+                moves it does not depend on the number of classes, as the loss itself does.
 
         Returns:
             What to do with the parameters before that step.
         """
         self._origin = _finite(losses)
+        # A mean loss of zero has no shares; a loss is then measured in its own unit.
+        self._unit = min(abs(_mean(self._origin)) or 1.0, counts_at_most)
         self.probes += 1
         self.phase, self._step = "trials", step
         return Order(mark=True)
@@ -185,8 +194,7 @@ class Calibration:
         self.probes += 1
         now, before = _finite(moved.losses), _mean(self._origin)
         change = _mean([(b - a) ** 2 for a, b in zip(self._origin, now, strict=True)])
-        # A mean loss of zero has no shares; a loss is then measured in its own unit.
-        movement = math.sqrt(change) / (abs(before) or 1.0)
+        movement = math.sqrt(change) / self._unit
         trial = Trial(self.scale, movement, moved.weights, before, _mean(now), False, self._step)
         self.trials.append(trial)
         if (found := scale_found(self.trials)) is not None:
@@ -223,6 +231,7 @@ class Calibration:
             "step": self._step,
             "probes": self.probes,
             "origin": list(self._origin),
+            "unit": self._unit,
             "trials": [asdict(trial) for trial in self.trials],
         }
 
@@ -244,6 +253,7 @@ class Calibration:
         fresh._step = field(state, "step", integer)
         fresh.probes = field(state, "probes", integer)
         fresh._origin = field(state, "origin", list_of(_loss))
+        fresh._unit = field(state, "unit", _positive)
         fresh.trials = field(state, "trials", list_of(trial_from_json))
         if (fresh.phase == "trials") != (len(fresh._origin) >= 2):
             raise StateError(
@@ -326,6 +336,13 @@ def _scale(value: object, name: str) -> float:
     result = number(value, name)
     if not LOWEST_SCALE <= result <= HIGHEST_SCALE:
         raise StateError(f"`{name}` is no factor that a search would choose: {result}.")
+    return result
+
+
+def _positive(value: object, name: str) -> float:
+    result = number(value, name)
+    if not 0.0 < result <= _NOT_FINITE:
+        raise StateError(f"`{name}` is no loss that movements could be shares of: {result}.")
     return result
 
 

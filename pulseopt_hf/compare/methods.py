@@ -11,8 +11,8 @@ from pulseopt_hf.compare.published import published_trainer
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.trainer.calibration import PROBE_ROWS
 
-# A calibration measures its probe once before training and once a trial step; most take 4 to 7.
-_PROBES = 10
+# A calibration measures its probe once before training and once a trial step; most take 8 to 11.
+_PROBES = 14
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pulseopt_hf.aees.calibration import SHORTEST_RUN, Calibration, Movement, Order
+from pulseopt_hf.aees.calibration import COIN_TOSS, SHORTEST_RUN, Calibration, Movement, Order
 from pulseopt_hf.aees.state import StateDict, StateError, field, integer
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
@@ -56,6 +56,18 @@ class Probe:
         part = dataset.select(rows) if hasattr(dataset, "select") else _Rows(dataset, rows)
         with _settings(trainer.args, per_device_eval_batch_size=1), _same_randomness(seed):
             self._batches = list(trainer.get_test_dataloader(part))
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether every row has one class as its label, so that its loss is a cross-entropy."""
+        config = getattr(self._trainer.model, "config", None)
+        if getattr(config, "num_labels", None) == 1:
+            return False  # whole numbers to be hit, not classes
+        batch = self._batches[0]
+        labels = [batch[name] for name in self._trainer.label_names if name in batch]
+        return bool(labels) and all(
+            label.numel() == 1 and not label.is_floating_point() for label in labels
+        )
 
     def losses(self, aees: AEES) -> list[float]:
         """Measure the loss of every row, shape (rows over all ranks,); every rank must call it.
@@ -189,7 +201,9 @@ class Calibrator:
             self._probe = None
             self.search.abandon()
         else:
-            self._obey(self.search.begin(step, losses))
+            assert self._probe is not None
+            most = COIN_TOSS if self._probe.is_of_classes else math.inf
+            self._obey(self.search.begin(step, losses, most))
 
     def _losses(self) -> list[float]:
         if self._probe is None:
