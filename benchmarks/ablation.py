@@ -33,7 +33,7 @@ from pulseopt_hf.compare.scores import DIVERGED
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 OUT = Path("runs/ablation")
-TASKS = "sst2,wikitext2,sentences"
+TASKS = "sentences,wikitext2,six_classes"
 SHIPPED = "as shipped"
 
 
@@ -51,28 +51,28 @@ class Variant:
     label: str
     constants: dict[str, float] = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("sst2", "wikitext2", "sentences")
+    tasks: tuple[str, ...] = ("sst2", "wikitext2", "sentences", "six_classes")
 
 
 _COLD = ("--warmup_steps", "0")
 _ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
 _FROM_SCRATCH = ("wikitext2", "sentences")
+_OF_CLASSES = ("sst2", "six_classes")
 VARIANTS = {
     "losses": Variant(
         "trust region of the losses only", {"WEIGHT_RADIUS": math.inf}, tasks=_FROM_SCRATCH
     ),
     "weights": Variant(
-        "trust region of the weights only", {"LOSS_RADIUS": math.inf}, tasks=("sst2",)
+        "trust region of the weights only", {"LOSS_RADIUS": math.inf}, tasks=_OF_CLASSES
     ),
-    "one_trial": Variant(
-        "one trial near the edge instead of three", {"TRUSTED": 1}, tasks=_FROM_SCRATCH
+    "shares": Variant(
+        "shares of the loss as it is, of classes too", {"COIN_TOSS": math.inf}, tasks=_OF_CLASSES
     ),
+    "one_trial": Variant("one trial near the edge instead of six", {"TRUSTED": 1}),
     "ramp": Variant("ramp of 5 % instead of the schedule's warm-up", options=_COLD),
     "no_ramp": Variant("neither ramp nor warm-up", {"RAMP": 0.0}, _COLD),
     "arms": Variant("arms of 0.5, 1 and 2", options=_ARMS),
-    "random": Variant(
-        "the same arms at random", options=(*_ARMS, "--control_mode", "random"), tasks=_FROM_SCRATCH
-    ),
+    "random": Variant("the same arms at random", options=(*_ARMS, "--control_mode", "random")),
 }
 
 

@@ -20,7 +20,8 @@ except ImportError:
     import trust_region
 
 ROOT = Path(__file__).parents[1]
-METHOD, README = ROOT / "docs" / "method.md", ROOT / "README.md"
+METHOD, BENCHMARK = ROOT / "docs" / "method.md", ROOT / "docs" / "benchmark.md"
+README = ROOT / "README.md"
 
 
 def put(text: str, mark: str, table: str) -> str:
@@ -37,13 +38,14 @@ def pages() -> dict[Path, str]:
         for module in (compare_tasks, planted_bandit, trust_region, ablation)
     )
     method = METHOD.read_text(encoding="utf-8")
-    method = put(method, "tasks", compare_tasks.to_markdown(tasks))
     method = put(method, "planted bandit", planted_bandit.to_markdown(bandits))
     method = put(method, "trust region", trust_region.to_markdown(region))
     method = put(method, "ablation", ablation.to_markdown(parts))
+    benchmark = BENCHMARK.read_text(encoding="utf-8")
+    benchmark = put(benchmark, "tasks", compare_tasks.to_markdown(tasks))
     readme = README.read_text(encoding="utf-8")
     readme = put(readme, "tasks", compare_tasks.to_short_markdown(tasks))
-    return {METHOD: method, README: readme}
+    return {METHOD: method, BENCHMARK: benchmark, README: readme}
 
 
 def main() -> int:

@@ -72,7 +72,7 @@ class Trial:
     Attributes:
         scale: factor on the base LR.
         loss_movement: root mean square of the change of the rows' losses, as a share of their mean
-            before, or of what `Calibration.begin` was told. Infinite losses count as 1e9.
+            before, see `Calibration.begin`. Infinite losses count as 1e9.
         weight_movement: see `Movement.weights`.
         probe_before: mean loss of the probe before it, in the training loss's unit.
         probe_after: the same after it.
@@ -155,24 +155,24 @@ class Calibration:
         rise = max(1, int(RAMP * self.max_steps))
         return self.scale * min(1.0, (step - self._step + 1) / rise)
 
-    def begin(
-        self, step: int, losses: Sequence[float], counts_at_most: float = math.inf
-    ) -> Order:
+    def begin(self, step: int, losses: Sequence[float], *, of_classes: bool = False) -> Order:
         """Begin the search before optimizer step `step`.
 
         Args:
             step: global step, >= 0.
             losses: the probe's loss row by row, shape (n,), n >= 2.
-            counts_at_most: what their mean counts as, at most, where movements are shares of it.
-                `COIN_TOSS` for the cross-entropy of one label a row: how far a step of the logits
-                moves it does not depend on the number of classes, as the loss itself does.
+            of_classes: whether they are cross-entropies of one class a row. How far a step of the
+                logits moves such a loss does not depend on the number of classes, as the loss does,
+                so that movements are shares of no more than `COIN_TOSS`.
 
         Returns:
             What to do with the parameters before that step.
         """
         self._origin = _finite(losses)
         # A mean loss of zero has no shares; a loss is then measured in its own unit.
-        self._unit = min(abs(_mean(self._origin)) or 1.0, counts_at_most)
+        self._unit = abs(_mean(self._origin)) or 1.0
+        if of_classes:
+            self._unit = min(self._unit, COIN_TOSS)
         self.probes += 1
         self.phase, self._step = "trials", step
         return Order(mark=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pulseopt_hf.aees.calibration import COIN_TOSS, SHORTEST_RUN, Calibration, Movement, Order
+from pulseopt_hf.aees.calibration import SHORTEST_RUN, Calibration, Movement, Order
 from pulseopt_hf.aees.state import StateDict, StateError, field, integer
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
@@ -202,8 +202,8 @@ class Calibrator:
             self.search.abandon()
         else:
             assert self._probe is not None
-            most = COIN_TOSS if self._probe.is_of_classes else math.inf
-            self._obey(self.search.begin(step, losses, most))
+            of_classes = self._probe.is_of_classes
+            self._obey(self.search.begin(step, losses, of_classes=of_classes))
 
     def _losses(self) -> list[float]:
         if self._probe is None:

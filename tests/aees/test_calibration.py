@@ -9,7 +9,6 @@ import random
 import pytest
 
 from pulseopt_hf.aees.calibration import (
-    COIN_TOSS,
     LOSS_RADIUS,
     MOST_TRIALS,
     SHORTEST_RUN,
@@ -84,7 +83,7 @@ def test_batches_that_hardly_move_the_losses_do_not_raise_the_lr(seed: int) -> N
 def test_the_number_of_classes_does_not_raise_the_lr(classes: int) -> None:
     """A step of the logits moves a cross-entropy as far, whatever its level is."""
     search, rows = Calibration(600), [math.log(classes)] * 16
-    search.begin(0, rows, COIN_TOSS)
+    search.begin(0, rows, of_classes=True)
     for step in range(1, 600):
         moved = LOSS_RADIUS * math.log(2.0) * search.multiplier(step - 1)
         losses = [x + (moved if row % 2 else -moved) for row, x in enumerate(rows)]

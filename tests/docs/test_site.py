@@ -75,8 +75,8 @@ def pages(site: Path) -> dict[str, Loaded]:
 
 
 def test_there_is_a_page_for_every_subject(pages: dict[str, Loaded]) -> None:
-    subjects = "index method knobs recipes library launching guarantees report migrating examples"
-    assert set(pages) == {f"{name}.html" for name in [*subjects.split(), "api", "404"]}
+    subjects = "index method benchmark knobs recipes library launching guarantees report migrating"
+    assert set(pages) == {f"{name}.html" for name in [*subjects.split(), "examples", "api", "404"]}
 
 
 def test_no_page_fetches_anything_from_elsewhere(site: Path, pages: dict[str, Loaded]) -> None:

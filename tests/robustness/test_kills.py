@@ -140,7 +140,7 @@ def test_the_command_line_survives_kills(tmp_path: Path, bert: str) -> None:
             process = subprocess.Popen([*words, "--output_dir", str(folder), *resume])
             if kills > 0:
                 # A start takes seconds: the moment is counted from the first new checkpoint.
-                wait_for_a_checkpoint(folder, lambda: process.poll() is None)
+                wait_for_a_checkpoint(folder, lambda p=process: p.poll() is None)
                 time.sleep(rng.uniform(0.0, 1.0))
                 if process.poll() is None:
                     process.kill()
