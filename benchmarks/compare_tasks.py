@@ -36,8 +36,8 @@ RESULT = Path(__file__).parent / "results" / "compare-tasks.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "compare.svg"
 
 # Where a task's data lies, the layers of MiniLM that it trains, and its base LRs: the best static
-# one of a grid of half decades, and up to 30 times less and more. The last three were not looked at
-# when the constants of the calibration were set.
+# one of a grid of half decades, and up to 30 times less and more. The last two were not looked at
+# when the radii of the calibration were set.
 TASKS = {
     "sst2": ("glue/sst2/{}.csv", 2, "1e-5,3e-4,9e-3"),
     "subj": ("text/subj/{}.csv", 2, "1e-5,3e-4,9e-3"),
@@ -47,7 +47,6 @@ TASKS = {
     "sentences": (None, 0, "3e-4,3e-3,3e-2"),
     "six_classes": ("{}.csv", 2, "3e-6,1e-4,3e-3"),
     "cola": ("glue/cola/{}.csv", 2, "1e-6,3e-5,1e-3"),
-    "sst2_whole": ("glue/sst2/{}.csv", 6, "3e-6,1e-4,3e-3"),
 }
 # What `six_classes` is made of, and the rows of each in its training and validation data.
 SIX = ("glue/sst2", "text/subj", "text/mpqa")
