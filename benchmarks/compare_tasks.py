@@ -3,9 +3,8 @@
 python benchmarks/compare_tasks.py --data FOLDER [--tasks sst2,...] [--methods ...] [--seeds 0,1,2]
                                    [--go_on] [--write]
 
-FOLDER holds `glue/sst2`, `glue/cola`, `text/subj` and `text/mpqa` with a `train.csv` and a
-`validation.csv` of the columns `sentence` and `label`, and `wikitext2` with `train.txt` and
-`validation.txt`. The
+FOLDER holds `glue/sst2`, `text/subj` and `text/mpqa` with a `train.csv` and a `validation.csv` of
+the columns `sentence` and `label`, and `wikitext2` with `train.txt` and `validation.txt`. The
 MiniLM weights come with the extra [demo]. What was run before is kept in `--out` and not run again,
 so tasks may be run one by one. `--go_on` takes the runs of `benchmarks/results` as run before.
 `--write` puts all that is there into `benchmarks/results`, which the tables of the documentation
@@ -36,8 +35,8 @@ RESULT = Path(__file__).parent / "results" / "compare-tasks.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "compare.svg"
 
 # Where a task's data lies, the layers of MiniLM that it trains, and its base LRs: the best static
-# one of a grid of half decades, and up to 30 times less and more. The last two were not looked at
-# when the radii of the calibration were set.
+# one of a grid of half decades, and up to 30 times less and more. The last was not looked at when
+# the radii of the calibration were set.
 TASKS = {
     "sst2": ("glue/sst2/{}.csv", 2, "1e-5,3e-4,9e-3"),
     "subj": ("text/subj/{}.csv", 2, "1e-5,3e-4,9e-3"),
@@ -46,7 +45,6 @@ TASKS = {
     "wikitext2": ("wikitext2/{}.txt", 0, "1e-3,1e-2,1e-1"),
     "sentences": (None, 0, "3e-4,3e-3,3e-2"),
     "six_classes": ("{}.csv", 2, "3e-6,1e-4,3e-3"),
-    "cola": ("glue/cola/{}.csv", 2, "1e-6,3e-5,1e-3"),
 }
 # What `six_classes` is made of, and the rows of each in its training and validation data.
 SIX = ("glue/sst2", "text/subj", "text/mpqa")
