@@ -57,8 +57,8 @@ def test_nothing_to_measure_against_is_an_error() -> None:
 
 def test_probes_are_paid_for() -> None:
     assert METHODS["static"].paid_steps(16) == 0
-    assert METHODS["default"].paid_steps(16) == 7
-    assert METHODS["default"].paid_steps(32) == 4
+    assert METHODS["default"].paid_steps(16) == 10
+    assert METHODS["default"].paid_steps(32) == 5
 
 
 def test_a_comparison_is_run_kept_and_written(
@@ -79,8 +79,8 @@ def test_a_comparison_is_run_kept_and_written(
         # Probes are paid for in steps.
         probes = result["probes"]
         assert (probes > 0) == (result["cell"]["method"] == "default")
-        assert result["steps"] == 70 - (7 if probes else 0)
-        assert probes * PROBE_ROWS / 3 / 16 <= 7
+        assert result["steps"] == 70 - (10 if probes else 0)
+        assert probes * PROBE_ROWS / 3 / 16 <= 10
     # The package itself and its twin of this project end in the same place.
     losses = {
         method: [c["loss_after"] for c in content["cells"] if c["cell"]["method"] == method]

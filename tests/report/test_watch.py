@@ -187,7 +187,7 @@ def test_a_pipe_gets_a_line_for_each_piece_of_news_while_the_run_goes_on(
     (waiting,) = read_until(process.stdout, "\n")
     assert f"{folder}: has no record yet (pulse.jsonl). Waiting" in waiting
     train_beside(folder)
-    seen = read_until(process.stdout, "episode   5")
+    seen = read_until(process.stdout, "episode   4")
     assert read_run(folder).status == "running"  # held after step 30
     (tmp_path / "go").touch()
     rest, error = process.communicate()
@@ -275,7 +275,7 @@ def test_a_run_that_crashes_is_said_to_have_failed(
     folder.mkdir()
     process, window = follow(folder), terminal(folder)
     train_beside(folder)
-    read_until(process.stdout, "episode   5")
+    read_until(process.stdout, "episode   4")
     (tmp_path / "go").touch()
     rest, error = process.communicate()
     assert (process.returncode, error) == (0, "")
@@ -299,7 +299,7 @@ def test_a_killed_run_is_waited_for_and_followed_when_it_is_resumed(
     edit_record(finished, killed)
     process = follow(finished)
     seen = read_until(process.stdout, "the run was killed, or it waits")
-    assert any(line.startswith("episode   7 ") for line in seen)
+    assert any(line.startswith("episode   6 ") for line in seen)
     (finished / FILE_NAME).write_bytes(whole)
 
     def resumed(line: dict[str, Any]) -> None:
@@ -314,8 +314,8 @@ def test_a_killed_run_is_waited_for_and_followed_when_it_is_resumed(
     first, *others = rest.splitlines()
     assert first.startswith("the record was begun anew: run calibrated: 60 steps")
     assert first.endswith("resumed from step 20")
-    assert not any(line.startswith(("trial", "calibrated", "episode   3 ")) for line in others)
-    assert any(line.startswith("episode   4 ") for line in others)
+    assert not any(line.startswith(("trial", "calibrated", "episode   2 ")) for line in others)
+    assert any(line.startswith("episode   3 ") for line in others)
     assert others[-1] == "Finished: 60 of 60 steps."
 
 
