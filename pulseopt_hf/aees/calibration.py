@@ -101,8 +101,8 @@ class Calibration:
 
     because for small s both grow in proportion. The search starts far below the base LR, jumps to
     what the last trial allows, and ends with six trials near the smallest scale allowed by any.
-    The smallest, since a batch that happens to be balanced hardly moves the probe; with two classes
-    half of the batches may be. Training begins from the last trial's end, with a warm-up.
+    The smallest, since a batch that happens to be balanced hardly moves the probe: of two classes
+    and eight rows every fourth is. Training begins from the last trial's end, with a warm-up.
 
     That the step of a well-chosen LR moves what the model computes by a set amount, whatever its
     width, is the condition of maximal-update parametrisation (Yang et al., "Tensor Programs V",

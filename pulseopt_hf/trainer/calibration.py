@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,13 @@ class Probe:
         if getattr(config, "num_labels", None) == 1:
             return False  # whole numbers to be hit, not classes
         batch = self._batches[0]
+        if not isinstance(batch, Mapping):
+            return False
         labels = [batch[name] for name in self._trainer.label_names if name in batch]
         return bool(labels) and all(
-            label.numel() == 1 and not label.is_floating_point() for label in labels
+            # Object detectors are given their labels as a list of mappings.
+            isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()
+            for label in labels
         )
 
     def losses(self, aees: AEES) -> list[float]:

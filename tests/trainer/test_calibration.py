@@ -242,16 +242,20 @@ def test_running_statistics_are_no_movement(arguments: Any) -> None:
         (torch.tensor(1), 1, False),  # a whole number to be hit
         (torch.tensor([1.0, 0.0]), 2, False),  # several classes a row
         (torch.tensor([1, 0, 1]), 2, False),  # a class for every token
+        ({"boxes": torch.ones(1, 4)}, 2, False),  # as an object detector is given it
     ],
-    ids=["class", "number", "whole number", "classes", "tokens"],
+    ids=["class", "number", "whole number", "classes", "tokens", "boxes"],
 )
 def test_a_probe_knows_rows_of_one_class(
-    arguments: Any, label: torch.Tensor, labels: int, of_classes: bool
+    arguments: Any, label: Any, labels: int, of_classes: bool
 ) -> None:
     model = Normalised()
     model.config = SimpleNamespace(num_labels=labels)  # type: ignore[assignment]
     rows = [{"x": torch.randn(4), "labels": label} for _ in range(8)]
-    trainer = PulseOptTrainer(model, arguments(), train_dataset=rows)
+    kwargs: Any = {}
+    if isinstance(label, dict):
+        kwargs["data_collator"] = lambda batch: {"labels": [row["labels"] for row in batch]}
+    trainer = PulseOptTrainer(model, arguments(), train_dataset=rows, **kwargs)
     assert Probe(trainer, 0).is_of_classes == of_classes
 
 
