@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pulseopt_hf.aees import Arm, Controller, EpisodeRecord, Selection
+from pulseopt_hf.aees import Arm, Controller, EpisodeRecord
 from pulseopt_hf.aees.calibration import Calibration
-from pulseopt_hf.aees.state import StateDict, StateError, field, integer, list_of, number
+from pulseopt_hf.aees.state import StateDict, field, integer
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.divergence import SKIPS, DivergenceGuard
+from pulseopt_hf.optim.episodes import Episodes
 from pulseopt_hf.optim.hooks import ArmHooks, check_optimizer
-from pulseopt_hf.optim.losses import LossBuffer
 from pulseopt_hf.optim.noise import GradientNoise, all_parameters
 from pulseopt_hf.optim.unwrap import (
     accumulates,
@@ -200,7 +200,6 @@ class AEES:
         self.optimizer = optimizer
         self.config = config
         self.episode_length: int = config.episode_length
-        self.controller = Controller(config)
         self.current_candidate: Arm | None = None
         # Set while a Trainer calibrates: a factor on every base LR, base LRs that replace the
         # scheduler's during its warm-up, and whether episodes wait for the search to end.
@@ -212,10 +211,8 @@ class AEES:
         self.skipped_steps = 0
         self._consecutive_skips = 0
         self._scheduler = lr_scheduler
-        self._losses = LossBuffer()
         self._forget_micro_batches()
         self._global_step = 0  # of the step that is open
-        self._last_step = 0  # global step of the last optimizer step that happened
         inner = innermost(optimizer)
         check_optimizer(inner)
         self._agreement = Agreement(device_of(inner), enabled=distributed)
@@ -228,6 +225,12 @@ class AEES:
         self.divergence: DivergenceGuard | None = None
         if config.divergence != "off":
             self.divergence = DivergenceGuard(inner, config, buffers)
+        self._episodes = Episodes(config, self._agreement, self.divergence, self._update_norm)
+
+    @property
+    def controller(self) -> Controller:
+        """What chooses the arms and records the episodes."""
+        return self._episodes.controller
 
     def step_start(self, global_step: int) -> Arm:
         """Begin an optimizer step, or a micro-batch of one; opens an episode where none is open.
@@ -250,8 +253,8 @@ class AEES:
         if self.is_calibrating:
             self.current_candidate = Arm.of(1.0, 0.0)
             return self.current_candidate
-        if self.controller.episode is None:
-            self._open_episode()
+        if not self._episodes.is_open:
+            self._noise.seed = self._episodes.open(global_step, self._noise.seed)
         assert self.controller.episode is not None
         self.current_candidate = self.controller.episode.arm
         return self.current_candidate
@@ -296,10 +299,7 @@ class AEES:
     def finalize(self) -> None:
         """Close a partial episode. Safe to call again; a later `step_start` opens a new one."""
         self.abandon()
-        if self.controller.episode is not None:
-            self._agree()
-            if self._losses.agreed:
-                self._close_episode()
+        self._episodes.finish(self._global_step)
 
     def get_logs(self) -> dict[str, list[Any]]:
         """Return the closed episodes, one item each under the log keys of `pulseopt`.
@@ -347,20 +347,7 @@ class AEES:
         self.current_candidate = None
         if self.is_calibrating:
             return None
-        self._losses.append(loss)
-        self._last_step = self._global_step
-        guard = self.divergence
-        if guard is not None and guard.looks(len(self._losses), self.episode_length):
-            self._agree()
-            if self._has_diverged(guard):
-                return self._close_diverged(guard)
-        if len(self._losses) < self.episode_length:
-            return None
-        self._agree()
-        # Fewer are left where a loss was not finite although its step was sound.
-        if len(self._losses) < self.episode_length:
-            return None
-        return self._close_episode()
+        return self._episodes.count(loss, self._global_step)
 
     def skip(self) -> None:
         """End the open step, which did not happen: the episode neither counts nor sees it.
@@ -374,14 +361,8 @@ class AEES:
         where = self._where()
         self.current_candidate = None
         # A gradient scaler looks for its scale by skipping; that says nothing about the arm.
-        if (
-            self.divergence is not None
-            and self._consecutive_skips % SKIPS == 0
-            and self.controller.episode is not None
-            and not has_scaler(self.optimizer)
-        ):
-            self._agree()
-            self._close_diverged(self.divergence)
+        if self._consecutive_skips % SKIPS == 0 and not has_scaler(self.optimizer):
+            self._episodes.cut(self._global_step)
         if self._consecutive_skips >= self.config.max_consecutive_skips:
             raise RuntimeError(
                 f"{self._consecutive_skips} optimizer steps in a row were skipped because of "
@@ -407,7 +388,7 @@ class AEES:
 
         Afterwards `state_dict` sends nothing and can be called on one rank alone.
         """
-        self._agree()
+        self._episodes.agree(self._global_step)
 
     @property
     def learning_rate(self) -> float | None:
@@ -427,14 +408,12 @@ class AEES:
 
         Under `torch.distributed` every rank must call it, unless `agree` was called before.
         """
-        self._agree()
+        self.agree()
         return {
-            "controller": self.controller.state_dict(),
-            "losses": list(self._losses.agreed),
+            **self._episodes.state_dict(),
             "optimizer_steps": self.optimizer_steps,
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self._consecutive_skips,
-            "last_step": self._last_step,
             "noise_seed": self._noise.seed,
         }
 
@@ -445,74 +424,20 @@ class AEES:
             StateError: the state is damaged, of another version, or of other settings, which the
                 message names with both values.
         """
-        losses = field(state, "losses", list_of(number))
         steps = field(state, "optimizer_steps", integer)
         skipped = field(state, "skipped_steps", integer)
         consecutive = field(state, "consecutive_skips", integer)
-        last_step = field(state, "last_step", integer)
         noise_seed = field(state, "noise_seed", integer)
-        if len(losses) >= self.episode_length:
-            raise StateError(
-                f"The open episode has {len(losses)} losses, and an episode {self.episode_length}."
-            )
-        controller = Controller(self.config)
-        controller.load_state_dict(field(state, "controller", lambda value, name: value))
-        if losses and controller.episode is None:
-            raise StateError(f"There are {len(losses)} losses, but no episode is open.")
-        self.controller = controller
+        self._episodes.load_state_dict(state)
         self.abandon()
         self.optimizer_steps = steps
         self.skipped_steps = skipped
         self._consecutive_skips = consecutive
-        self._last_step = last_step
         self._noise.seed = noise_seed
-        self._losses.clear()
-        self._losses.agreed = losses
-        if self.divergence is not None and controller.episode is not None:
-            self.divergence.load(None)
 
     def _forget_micro_batches(self) -> None:
         self._micro_batches: list[float | Tensor] = []
         self._step_is_finite = True
-
-    def _open_episode(self) -> None:
-        choice = self.controller.choose()
-        lr_index, noise_index, noise_seed = self._agreement.from_rank_0(
-            [choice.lr_index, choice.noise_index, self._noise.seed]
-        )
-        self._noise.seed = noise_seed
-        self.controller.open(Selection(lr_index, noise_index, choice.context), self._global_step)
-        if self.divergence is not None:
-            self.divergence.begin()
-
-    def _close_episode(self) -> EpisodeRecord:
-        losses = self._losses.agreed
-        self._losses.clear()
-        norm = self._update_norm.mean() if self._update_norm is not None else None
-        return self.controller.close(losses, self._last_step, norm)
-
-    def _has_diverged(self, guard: DivergenceGuard) -> bool:
-        losses = self._losses.agreed
-        if not losses:
-            return True
-        sound = self.controller.sound_loss()
-        return guard.has_diverged(losses, losses[0] if sound is None else sound)
-
-    def _close_diverged(self, guard: DivergenceGuard) -> EpisodeRecord:
-        outcome = guard.undo()
-        # An episode of which no step was sound has no loss to show but the one before it.
-        losses = self._losses.agreed or [self.controller.sound_loss() or 1.0]
-        self._losses.clear()
-        norm = self._update_norm.mean() if self._update_norm is not None else None
-        return self.controller.close(losses, self._global_step, norm, outcome)
-
-    def _agree(self) -> None:
-        new = self._losses.agree(self._agreement)
-        bad = [loss for loss in new if not math.isfinite(loss)]
-        if bad:
-            if self.config.nonfinite == "raise":
-                raise ValueError(f"`loss` must be finite, got {bad[0]} before {self._where()}.")
-            self._losses.agreed = [loss for loss in self._losses.agreed if math.isfinite(loss)]
 
     def _require_open_step(self) -> Arm:
         if self.current_candidate is None:

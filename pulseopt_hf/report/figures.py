@@ -224,8 +224,8 @@ def calibration_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     figure.add_hline(1.0, line={"color": "#82889a", "width": 1})
     text = (
         f"{_count(len(run.trials), 'trial step')}. The LR allowed is where the first of the two "
-        f"movements reaches 1: {LOSS_RADIUS:.0%} of the loss of a training row, "
-        f"{WEIGHT_RADIUS:.0%} of the weights."
+        f"movements reaches 1: {LOSS_RADIUS:.0%} of the mean loss of training rows (of classes: of "
+        f"ln 2 at most), {WEIGHT_RADIUS:.0%} of the weights."
     )
     if run.calibrated_lr:
         figure.add_vline(run.calibrated_lr, line={"color": "#82889a", "dash": "dash", "width": 2})
