@@ -29,11 +29,11 @@ import torch
 
 from pulseopt_hf.aees import calibration
 from pulseopt_hf.compare.cells import Cell, run_apart
-from pulseopt_hf.compare.scores import DIVERGED
+from pulseopt_hf.compare.scores import excess
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 OUT = Path("runs/ablation")
-TASKS = "sentences,six_classes"
+TASKS = "sentences,six_classes,digits"
 SHIPPED = "as shipped"
 
 
@@ -51,13 +51,13 @@ class Variant:
     label: str
     constants: dict[str, float] = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("sst2", "wikitext2", "sentences", "six_classes")
+    tasks: tuple[str, ...] = ("sst2", "wikitext2", "sentences", "six_classes", "digits")
 
 
 _COLD = ("--warmup_steps", "0")
 _ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
-_FROM_SCRATCH = ("wikitext2", "sentences")
-_OF_CLASSES = ("sst2", "six_classes")
+_FROM_SCRATCH = ("wikitext2", "sentences", "digits")
+_OF_CLASSES = ("sst2", "six_classes", "digits")
 VARIANTS = {
     "losses": Variant(
         "trust region of the losses only", {"WEIGHT_RADIUS": math.inf}, tasks=_FROM_SCRATCH
@@ -78,12 +78,12 @@ VARIANTS = {
 
 def losses(
     variant: Variant, task: str, seeds: list[int], steps: int, data: Path, out: Path
-) -> list[float]:
-    """Train with every seed, and return the final losses; infinite where one is not finite."""
+) -> list[float | None]:
+    """Train with every seed, and return the final losses; `None` where one is not finite."""
     words = (*compare_tasks.files(task, data, compare_tasks.OUT), *variant.options)
     recipe = str(compare_tasks.TASKS_FOLDER / f"{task}.yaml")
     out.mkdir(parents=True, exist_ok=True)
-    found = []
+    found: list[float | None] = []
     for seed in seeds:
         cell = Cell(recipe, words, "default", lowest_lr(task), seed, steps)
         with ExitStack() as stack:
@@ -92,7 +92,7 @@ def losses(
                 stack.enter_context(patch.object(calibration, name, value))
             loss = run_apart(cell, out)["loss_after"]
         print(f"{variant.label}, {task}, seed {seed}: {loss}", flush=True)
-        found.append(math.inf if loss is None else float(loss))
+        found.append(loss)
     return found
 
 
@@ -101,7 +101,7 @@ def lowest_lr(task: str) -> float:
     return float(compare_tasks.TASKS[task][2].split(",")[0])
 
 
-def shipped(content: dict[str, Any], task: str, seeds: list[int]) -> list[float]:
+def shipped(content: dict[str, Any], task: str, seeds: list[int]) -> list[float | None]:
     """Return the final losses of the default in the comparison's result."""
     rows = {
         cell["seed"]: cell["loss_after"]
@@ -129,7 +129,7 @@ def main() -> None:
     result: dict[str, dict[str, list[float]]] = {}
     for task in options.tasks.split(","):
         content = compared[task]
-        span = content["loss_before"] - content["loss_tuned"]
+        before, tuned = content["loss_before"], content["loss_tuned"]
         rows = {SHIPPED: shipped(content, task, seeds)}
         for name in options.variants.split(","):
             if task not in VARIANTS[name].tasks:
@@ -139,8 +139,7 @@ def main() -> None:
                 *(task, seeds, options.steps, options.data, options.out / name / task),
             )
         result[task] = {
-            label: [min(DIVERGED, (loss - content["loss_tuned"]) / span) for loss in found]
-            for label, found in rows.items()
+            label: [excess(loss, before, tuned) for loss in found] for label, found in rows.items()
         }
     print(to_markdown(result))
     if options.write:

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 try:
-    from benchmarks import ablation, compare_tasks, planted_bandit, trust_region
+    from benchmarks import ablation, compare_tasks, planted_bandit, small_models, trust_region
 except ImportError:
     import ablation
     import compare_tasks
     import planted_bandit
+    import small_models
     import trust_region
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +34,9 @@ def put(text: str, mark: str, table: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Return the pages as they should be."""
-    tasks, bandits, region, parts = (
+    tasks, small, bandits, region, parts = (
         json.loads(module.RESULT.read_text(encoding="utf-8"))
-        for module in (compare_tasks, planted_bandit, trust_region, ablation)
+        for module in (compare_tasks, small_models, planted_bandit, trust_region, ablation)
     )
     method = METHOD.read_text(encoding="utf-8")
     method = put(method, "planted bandit", planted_bandit.to_markdown(bandits))
@@ -43,6 +44,7 @@ def pages() -> dict[Path, str]:
     method = put(method, "ablation", ablation.to_markdown(parts))
     benchmark = BENCHMARK.read_text(encoding="utf-8")
     benchmark = put(benchmark, "tasks", compare_tasks.to_markdown(tasks))
+    benchmark = put(benchmark, "small models", compare_tasks.to_markdown(small))
     readme = README.read_text(encoding="utf-8")
     readme = put(readme, "tasks", compare_tasks.to_short_markdown(tasks))
     return {METHOD: method, BENCHMARK: benchmark, README: readme}

@@ -122,6 +122,18 @@ def test_the_ablation_trains_without_the_part(tmp_path: Path) -> None:
     assert re.search(r"^\| neither ramp nor warm-up \| \d\.\d{3} \|$", done.stdout, re.M)
 
 
+def test_small_models_are_trained_from_a_wrong_lr() -> None:
+    """From 25 times below the tuned LR a static run learns little, the default most of it."""
+    done = run(
+        *("small_models.py", "--tasks", "digits_mlp", "--learning_rates", "4e-4,1e-2"),
+        *("--seeds", "0", "--steps", "200"),
+    )
+    rows = re.findall(r"^\| digits_mlp \| 0.01 .* \| (\w+) \| 1 \| (\S+) \|", done.stdout, re.M)
+    found = {method: float(robustness) for method, robustness in rows}
+    assert found["static"] > 0.15
+    assert found["default"] < found["static"] / 3
+
+
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"benchmarks/{words[0]}", *words[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

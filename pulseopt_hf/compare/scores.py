@@ -73,11 +73,8 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
     if not loss_tuned < loss_before:
         raise ValueError("No static run learned anything: try other learning rates, or more steps.")
 
-    def excess(result: dict[str, Any]) -> float:
-        loss: float | None = result["loss_after"]
-        if loss is None:
-            return DIVERGED
-        return min(DIVERGED, (loss - loss_tuned) / (loss_before - loss_tuned))
+    def of(result: dict[str, Any]) -> float:
+        return excess(result["loss_after"], loss_before, loss_tuned)
 
     seconds = _mean([r["seconds"] / r["steps"] for r in _of(results, "static") if r["steps"]])
     scores = []
@@ -87,10 +84,10 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
         by_seed: dict[int, list[float]] = {}
         by_lr: dict[float, list[float]] = {}
         for result in near:
-            by_seed.setdefault(result["cell"]["seed"], []).append(excess(result))
-            by_lr.setdefault(result["cell"]["learning_rate"], []).append(excess(result))
+            by_seed.setdefault(result["cell"]["seed"], []).append(of(result))
+            by_lr.setdefault(result["cell"]["learning_rate"], []).append(of(result))
         seeds = [_mean(values) for values in by_seed.values()]
-        low, high = _interval(seeds)
+        low, high = interval([seeds])
         scores.append(
             Score(
                 method,
@@ -107,6 +104,27 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
     return Scores(tuned, loss_before, loss_tuned, scores)
 
 
+def excess(loss: float | None, loss_before: float, loss_tuned: float) -> float:
+    """Return (L - L*) / (L0 - L*), at most 1.5; a loss of `None` was not finite."""
+    if loss is None:
+        return DIVERGED
+    return min(DIVERGED, (loss - loss_tuned) / (loss_before - loss_tuned))
+
+
+def interval(tasks: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the 95 % interval over seeds of a mean over tasks, by bootstrap.
+
+    Args:
+        tasks: for every task a value for each of its seeds, which are drawn anew in each.
+    """
+    rng = random.Random(0)
+    means = sorted(
+        _mean([_mean(rng.choices(values, k=len(values))) for values in tasks])
+        for _ in range(_RESAMPLES)
+    )
+    return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
+
+
 def counts(learning_rate: float, tuned: float) -> bool:
     """Whether a base LR lies within `SPAN` of the tuned one, give or take 1 % for rounded grids."""
     return 0.99 / SPAN <= learning_rate / tuned <= SPAN * 1.01
@@ -118,9 +136,3 @@ def _of(results: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    rng = random.Random(0)
-    means = sorted(_mean(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
-    return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]

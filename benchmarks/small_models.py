@@ -1,0 +1,192 @@
+"""Compare static LRs and the default on small models that are no Transformers.
+
+    python benchmarks/small_models.py [--tasks diabetes,...] [--seeds 0,1,2] [--steps 600] [--write]
+
+The data ships with scikit-learn, so nothing is downloaded. The models are plain torch modules
+under `Trainer` and `PulseOptTrainer`, from every base LR of a grid of half decades, at equal cost.
+Nothing in the package was set by looking at these tasks. `--write` puts the result into
+`benchmarks/results/small-models.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn import datasets as sklearn_data
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments, set_seed
+
+try:
+    from benchmarks import compare_tasks
+except ImportError:
+    import compare_tasks
+
+from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf.compare.methods import METHODS
+from pulseopt_hf.compare.scores import score
+from pulseopt_hf.recipes.folder import versions
+
+RESULT = Path(__file__).parent / "results" / "small-models.json"
+LEARNING_RATES = "3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
+TRAINERS: dict[str, Callable[..., Trainer]] = {"static": Trainer, "default": PulseOptTrainer}
+BATCH = 16
+WARMUP = 30
+
+
+class Model(nn.Module):
+    """A body, with the loss that the labels ask for."""
+
+    def __init__(self, body: nn.Module) -> None:
+        """See the class."""
+        super().__init__()
+        self.body = body
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the loss, shape (), and the outputs, shape (rows, classes or 1)."""
+        outputs = self.body(inputs)
+        if labels.is_floating_point():
+            return {"loss": functional.mse_loss(outputs[:, 0], labels), "outputs": outputs}
+        return {"loss": functional.cross_entropy(outputs, labels), "outputs": outputs}
+
+
+def mlp(inputs: int, outputs: int) -> nn.Module:
+    """Return a perceptron of two hidden layers."""
+    hidden = (nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    return nn.Sequential(*hidden, nn.Linear(64, outputs))
+
+
+def convolutions(_: int, outputs: int) -> nn.Module:
+    """Return a network of two convolutions over images of 8 x 8 pixels."""
+    first = (nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+    second = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *first, *second, nn.Linear(512, outputs))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn, and the network to learn it with: from inputs and outputs to a module."""
+
+    load: Callable[..., tuple[Any, Any]]
+    network: Callable[[int, int], nn.Module]
+
+
+TASKS = {
+    "digits_mlp": Task(sklearn_data.load_digits, mlp),
+    "digits_conv": Task(sklearn_data.load_digits, convolutions),
+    "breast_cancer": Task(sklearn_data.load_breast_cancer, mlp),
+    "diabetes": Task(sklearn_data.load_diabetes, mlp),
+}
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Inputs, shape (rows, features), and labels, shape (rows,)."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        """See the class."""
+        self._inputs, self._labels = inputs, labels
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._inputs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one row."""
+        return {"inputs": self._inputs[index], "labels": self._labels[index]}
+
+
+def load(task: Task) -> tuple[Rows, Rows, Callable[[], Model]]:
+    """Return training and validation rows, a fifth of all, and what makes a new model."""
+    inputs, labels = (torch.tensor(array) for array in task.load(return_X_y=True))
+    inputs = ((inputs - inputs.mean(0)) / inputs.std(0).clamp(min=1e-6)).float()
+    classes = 1 if labels.is_floating_point() else int(labels.max()) + 1
+    if classes == 1:
+        labels = (labels / labels.std()).float()
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    train, validation = order[len(order) // 5 :], order[: len(order) // 5]
+    return (
+        Rows(inputs[train], labels[train]),
+        Rows(inputs[validation], labels[validation]),
+        lambda: Model(task.network(inputs.shape[1], classes)),
+    )
+
+
+def run(name: str, method: str, learning_rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """Train once; return what `compare.scores.score` asks for."""
+    train, validation, new_model = load(TASKS[name])
+    taken = steps - METHODS[method].paid_steps(BATCH)
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            learning_rate=learning_rate,
+            max_steps=taken,
+            warmup_steps=WARMUP,
+            per_device_train_batch_size=BATCH,
+            per_device_eval_batch_size=64,
+            seed=seed,
+            label_names=["labels"],
+            save_strategy="no",
+            logging_steps=taken,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = TRAINERS[method](
+            model=new_model(), args=arguments, train_dataset=train, eval_dataset=validation
+        )
+        before = trainer.evaluate()["eval_loss"]
+        begin = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - begin
+        after = trainer.evaluate()["eval_loss"]
+    return {
+        "cell": {"method": method, "learning_rate": learning_rate, "seed": seed, "steps": steps},
+        "loss_before": before,
+        "loss_after": after if math.isfinite(after) else None,
+        "seconds": seconds,
+        "steps": taken,
+        "peak_mib": 0.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--learning_rates", default=LEARNING_RATES)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rates = [float(rate) for rate in options.learning_rates.split(",")]
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    packages = {name: version for name, version in versions().items() if name != "platform"}
+    tasks = {}
+    for name in options.tasks.split(","):
+        cells = [
+            run(name, method, rate, seed, options.steps)
+            for method in TRAINERS
+            for rate in rates
+            for seed in seeds
+        ]
+        kept = ("loss_before", "loss_after", "seconds")
+        rows = [{**cell["cell"], **{key: cell[key] for key in kept}} for cell in cells]
+        tasks[name] = {**asdict(score(cells)), "cells": rows}
+    result = {"versions": packages, "tasks": tasks}
+    print(compare_tasks.to_markdown(result))
+    if options.write:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
