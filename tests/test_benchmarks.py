@@ -86,6 +86,23 @@ def test_the_scores_are_those_of_the_cells() -> None:
         assert all(cell["probes"] <= paid for cell in cells if cell["method"] == "default")
 
 
+def test_the_committed_result_bears_out_what_the_readme_says() -> None:
+    """As good as tuned from any base LR, on every task, and no peer comes near but one."""
+    result = json.loads(compare_tasks.RESULT.read_text())
+    means = compare_tasks.overall(result)
+    assert means["default"]["robustness"] <= 0.05
+    assert means["default"]["high"] < means["static"]["low"] / 3
+    for task, content in result["tasks"].items():
+        rows = {row["method"]: row for row in content["scores"]}
+        default = rows.pop("default")
+        assert default["robustness"] <= 0.10, task
+        assert default["robustness"] <= rows["static"]["robustness"] / 3, task
+        assert default["worst"] <= 0.20, task
+        assert default["harm"] <= 0.02, task
+        close = {name for name, row in rows.items() if row["low"] <= default["high"]}
+        assert close == ({"prodigy"} if task == "digits" else set()), task
+
+
 def test_the_scaled_bandit_finds_the_best_arm_twice_as_often_as_the_published() -> None:
     """As the committed result says it, from the rewards of a real run."""
     shares = json.loads(planted_bandit.RESULT.read_text())["shares"]

@@ -34,7 +34,7 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(1.5 + 3.6 * columns, 0.6 + 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     methods = list(dict.fromkeys(c["cell"]["method"] for cells, _ in tasks.values() for c in cells))
     lines: dict[str, Any] = {}
     for axis, (name, (cells, scores)) in zip(axes, tasks.items(), strict=False):
@@ -47,7 +47,7 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
         axis.set_xlabel("base learning rate")
         axis.set_ylabel("final eval loss")
         axis.grid(alpha=0.2)
-    for axis in list(axes)[len(tasks) :]:
+    for axis in axes[len(tasks) :]:
         axis.set_axis_off()
     figure.legend(lines.values(), lines, loc="outside upper left", ncols=8, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "pulseopt_hf"}):  # equal pictures are equal files

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pulseopt_hf.cli import main
+from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import DIVERGED, score
 from pulseopt_hf.trainer.calibration import PROBE_ROWS
@@ -53,6 +54,13 @@ def test_nothing_to_measure_against_is_an_error() -> None:
         score([cell("new", 1e-3, 0, 1.0)])
     with pytest.raises(ValueError, match="No static run learned anything"):
         score([cell("static", 1e-3, 0, 3.5)])
+
+
+def test_a_picture_of_four_tasks_has_four_panels(tmp_path: Path) -> None:
+    cells = [cell("static", 1e-3, 0, 1.0), cell("static", 1e-2, 0, 2.0)]
+    tasks = {name: (cells, score(cells)) for name in "abcd"}
+    assert draw(tasks, tmp_path / "tasks.svg")
+    assert (tmp_path / "tasks.svg").read_text().count('id="matplotlib.axis_') == 2 * len(tasks)
 
 
 def test_probes_are_paid_for() -> None:
