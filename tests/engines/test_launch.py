@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.engines.ranks import free_port
@@ -39,6 +42,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "HF_HOME": str(tmp_path / "hf"),
         "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",
     }
 
 
@@ -54,20 +58,30 @@ def start(tmp_path: Path, *command: object) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """Return the output; a launch that hangs is killed with all its ranks."""
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        raise
-    return output
+def finish(*launches: subprocess.Popen[str]) -> list[str]:
+    """Return the outputs. Launches that hang are killed with all their ranks, and show where."""
+    pool = ThreadPoolExecutor(len(launches))
+    outputs = [pool.submit(launch.communicate) for launch in launches]
+    hung = wait(outputs, timeout=TIMEOUT).not_done
+    for process in [process for launch in launches if hung for process in family(launch)]:
+        process.send_signal(signal.SIGABRT)  # prints where each thread is
+    texts = [output.result(timeout=30)[0] for output in outputs]
+    assert not hung, "A launch hangs.\n" + "\n\n".join(texts)
+    return texts
+
+
+def family(launch: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the launcher, if it still runs, and the ranks it has started, which come first."""
+    if launch.poll() is not None:
+        return []
+    parent = psutil.Process(launch.pid)
+    return [*parent.children(recursive=True), parent]
 
 
 def launch(tmp_path: Path, *command: object) -> list[dict[str, Any]]:
     """Return what each rank printed, by rank."""
     process = start(tmp_path, *command)
-    output = finish(process)
+    (output,) = finish(process)
     assert process.returncode == 0, output
     return summaries(output)
 
@@ -116,7 +130,7 @@ def test_two_nodes_of_torchrun_run_the_same_arms(tmp_path: Path) -> None:
         )
         for node in range(2)
     ]
-    outputs = [finish(node) for node in nodes]
+    outputs = finish(*nodes)
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert all(len(summaries(output)) == 1 for output in outputs), "one rank on each node"
     check_ranks_agree([summaries(output)[0] for output in outputs], 2, "DistributedDataParallel")
@@ -151,7 +165,7 @@ def test_a_rank_that_raises_under_torchrun_ends_the_launch_instead_of_hanging(
     )
     began = time.monotonic()
     process = start(tmp_path, *TORCHRUN, "--standalone", "--nproc_per_node", 2, script, *STEPS)
-    output = finish(process)
+    (output,) = finish(process)
     assert process.returncode != 0
     assert "the trouble of one rank" in output
     assert not summaries(output), "a rank went on alone"
