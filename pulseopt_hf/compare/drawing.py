@@ -66,8 +66,9 @@ def _line(
             losses.setdefault(cell["cell"]["learning_rate"], []).append(bounded)
     rates = sorted(losses)
     means = [sum(losses[rate]) / len(losses[rate]) for rate in rates]
-    below = [mean - min(losses[rate]) for rate, mean in zip(rates, means, strict=True)]
-    above = [max(losses[rate]) - mean for rate, mean in zip(rates, means, strict=True)]
+    # Rounding may put the mean of equal losses beside them, and matplotlib takes no length below 0.
+    below = [max(0.0, mean - min(losses[rate])) for rate, mean in zip(rates, means, strict=True)]
+    above = [max(0.0, max(losses[rate]) - mean) for rate, mean in zip(rates, means, strict=True)]
     return axis.errorbar(
         rates, means, yerr=[below, above], label=method, color=colour, marker="o", capsize=3
     )

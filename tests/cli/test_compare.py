@@ -63,6 +63,13 @@ def test_a_picture_of_four_tasks_has_four_panels(tmp_path: Path) -> None:
     assert (tmp_path / "tasks.svg").read_text().count('id="matplotlib.axis_') == 2 * len(tasks)
 
 
+def test_seeds_that_end_alike_are_drawn(tmp_path: Path) -> None:
+    loss = 0.1
+    assert sum([loss] * 3) / 3 > loss  # by rounding
+    cells = [cell("static", 1e-3, seed, loss) for seed in range(3)]
+    assert draw({"alike": (cells, score(cells))}, tmp_path / "alike.svg")
+
+
 def test_probes_are_paid_for() -> None:
     assert METHODS["static"].paid_steps(16) == 0
     assert METHODS["default"].paid_steps(16) == 10
