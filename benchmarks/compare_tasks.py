@@ -128,11 +128,12 @@ def summarise(folder: Path) -> dict[str, Any]:
 
     Args:
         folder: what `--out` names. All runs of a task that are there count, whatever command made
-            them, so that methods may have seeds and base LRs of their own.
+            them, so that methods may have seeds and base LRs of their own. A seed of a method that
+            lacks one of the task's base LRs, as while another command runs it, is left out.
     """
     tasks = {}
     for task in TASKS:
-        cells = _cells(folder / task / "cells")
+        cells = _whole(_cells(folder / task / "cells"), _rates(TASKS[task][2]))
         if not any(cell["cell"]["method"] == "static" for cell in cells):
             continue
         rows = [
@@ -168,6 +169,24 @@ def _cells(folder: Path) -> list[dict[str, Any]]:
         return order.index(what["method"]), what["learning_rate"], what["seed"]
 
     return sorted(cells, key=place)
+
+
+def _whole(cells: list[dict[str, Any]], grid: set[float]) -> list[dict[str, Any]]:
+    """Leave out the seeds of a method that lack a base LR of the grid that static runs have."""
+    rates: dict[tuple[str, int], set[float]] = {}
+    for cell in cells:
+        what = cell["cell"]
+        rates.setdefault((what["method"], what["seed"]), set()).add(what["learning_rate"])
+    static = [grid & own for (method, _), own in rates.items() if method == "static"]
+    needed = max(static, key=len, default=set())
+    whole = {key for key, own in rates.items() if needed <= own}
+    for method, seed in rates.keys() - whole:
+        print(f"{method}, seed {seed}, is left out: it was not run at every base LR.")
+    return [cell for cell in cells if (cell["cell"]["method"], cell["cell"]["seed"]) in whole]
+
+
+def _rates(words: str) -> set[float]:
+    return {float(word) for word in words.split(",")}
 
 
 def pictured(result: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -175,18 +176,34 @@ def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(
     assert command.endswith("--methods static --learning_rates 0.01 --seeds 0 --steps 4")
 
 
-def test_methods_of_a_comparison_may_have_seeds_of_their_own(tmp_path: Path) -> None:
-    """And what has no base LR counts at each."""
-    folder = tmp_path / "sentences" / "cells"
-    folder.mkdir(parents=True)
-    runs = [("static", rate, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
-    for method, rate, seed in [*runs, ("prodigy", 1e-3, 0)]:
+def test_a_seed_that_another_command_still_runs_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = compare_tasks.TASKS["sentences"][2].split(",")
+    runs = [("static", float(rate), 0) for rate in grid]
+    keep(tmp_path / "sentences" / "cells", [*runs, ("static", float(grid[0]), 1)])
+    keep(tmp_path / "sentences" / "cells", [("greedy", float(grid[0]), 0)])
+    task = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]
+    assert [(c["method"], c["learning_rate"], c["seed"]) for c in task["cells"]] == runs
+    assert "greedy, seed 0, is left out" in capsys.readouterr().out
+
+
+def keep(folder: Path, runs: Sequence[tuple[str, float, int]]) -> None:
+    """Put runs, given as method, base LR and seed, where a comparison keeps its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for method, rate, seed in runs:
         cell = {"method": method, "learning_rate": rate, "seed": seed, "steps": 10}
         measured = {"loss_before": 7.0, "loss_after": 4.0 - 100 * rate, "seconds": 1.0}
         cost = {"steps": 10, "probes": 0, "lr_scale": None, "peak_mib": 1.0}
         (folder / f"{method}-{rate}-{seed}.json").write_text(
             json.dumps({"cell": cell, **measured, **cost})
         )
+
+
+def test_methods_of_a_comparison_may_have_seeds_of_their_own(tmp_path: Path) -> None:
+    """And what has no base LR counts at each."""
+    runs = [("static", rate, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
+    keep(tmp_path / "sentences" / "cells", [*runs, ("prodigy", 1e-3, 0)])
     task = compare_tasks.summarise(tmp_path)["tasks"]["sentences"]
     start = "python benchmarks/compare_tasks.py --data FOLDER --tasks sentences --methods "
     assert task["commands"] == [

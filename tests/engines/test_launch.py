@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def finish(*launches: subprocess.Popen[str]) -> list[str]:
     outputs = [pool.submit(launch.communicate) for launch in launches]
     hung = wait(outputs, timeout=TIMEOUT).not_done
     for process in [process for launch in launches if hung for process in family(launch)]:
-        process.send_signal(signal.SIGABRT)  # prints where each thread is
+        with suppress(psutil.NoSuchProcess):  # it may end meanwhile
+            process.send_signal(signal.SIGABRT)  # prints where each thread is
     texts = [output.result(timeout=30)[0] for output in outputs]
     assert not hung, "A launch hangs.\n" + "\n\n".join(texts)
     return texts
