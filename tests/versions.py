@@ -13,7 +13,7 @@ def needs(package: str, lowest: str, reason: str) -> pytest.MarkDecorator:
 
     Args:
         package: name of the distribution.
-        lowest: first version known to do it; those before the installed oldest one were not tried.
+        lowest: first version known to do it; not all between it and the oldest one were tried.
         reason: what upstream does otherwise.
     """
     found = Version(version(package))

@@ -24,10 +24,11 @@ from pulseopt_hf.report.drawing import (
 )
 from pulseopt_hf.report.tables import notes_on
 
+# Numbers with a sign are written in Python: plotly 6 shows them unrounded if asked for `+.4f`.
 _EPISODE = (
     "<b>Episode %{customdata[0]}</b>, steps %{customdata[1]} to %{customdata[2]}<br>"
     "LR %{customdata[3]}<br>loss %{customdata[4]:.4f} to %{customdata[5]:.4f}<br>"
-    "reward %{customdata[6]:+.4f}%{customdata[7]}<extra></extra>"
+    "reward %{customdata[6]}%{customdata[7]}<extra></extra>"
 )
 _TRIAL = (
     "<b>Trial %{customdata[0]}</b>, step %{customdata[1]}, %{customdata[5]}<br>"
@@ -187,12 +188,19 @@ def mean_reward_plot(run: RunData, styles: ArmStyles) -> Plot | None:
                 "color": INK,
                 "thickness": 1.5,
             },
-            customdata=[[arm.spread or 0.0, arm.lowest, arm.highest, arm.plays] for arm in arms],
+            customdata=[
+                [
+                    *(f"{x:+.4f}" for x in (arm.mean, arm.lowest, arm.highest)),
+                    arm.spread or 0.0,
+                    arm.plays,
+                ]
+                for arm in arms
+            ],
             mode="markers",
             marker={"color": [style.color for style in styles], "size": 13},
             hovertemplate=(
-                "LR %{x}<br>mean %{y:+.4f}, standard deviation %{customdata[0]:.4f}<br>"
-                "from %{customdata[1]:+.4f} to %{customdata[2]:+.4f} in %{customdata[3]} episodes"
+                "LR %{x}<br>mean %{customdata[0]}, standard deviation %{customdata[3]:.4f}<br>"
+                "from %{customdata[1]} to %{customdata[2]} in %{customdata[4]} episodes"
                 "<extra></extra>"
             ),
             meta={"role": "ink"},
@@ -308,7 +316,7 @@ def _rows(run: RunData, styles: ArmStyles) -> list[list[Any]]:
                 styles[styles.index(record)].label,
                 rounded(record.start_loss),
                 rounded(record.end_loss),
-                rounded(record.reward),
+                f"{record.reward:+.4f}",
                 "".join(f"<br>{plain(note)}" for note in notes),
             ]
         )

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # `Trainer._save_checkpoint` is the only moment, between an optimizer step and the checkpoint's
 # files, at which every rank takes part: `on_save` comes after the files, and the state of callbacks
-# is asked for on rank 0 alone. Transformers 5.0 - 5.23.
+# is asked for on rank 0 alone. Transformers 5.6 - 5.24.
 SAVE_CHECKPOINT = "_save_checkpoint"
 
 
@@ -21,7 +21,7 @@ def checkpoint_folder(trainer: Any, trial: Any) -> Path:
     """Return the folder of the checkpoint that `_save_checkpoint` is about to write.
 
     Trainer puts it together inside that method; only the folder of the run, which a hyperparameter
-    search gives a part of its own, has a name. Transformers 5.0 - 5.23.
+    search gives a part of its own, has a name. Transformers 5.6 - 5.24.
     """
     run = trainer._get_output_dir(trial=trial)
     return Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
@@ -31,7 +31,7 @@ def run_folder(trainer: Any) -> Path:
     """Return the folder of the run that a Trainer has begun, a trial's own in a search.
 
     No event hands on the trial of a hyperparameter search, which `train` keeps in `_trial`.
-    Transformers 5.0 - 5.23.
+    Transformers 5.6 - 5.24.
     """
     return Path(trainer._get_output_dir(trial=trainer._trial))
 

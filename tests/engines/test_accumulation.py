@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from tests.engines.ranks import run_ranks
-from tests.versions import needs
 
 
 class Counting(PulseOptTrainer):
@@ -69,7 +68,6 @@ def test_an_episode_counts_optimizer_steps_also_when_the_last_one_of_an_epoch_is
         assert loss == pytest.approx(sum(loss for _, loss in by_step[start]), rel=1e-6)
 
 
-@needs("transformers", "5.1", "passes over `sync_each_batch`")
 @pytest.mark.parametrize("sync_each_batch", [False, True])
 def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(
     sync_each_batch: bool,

@@ -19,9 +19,6 @@ from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.optim import GradientNoise
 from tests.engines.ranks import run_ranks
 from tests.engines.trainers import Fp16PulseTrainer
-from tests.versions import needs
-
-pytestmark = needs("torch", "2.7", "has no `ignored_params`, which Accelerate hands to FSDP2")
 
 CONFIG: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],

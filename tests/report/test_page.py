@@ -125,7 +125,9 @@ def test_hover_shows_an_episodes_numbers(calibrated: Path, page_of: Any, open_pa
     record = run.episodes[numbers[0] - 1]
     assert f"Episode {numbers[0]}, steps {record.start_step} to {record.end_step}" in said
     assert losses_in(said) == pytest.approx([record.start_loss, record.end_loss], abs=5.1e-5)
-    assert f"{abs(record.reward):.4f}" in said
+    assert f"reward {record.reward:+.4f}" in said
+    said = hover(opened, "run1-mean-reward", ".scatterlayer path.point", 0)
+    assert f"mean {first.mean:+.4f}, standard deviation" in said
     # Away from the curves, the strip behind the loss tells of the episode that is pointed at.
     said = hover(opened, "run1-loss", ".heatmaplayer image", down=0.1)
     number = int(said.split("Episode ")[1].split(",")[0])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from transformers import (
     HfArgumentParser,
-    SchedulerType,
     Seq2SeqTrainer,
     Trainer,
     TrainingArguments,
@@ -234,9 +233,6 @@ def test_other_optimizers_of_trainer_run(
     assert logs["episode_end_losses"][-1] < logs["episode_start_losses"][0]
 
 
-@pytest.mark.skipif(
-    "greedy" not in set(SchedulerType), reason="GreedyLR came after Transformers 5.0"
-)
 def test_a_greedy_scheduler_moves_the_base_lr_only(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
