@@ -33,7 +33,7 @@ from pulseopt_hf.compare.scores import excess
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 OUT = Path("runs/ablation")
-TASKS = "sentences,six_classes"
+TASKS = "sentences,six_classes,digits"
 SHIPPED = "as shipped"
 
 
@@ -147,13 +147,19 @@ def main() -> None:
 
 
 def to_markdown(result: dict[str, dict[str, list[float]]]) -> str:
-    """Return a table of the excess, mean over seeds, with a row for each variant."""
+    """Return a table of the excess, mean and range over seeds, with a row for each variant."""
     lines = ["| variant | " + " | ".join(result) + " |", "|---|" + "---|" * len(result)]
     for label in dict.fromkeys(label for rows in result.values() for label in rows):
-        cells = [rows.get(label) for rows in result.values()]
-        shown = ["" if not c else f"{sum(c) / len(c):.3f}" for c in cells]
+        shown = [_shown(rows.get(label, [])) for rows in result.values()]
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":
