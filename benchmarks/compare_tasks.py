@@ -133,7 +133,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     """
     tasks = {}
     for task in TASKS:
-        cells = _whole(_cells(folder / task / "cells"), _rates(TASKS[task][2]))
+        cells = _whole(_cells(folder / task / "cells"), TASKS[task][2].split(","))
         if not any(cell["cell"]["method"] == "static" for cell in cells):
             continue
         rows = [
@@ -171,22 +171,18 @@ def _cells(folder: Path) -> list[dict[str, Any]]:
     return sorted(cells, key=place)
 
 
-def _whole(cells: list[dict[str, Any]], grid: set[float]) -> list[dict[str, Any]]:
+def _whole(cells: list[dict[str, Any]], grid: list[str]) -> list[dict[str, Any]]:
     """Leave out the seeds of a method that lack a base LR of the grid that static runs have."""
     rates: dict[tuple[str, int], set[float]] = {}
     for cell in cells:
         what = cell["cell"]
         rates.setdefault((what["method"], what["seed"]), set()).add(what["learning_rate"])
-    static = [grid & own for (method, _), own in rates.items() if method == "static"]
+    static = [own & set(map(float, grid)) for (name, _), own in rates.items() if name == "static"]
     needed = max(static, key=len, default=set())
     whole = {key for key, own in rates.items() if needed <= own}
     for method, seed in rates.keys() - whole:
         print(f"{method}, seed {seed}, is left out: it was not run at every base LR.")
     return [cell for cell in cells if (cell["cell"]["method"], cell["cell"]["seed"]) in whole]
-
-
-def _rates(words: str) -> set[float]:
-    return {float(word) for word in words.split(",")}
 
 
 def pictured(result: dict[str, Any]) -> dict[str, Any]:

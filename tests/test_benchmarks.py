@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,11 +98,24 @@ def test_the_committed_result_bears_out_what_the_readme_says() -> None:
         rows = {row["method"]: row for row in content["scores"]}
         default = rows.pop("default")
         assert default["robustness"] <= 0.10, task
-        assert default["robustness"] <= rows["static"]["robustness"] / 3, task
+        for name in ("static", "published"):
+            assert default["robustness"] <= rows[name]["robustness"] / 3, (task, name)
         assert default["worst"] <= 0.20, task
         assert default["harm"] <= 0.02, task
         close = {name for name, row in rows.items() if row["low"] <= default["high"]}
         assert close == ({"prodigy"} if task == "digits" else set()), task
+
+
+def test_the_package_pulseopt_ends_as_published_does_wherever_it_was_run() -> None:
+    result = json.loads(compare_tasks.RESULT.read_text())
+    losses: dict[str, dict[Any, float]] = {"pulseopt": {}, "published": {}}
+    for task, content in result["tasks"].items():
+        for cell in content["cells"]:
+            if cell["method"] in losses:
+                place = task, cell["learning_rate"], cell["seed"]
+                losses[cell["method"]][place] = cell["loss_after"]
+    assert len(losses["pulseopt"]) == 27
+    assert losses["pulseopt"].items() <= losses["published"].items()
 
 
 def test_the_scaled_bandit_finds_the_best_arm_twice_as_often_as_the_published() -> None:
