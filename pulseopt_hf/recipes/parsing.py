@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -19,6 +19,9 @@ from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.reading import read_yaml
 
 _CLASSES = (RecipeArguments, RecipeTrainingArguments)
+_MAPPINGS = {
+    key for cls in _CLASSES for key, kind in get_type_hints(cls).items() if "dict" in str(kind)
+}
 COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 
 
@@ -51,12 +54,20 @@ class RecipeParser(HfArgumentParser):
             if action.default is None:
                 return None
             raise UsageError(f"`{key}` has no value; give one, or leave the line out.")
+        if isinstance(value, dict) and key in _MAPPINGS:
+            return value
         if isinstance(value, list):
             if action.nargs != "+":
                 raise UsageError(f"`{key}` takes one value, got the list {value!r}.")
             if not value and action.default == []:
                 return []
         values = value if isinstance(value, list) else [value]
+        for item in values:
+            if isinstance(item, dict | list):
+                raise UsageError(
+                    f"`{key}` must not hold {item!r}; put quotes round a text that begins with a "
+                    "bracket."
+                )
         try:
             words = [f"--{key}={_word(values[0], action.type)}"] if len(values) == 1 else None
             if words is None:
@@ -114,7 +125,9 @@ def resolve(name: str, options: list[str], parser: RecipeParser | None = None) -
     for cls in _CLASSES:
         keys = {field.name for field in dataclasses.fields(cls) if field.init}
         try:
-            built.append(cls(**{key: merged[key] for key in merged if key in keys}))
+            # Trainer's arguments write into the mappings that they are given.
+            own = {key: copy.deepcopy(merged[key]) for key in merged if key in keys}
+            built.append(cls(**own))
         except UsageError as error:
             problems += error.problems
         except (ValueError, TypeError, ImportError) as error:
@@ -170,8 +183,6 @@ def _from_command_line(
 
 def _word(value: Any, kind: Any) -> str:
     """Write a YAML value as a command line would hold it."""
-    if isinstance(value, dict):
-        return json.dumps(value)
     if isinstance(value, float) and value.is_integer() and kind is int:
         return str(int(value))
     return str(value)
@@ -212,6 +223,4 @@ def _plain(key: str, value: Any) -> Any:
         return value.value
     if key in _PATHS and isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
-    if isinstance(value, str) and value.startswith("{"):
-        return json.loads(value)  # a mapping, as `_word` wrote it
     return value

@@ -120,6 +120,33 @@ def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
     assert second.recipe.class_names == ["no", "1"]
 
 
+@pytest.mark.parametrize("value", ["{task}: ", '{"a": 1}', "[x] "])
+def test_a_text_that_begins_with_a_bracket_stays_a_text(value: str, tmp_path: Path) -> None:
+    for run in (
+        resolved(tmp_path, "", "--source_prefix", value, "--run_name", value),
+        resolved(tmp_path, yaml.safe_dump({"source_prefix": value, "run_name": value})),
+    ):
+        values = to_yaml_values(run)
+        assert values["source_prefix"] == values["run_name"] == run.recipe.source_prefix == value
+    (told,) = problems(tmp_path, "source_prefix: {task}\n")
+    assert "put quotes round a text that begins with a bracket" in told
+
+
+def test_a_mapping_may_be_json_on_a_command_line(tmp_path: Path) -> None:
+    run = resolved(tmp_path, "", "--lr_scheduler_kwargs", '{"num_cycles": 2}')
+    assert run.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_yaml_values(run)))
+    assert resolve(str(tmp_path / "again.yaml"), []).training.lr_scheduler_kwargs == {
+        "num_cycles": 2
+    }
+
+
+def test_what_trainer_writes_into_a_mapping_is_not_in_the_resolved_recipe(tmp_path: Path) -> None:
+    run = resolved(tmp_path, "fsdp_config: {xla: false}\nliger_kernel_config: {rope: true}\n")
+    assert to_yaml_values(run)["fsdp_config"] == {"xla": False}
+    assert run.training.liger_kernel_config == {"rope": True}
+
+
 def test_every_key_has_help() -> None:
     actions = RecipeParser()._option_string_actions
     own = [key for key in RecipeParser().keys if f"--{key}" in actions]
