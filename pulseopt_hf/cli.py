@@ -6,7 +6,6 @@ neither torch nor Transformers.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import shutil
@@ -16,58 +15,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pulseopt_hf import __version__
+from pulseopt_hf.command_line import COMMANDS, Parser, RecipeCommandParser
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes.reading import read_yaml
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
-_HELP = """\
+_ABOUT = "\n".join(f"  {name:<10}{about}" for name, about in COMMANDS.items())
+_HELP = f"""\
 usage: pulseopt-hf COMMAND ...
 
 Fine-tune with Transformers from a recipe, with the learning rate adapted in episodes.
 
-  list                              every recipe: task, model, expected time and score
-  show RECIPE                       print the YAML of a recipe or launch profile
-  cp RECIPE FILE                    copy it, to change it
-  validate RECIPE [--KEY VALUE ...] check a recipe, and say all that is wrong with it at once
-  train RECIPE [--KEY VALUE ...]    run a recipe; a key overrides the recipe's line
-  compare RECIPE [--KEY VALUE ...]  does it help? methods, base LRs and seeds at equal cost
-  report RUN [RUN ...]              a page on a run, or on several beside each other
-  plot RUN [RUN ...]                the page's plots as SVG or PNG files
-  watch RUN                         follow a run while it goes; plain lines where no terminal is
+{_ABOUT}
 
-RECIPE is a name that `list` shows, or the path of a YAML file. RUN is a run's folder.
+`pulseopt-hf COMMAND --help` shows what a command takes.
 
-options of every command:
-  --debug      show where an error came from
-  -h, --help   show this, or after `train` every key
+  --debug      show where an error came from; works with every command
+  -h, --help   show this help message and exit
   --version    show the version
-
-options of train:
-  --resume     go on from the last whole checkpoint of the run folder
-  --overwrite  replace the run in the run folder
-  --quiet      write nothing to the screen but errors
-
-options of compare:
-  --methods         of static, random, published, default, calibrated, greedy, schedule_free,
-                    prodigy; with commas between
-  --learning_rates  base LRs, with commas between
-  --seeds           seeds, with commas between
-  --steps           optimizer steps of a run, 600 by default
-  --out             folder for the results; what is there already is not run again
-
-options of report:
-  --out        the page's file; by default report.html, in the run's folder if there is one run
-
-options of plot:
-  --out        folder for the pictures; by default plots, in the run's folder if there is one run
-  --format     svg or png
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run a command and return its exit code.
+
+    Raises:
+        SystemExit: a command has shown its help, or SIGTERM has ended `watch`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -115,24 +91,21 @@ def _dispatch(words: list[str]) -> int:
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
     commands |= {"compare": _compare, "report": _report, "plot": _plot, "watch": _watch}
-    command, rest = words[0], words[1:]
+    command = words[0]
+    if command.startswith("-"):
+        raise UsageError(
+            f"Unknown option `{command}`; without a command there are `--help` and `--version`."
+        )
     if command not in commands:
         raise UsageError(
-            f"`{command}` is no command{nearest(command, commands) or '.'} "
+            f"Unknown command `{command}`{nearest(command, commands) or '.'} "
             f"Commands are {', '.join(commands)}."
         )
-    if rest and rest[0] in ("-h", "--help"):
-        print(_HELP, end="")
-        if command in ("train", "validate"):
-            from pulseopt_hf.recipes.parsing import RecipeParser
-
-            print("\nkeys of a recipe:\n" + RecipeParser().format_help())
-        return DONE
-    return commands[command](rest)
+    return commands[command](words[1:])
 
 
 def _list(words: list[str]) -> int:
-    _expect(words, 0, "list")
+    Parser("list").parse_args(words)
     head = ("recipe", "task", "model", "time", "score")
     rows: list[tuple[str, ...]] = [head]
     for name in catalogue.names():
@@ -149,14 +122,18 @@ def _list(words: list[str]) -> int:
 
 
 def _show(words: list[str]) -> int:
-    (name,) = _expect(words, 1, "show RECIPE")
-    print(catalogue.find(name).read_text(encoding="utf-8"), end="")
+    parser = Parser("show")
+    parser.add_argument("recipe", metavar="RECIPE", help="a name from `list`, or a YAML file")
+    print(catalogue.find(parser.parse_args(words).recipe).read_text(encoding="utf-8"), end="")
     return DONE
 
 
 def _cp(words: list[str]) -> int:
-    name, target = _expect(words, 2, "cp RECIPE FILE")
-    source, path = catalogue.find(name), Path(target)
+    parser = Parser("cp")
+    parser.add_argument("recipe", metavar="RECIPE", help="a name from `list`, or a YAML file")
+    parser.add_argument("file", metavar="FILE", type=Path, help="the copy, or a folder for it")
+    options = parser.parse_args(words)
+    source, path = catalogue.find(options.recipe), options.file
     if path.is_dir():
         path = path / source.name
     if path.exists():
@@ -169,30 +146,44 @@ def _cp(words: list[str]) -> int:
 
 
 def _validate(words: list[str]) -> int:
-    name, options = _recipe_and_options(words, "validate")
+    options, keys = RecipeCommandParser("validate").parse(words)
+    catalogue.find(options.recipe)  # a misspelt name need not wait for the imports below
     from pulseopt_hf.recipes.parsing import resolve
 
-    resolved = resolve(name, options)
+    resolved = resolve(options.recipe, keys)
     print(f"{resolved.path}: right.")
     return DONE
 
 
+class _TrainParser(RecipeCommandParser):
+    """Shows the recipe's keys too."""
+
+    def format_help(self) -> str:
+        from pulseopt_hf.recipes.parsing import RecipeParser
+
+        self.epilog = None
+        return f"{super().format_help()}\n{RecipeParser().format_help()}"
+
+
 def _train(words: list[str]) -> int:
-    name, options = _recipe_and_options(words, "train")
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--resume", "--overwrite", "--quiet"):
-        own.add_argument(flag, action="store_true")
-    flags, options = own.parse_known_args(options)
-    if flags.resume and flags.overwrite:
+    parser = _TrainParser("train")
+    for flag, about in (
+        ("--resume", "go on from the last whole checkpoint of the run folder"),
+        ("--overwrite", "replace the run in the run folder"),
+        ("--quiet", "write nothing to the screen but errors"),
+    ):
+        parser.add_argument(flag, action="store_true", help=about)
+    options, keys = parser.parse(words)
+    if options.resume and options.overwrite:
         raise UsageError("`--resume` goes on with a run and `--overwrite` replaces it; choose one.")
-    catalogue.find(name)  # a misspelt name need not wait for the imports below
+    catalogue.find(options.recipe)
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import Interrupted, RunOptions, run
 
-    resolved = resolve(name, options)
+    resolved = resolve(options.recipe, keys)
     command = ("pulseopt-hf", "train", *words)
     try:
-        run(resolved, RunOptions(flags.resume, flags.overwrite, flags.quiet, command))
+        run(resolved, RunOptions(options.resume, options.overwrite, options.quiet, command))
     except Interrupted as error:
         if _is_first_process():
             print(f"{error}.", file=sys.stderr)
@@ -201,10 +192,9 @@ def _train(words: list[str]) -> int:
 
 
 def _compare(words: list[str]) -> int:
-    name, options = _recipe_and_options(words, "compare")
     from pulseopt_hf.compare.command import compare
 
-    compare(name, options)
+    compare(words)
     return DONE
 
 
@@ -228,22 +218,6 @@ def _watch(words: list[str]) -> int:
 
     watch(words)
     return DONE
-
-
-def _recipe_and_options(words: list[str], command: str) -> tuple[str, list[str]]:
-    if not words or words[0].startswith("-"):
-        raise UsageError(
-            f"The recipe comes first: `pulseopt-hf {command} RECIPE [--KEY VALUE ...]`."
-        )
-    return words[0], words[1:]
-
-
-def _expect(words: list[str], count: int, usage: str) -> list[str]:
-    if len(words) != count:
-        raise UsageError(
-            f"The command is `pulseopt-hf {usage}`, got {' '.join(words) or 'no more'}."
-        )
-    return words
 
 
 def _complain(line: str) -> None:

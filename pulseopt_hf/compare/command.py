@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
+from pulseopt_hf.command_line import RecipeCommandParser
 from pulseopt_hf.compare.cells import Cell, run_apart
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
@@ -17,20 +17,14 @@ from pulseopt_hf.compare.scores import Scores, score
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.errors import UsageError, nearest
 
-_LEARNING_RATES = "1e-5,3e-5,1e-4,3e-4,1e-3,3e-3,1e-2"
+_Number = TypeVar("_Number", int, float)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"`compare`: {message}.")
-
-
-def compare(recipe: str, words: Sequence[str]) -> Path:
+def compare(words: Sequence[str]) -> Path:
     """Run what is not there yet of a comparison, and write its table.
 
     Args:
-        recipe: a shipped recipe's name or a file's path.
-        words: the command's options; those it does not know are the recipe's keys.
+        words: the recipe and the command's options; those it does not know are the recipe's keys.
 
     Returns:
         The folder with `compare.json`, `compare.md`, `compare.svg` and a file for each cell.
@@ -38,22 +32,44 @@ def compare(recipe: str, words: Sequence[str]) -> Path:
     Raises:
         UsageError: an option, the recipe or its data is wrong.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--methods", default="static,random,published,default")
-    parser.add_argument("--learning_rates", default=_LEARNING_RATES)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--out")
-    options, rest = parser.parse_known_args(list(words))
+    parser = RecipeCommandParser("compare")
+    parser.add_argument(
+        "--methods",
+        default="static,random,published,default",
+        help="some of those below, separated by commas; by default %(default)s",
+    )
+    parser.add_argument(
+        "--learning_rates",
+        default="1e-5,3e-5,1e-4,3e-4,1e-3,3e-3,1e-2",
+        help="base LRs, separated by commas; by default %(default)s",
+    )
+    parser.add_argument(
+        "--seeds", default="0,1,2", help="separated by commas; by default %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=600, help="optimizer steps of a run; by default %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        help="folder of the results, by default runs/compare-RECIPE; a run whose result is there "
+        "is not repeated",
+    )
+    shown = "".join(f"\n  {name:<15}{method.about}" for name, method in METHODS.items())
+    parser.epilog = f"methods:{shown}\n\n{parser.epilog}"
+    options, rest = parser.parse(words)
+    recipe = options.recipe
     catalogue.find(recipe)
-    methods = options.methods.split(",")
+    methods = list(dict.fromkeys(name.strip() for name in options.methods.split(",")))
     for name in methods:
         if name not in METHODS:
-            raise UsageError(f"`{name}` is no method{nearest(name, METHODS) or '.'} {_known()}")
+            raise UsageError(
+                f"Unknown method `{name}`{nearest(name, METHODS) or '.'} "
+                f"Methods are {', '.join(METHODS)}."
+            )
     if "static" not in methods:
         methods.insert(0, "static")  # which everything is measured against
-    learning_rates = _numbers("--learning_rates", options.learning_rates)
-    seeds = [int(value) for value in _numbers("--seeds", options.seeds)]
+    learning_rates = _numbers("--learning_rates", options.learning_rates, float, "numbers")
+    seeds = _numbers("--seeds", options.seeds, int, "whole numbers")
     if options.steps < 1:
         raise UsageError(f"`--steps` must be at least 1, got {options.steps}.")
     folder = Path(options.out or f"runs/compare-{recipe.replace('/', '-')}")
@@ -121,15 +137,11 @@ def to_markdown(recipe: str, steps: int, seeds: int, scores: Scores) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str, kind: Callable[[str], _Number], name: str) -> list[_Number]:
     try:
-        values = [float(word) for word in text.split(",")]
+        values = [kind(word) for word in text.split(",")]
     except ValueError:
         values = []
     if not values or any(not math.isfinite(v) or v < 0 for v in values):
-        raise UsageError(f"`{option}` takes numbers with commas between, got {text!r}.")
+        raise UsageError(f"`{option}` takes {name} >= 0, separated by commas, got {text!r}.")
     return list(dict.fromkeys(values))
-
-
-def _known() -> str:
-    return f"Methods are {', '.join(METHODS)}."

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
+from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.errors import UsageError, nearest
@@ -28,10 +29,13 @@ COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 class RecipeParser(HfArgumentParser):
     """`HfArgumentParser` over all keys of a recipe, which raises instead of exiting."""
 
-    def __init__(self, prog: str | None = None) -> None:
+    def __init__(self) -> None:
         """Add an option for every key."""
         classes: Any = _CLASSES  # upstream's type variable fits no class at all
-        super().__init__(classes, prog=prog, allow_abbrev=False)
+        # A usage would be a list of all keys.
+        super().__init__(classes, usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+        self._optionals.title = "keys of a recipe"
+        self._negative_number_matcher = ONE_DASH
 
     def error(self, message: str) -> NoReturn:
         """Raise the error as a `UsageError`."""
@@ -147,7 +151,7 @@ def _from_yaml(path: Path, parser: RecipeParser) -> tuple[dict[str, Any], list[s
     problems: list[str] = []
     for key, value in read_yaml(path).items():
         if key not in parser.keys:
-            problems.append(f"`{key}` is no key of a recipe{nearest(key, parser.keys) or '.'}")
+            problems.append(f"unknown recipe key `{key}`{nearest(key, parser.keys) or '.'}")
         elif key in COMMAND_LINE_ONLY and value not in (None, False):
             problems.append(f"`{key}` can be set on the command line only; leave the line out.")
         else:
@@ -174,7 +178,7 @@ def _from_command_line(
     for word in unknown:
         flag = word.split("=", 1)[0]
         if word.startswith("--"):
-            problems.append(f"`{flag}` is no option{nearest(flag, known) or '.'}")
+            problems.append(f"unknown option `{flag}`{nearest(flag, known) or '.'}")
             after_unknown = True
         elif not after_unknown:  # else it is that option's value, of which all is said
             problems.append(f"`{word}` belongs to no option.")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from pulseopt_hf.command_line import Parser
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run, require_episodes
 
 PAGE, PICTURES = "report.html", "plots"
-_USAGE = {
-    "report": "pulseopt-hf report RUN ... [--out FILE]",
-    "plot": "pulseopt-hf plot RUN ... [--out FOLDER] [--format svg|png]",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"`{self.prog}`: {message}. Write `{_USAGE[self.prog]}`.")
+_RUN = "a run's folder, its `output_dir`"
+_IN_THE_FOLDER = ", in the run's folder if there is one run and else in the working folder"
 
 
 def report(words: Sequence[str]) -> Path:
@@ -35,9 +27,11 @@ def report(words: Sequence[str]) -> Path:
     Raises:
         UsageError: a folder is no run, the page has no place, or plotly is not installed.
     """
-    parser = _Parser(prog="report", add_help=False, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", metavar="FILE")
+    parser = Parser("report")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"the page; by default {PAGE}{_IN_THE_FOLDER}"
+    )
     options = parser.parse_args(list(words))
     folders = [Path(name) for name in options.runs]
     runs = read_runs(folders)
@@ -67,10 +61,16 @@ def plot(words: Sequence[str]) -> list[Path]:
         UsageError: a folder is no run, there is nothing to draw, the pictures have no place, or a
             library is not installed.
     """
-    parser = _Parser(prog="plot", add_help=False, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", metavar="FOLDER")
-    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    parser = Parser("plot")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help=f"where the pictures go; by default {PICTURES}{_IN_THE_FOLDER}",
+    )
+    parser.add_argument(
+        "--format", choices=("svg", "png"), default="svg", help="by default %(default)s"
+    )
     options = parser.parse_args(list(words))
     folders = [Path(name) for name in options.runs]
     runs = read_runs(folders)

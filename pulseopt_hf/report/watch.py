@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import NoReturn, Protocol
 
 from pulseopt_hf.aees.calibration import search_failed
 from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
+from pulseopt_hf.command_line import Parser
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.report.arms import shown
 from pulseopt_hf.report.data import RunData, lr_of
@@ -53,11 +53,6 @@ class View(Protocol):
         """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"`watch`: {message}. Write `pulseopt-hf watch RUN`.")
-
-
 def watch(words: Sequence[str]) -> None:
     """Follow a run, in a terminal live and else line by line, until training ends.
 
@@ -67,8 +62,8 @@ def watch(words: Sequence[str]) -> None:
     Raises:
         UsageError: the folder is no run, its record is damaged, or rich is not installed.
     """
-    parser = _Parser(prog="watch", add_help=False, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN")
+    parser = Parser("watch")
+    parser.add_argument("run", metavar="RUN", help="the run's folder, its `output_dir`")
     folder = Path(parser.parse_args(list(words)).run)
     require_folder(folder)
     _require_begun(folder)

@@ -182,15 +182,17 @@ def test_a_file_that_is_no_recipe_is_named(
     ("words", "says"),
     [
         (["tran", "glue/sst2"], "did you mean `train`?"),
+        (["-v"], "Unknown option `-v`; without a command there are `--help` and `--version`"),
+        (["train", "glue/sst2", "-v"], "`-v` belongs to no option"),
         (["train", "glue/sst22"], "did you mean `glue/sst2`?"),
         (["train", "gone.yaml"], "gone.yaml: there is no such file"),
         (["train"], "The recipe comes first"),
         (["train", "--resume", "glue/sst2"], "The recipe comes first"),
         (["train", "glue/sst2", "--resume", "--overwrite"], "choose one"),
         (["train", "launch/ddp"], "is a launch profile"),
-        (["show"], "The command is `pulseopt-hf show RECIPE`"),
+        (["show"], "arguments are required: RECIPE. `pulseopt-hf show --help`"),
         (["cp", "glue/sst2", "no/such/folder.yaml"], "there is no such folder"),
-        (["list", "more"], "The command is `pulseopt-hf list`"),
+        (["list", "more"], "unrecognized arguments: more. `pulseopt-hf list --help`"),
     ],
 )
 def test_a_command_that_is_none_is_named(words: list[str], says: str, say: Say) -> None:

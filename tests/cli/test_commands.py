@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from pulseopt_hf.cli import main
+from pulseopt_hf.command_line import COMMANDS
+from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.recipes import catalogue
 from tests.recipes.tiny import SHARED, files_of, results
 
@@ -70,14 +72,34 @@ def test_a_copied_recipe_is_one_to_change_and_validate(
     assert "did you mean `max_length`?" in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
-def test_help_says_what_there_is(words: list[str]) -> None:
-    done = command(*words)
-    assert done.returncode == 0
-    assert "pulseopt-hf COMMAND" in done.stdout
-    if words[0] == "train":
-        for key in ("--lr_candidates", "--train_file", "--learning_rate", "--resume"):
-            assert key in done.stdout
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in COMMANDS)
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("words", [["--help"], ["glue/sst2", "-h"]])
+def test_every_command_has_help_of_its_own(
+    name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([name, *words])
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: pulseopt-hf {name} ")
+    assert COMMANDS[name][1:] in said
+    assert ("--lr_candidates" in said) == (name == "train")
+    assert ("--resume" in said) == (name == "train")
+    assert ("--format" in said) == (name == "plot")
+
+
+def test_the_help_of_compare_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    _, methods, _ = re.split(r"^methods:$|^A KEY", capsys.readouterr().out, flags=re.M)
+    assert re.findall(r"^  (\w+)", methods, re.M) == list(METHODS)
 
 
 @needs_data

@@ -125,13 +125,15 @@ def test_a_comparison_is_run_kept_and_written(
     ("words", "message"),
     [
         ([], "The recipe comes first"),
-        (["glue/cola", "--methods", "statik"], "`statik` is no method"),
-        (["glue/cola", "--seeds", "a"], "`--seeds` takes numbers"),
+        (["glue/cola", "--methods", "statik"], "Unknown method `statik`"),
+        (["glue/cola", "--seeds", "a"], "`--seeds` takes whole numbers"),
+        (["glue/cola", "--seeds", "0.5"], "`--seeds` takes whole numbers"),
+        (["glue/cola", "--learning_rates", "-1e-4"], "takes numbers >= 0"),
         (["glue/cola", "--learning_rates", "nan"], "`--learning_rates` takes numbers"),
         (["glue/cola", "--steps", "0"], "`--steps` must be at least 1"),
         (["glue/cola", "--steps", "x"], "invalid int value"),
         (["glue/colla"], "colla"),
-        (["glue/cola", "--lerning_rate", "1"], "`--lerning_rate` is no option"),
+        (["glue/cola", "--lerning_rate", "1"], "unknown option `--lerning_rate`"),
     ],
 )
 def test_bad_usage(

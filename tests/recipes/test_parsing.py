@@ -79,14 +79,14 @@ def test_all_mistakes_are_told_at_once_with_the_key_and_the_fix(tmp_path: Path) 
     told = problems(tmp_path, text, "--seeed", "3", "--warmup_steps", "5")
     assert all(line.startswith(str(tmp_path / "mine.yaml")) for line in told)
     for part in (
-        "`learning_rat` is no key of a recipe; did you mean `learning_rate`?",
+        "unknown recipe key `learning_rat`; did you mean `learning_rate`?",
         "`max_steps`: invalid int value: 'many'",
         "`lr_candidates` must hold numbers > 0, got 0",
         "`max_length` must be at least 1, got 0",
         "`metrics` of `text-classification` are accuracy, f1, matthews, got 'bleu'",
         "`ema_alpha` must be a number in (0, 1], got 2",
         "`per_device_train_batch_size` takes one value, got the list [1, 2]",
-        "`--seeed` is no option; did you mean `--seed`?",
+        "unknown option `--seeed`; did you mean `--seed`?",
     ):
         assert sum(part in line for line in told) == 1, (part, told)
 
@@ -101,7 +101,16 @@ def test_a_file_cannot_allow_what_only_the_user_may(key: str, tmp_path: Path) ->
 
 def test_prefixes_of_options_are_no_options(tmp_path: Path) -> None:
     (told,) = problems(tmp_path, "", "--learning_r", "1e-4")
-    assert "`--learning_r` is no option" in told
+    assert "unknown option `--learning_r`" in told
+
+
+@pytest.mark.parametrize("value", ["-3e-4", "-inf"])
+def test_a_value_with_a_minus_sign_is_a_value(value: str, tmp_path: Path) -> None:
+    (told,) = problems(tmp_path, "", "--learning_rate", value)
+    assert f"`learning_rate` must be a number >= 0, got {float(value)}" in told
+    assert problems(tmp_path, f"lr_candidates: [{value.replace('inf', '.inf')}, 1]\n") != []
+    run = resolved(tmp_path, "label_range: [-1e-5, 1]\n", "--source_prefix", "-x")
+    assert (run.recipe.label_range, run.recipe.source_prefix) == ([-1e-5, 1.0], "-x")
 
 
 def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:

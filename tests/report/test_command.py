@@ -155,7 +155,7 @@ def test_words_that_are_none_are_refused(
 ) -> None:
     line = say(*words)
     assert says in line
-    assert "Write `pulseopt-hf report RUN ... [--out FILE]`" in line
+    assert "`pulseopt-hf report --help` shows how to use it" in line
 
 
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])
