@@ -148,10 +148,12 @@ def _cp(words: list[str]) -> int:
 def _validate(words: list[str]) -> int:
     options, keys = RecipeCommandParser("validate").parse(words)
     catalogue.find(options.recipe)  # a misspelt name need not wait for the imports below
+    from pulseopt_hf.recipes import data
     from pulseopt_hf.recipes.parsing import resolve
 
     resolved = resolve(options.recipe, keys)
-    print(f"{resolved.path}: right.")
+    data.check(resolved.recipe, resolved.training)
+    print(f"`{resolved.path}`: valid.")
     return DONE
 
 

@@ -72,6 +72,11 @@ def compare(words: Sequence[str]) -> Path:
     seeds = _numbers("--seeds", options.seeds, int, "whole numbers")
     if options.steps < 1:
         raise UsageError(f"`--steps` must be at least 1, got {options.steps}.")
+    from pulseopt_hf.recipes import data
+    from pulseopt_hf.recipes.parsing import resolve
+
+    resolved = resolve(recipe, rest)
+    data.check(resolved.recipe, resolved.training)
     folder = Path(options.out or f"runs/compare-{recipe.replace('/', '-')}")
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     cells = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,31 @@ class Parts:
         return [*([self.train] if self.train else []), *self.validation, *self.test]
 
 
+def check(recipe: RecipeArguments, training: RecipeTrainingArguments) -> None:
+    """Check that the data is named and that local files are there, without reading any.
+
+    Raises:
+        UsageError: something is wrong; it has a line for each.
+    """
+    name = recipe.dataset_name
+    if _is_local(recipe):
+        problems = list(_problems_of_files(recipe, training))
+    elif name is None:
+        problems = [
+            "There is no data: set `train_file` and `validation_file` to local files, or "
+            "`dataset_name` to a data set of the hub."
+        ]
+    elif name.startswith("embedded:") and name not in _EMBEDDED:
+        problems = [
+            f"`dataset_name`: there is no `{name}`{nearest(name, _EMBEDDED) or '.'} "
+            f"There are {', '.join(_EMBEDDED)}."
+        ]
+    else:
+        return
+    if problems:
+        raise UsageError(*problems)
+
+
 def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> Parts:
     """Load the rows that the run uses, cut to the recipe's limits.
 
@@ -78,13 +103,8 @@ def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> Parts:
     Raises:
         UsageError: a file, data set or split is missing, unreadable or empty.
     """
-    local = recipe.train_file or recipe.validation_file or recipe.test_file
-    if not local and recipe.dataset_name is None:
-        raise UsageError(
-            "There is no data: set `train_file` and `validation_file` to local files, or "
-            "`dataset_name` to a data set of the hub."
-        )
-    read = _from_files if local else _from_data_set
+    check(recipe, training)
+    read = _from_files if _is_local(recipe) else _from_data_set
     wanted = (bool(training.do_train), bool(training.do_eval), bool(training.do_predict))
     parts = read(recipe, *wanted, seed=training.seed)
     limits = ("max_train_samples", "max_eval_samples", "max_predict_samples")
@@ -99,46 +119,71 @@ def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> Parts:
     return parts
 
 
-def _from_files(
-    recipe: RecipeArguments, train: bool, evaluate: bool, predict: bool, seed: int
-) -> Parts:
-    problems = []
-    if train and not recipe.train_file:
-        problems.append("`train_file` is not set, and other local files are; set it too.")
-    if evaluate and not recipe.validation_file and not (train and recipe.validation_percentage):
-        problems.append(
+def _is_local(recipe: RecipeArguments) -> bool:
+    return bool(recipe.train_file or recipe.validation_file or recipe.test_file)
+
+
+def _problems_of_files(recipe: RecipeArguments, training: RecipeTrainingArguments) -> Iterator[str]:
+    if training.do_train and not recipe.train_file:
+        yield "`train_file` is not set, and other local files are; set it too."
+    held_out = training.do_train and recipe.validation_percentage
+    if training.do_eval and not recipe.validation_file and not held_out:
+        yield (
             "`validation_file` is not set, and `train_file` is; set it too, or take a share of the "
             "training data with `--validation_percentage 5`, or leave evaluation out with "
             "`--no_do_eval`."
         )
-    if predict and not recipe.test_file:
-        problems.append("`test_file` is not set, and `do_predict` is; set it too.")
-    parts = Parts(None, [], [])
-    for wanted, key, paths, group in (
-        (train, "train_file", [recipe.train_file] if recipe.train_file else [], None),
-        (evaluate, "validation_file", recipe.validation_file, parts.validation),
-        (predict, "test_file", recipe.test_file, parts.test),
-    ):
-        for path in paths if wanted else []:
+    if training.do_predict and not recipe.test_file:
+        yield "`test_file` is not set, and `do_predict` is; set it too."
+    wanted = (bool(training.do_train), bool(training.do_eval), bool(training.do_predict))
+    for key, paths in _files(recipe, *wanted).items():
+        for path in paths:
+            if not path.exists():
+                yield f"`{key}` {path}: there is no such file."
+            elif not path.is_dir() and path.suffix.lower() not in _FORMATS:
+                known = ", ".join(suffix[1:] for suffix in _FORMATS)
+                yield (
+                    f"`{key}` {path}: must be one of {known}, or a folder that `save_to_disk` "
+                    "wrote."
+                )
+            elif path.stat().st_size == 0:
+                yield f"`{key}` {path}: is empty."
+
+
+def _files(
+    recipe: RecipeArguments, train: bool, evaluate: bool, predict: bool
+) -> dict[str, list[Path]]:
+    """Return the local files that the run uses."""
+    return {
+        "train_file": [Path(recipe.train_file)] if train and recipe.train_file else [],
+        "validation_file": [Path(name) for name in recipe.validation_file if evaluate],
+        "test_file": [Path(name) for name in recipe.test_file if predict],
+    }
+
+
+def _from_files(
+    recipe: RecipeArguments, train: bool, evaluate: bool, predict: bool, seed: int
+) -> Parts:
+    problems = []
+    found: dict[str, list[Part]] = {}
+    for key, paths in _files(recipe, train, evaluate, predict).items():
+        found[key] = []
+        for path in paths:
             try:
-                part = Part(_read_file(Path(path)), f"`{key}` {path}")
+                found[key].append(Part(_read_file(path), f"`{key}` {path}"))
             except UsageError as error:
                 problems += [f"`{key}` {problem}" for problem in error.problems]
-                continue
-            if group is None:
-                parts.train = part
-            else:
-                group.append(part)
     if problems:
         raise UsageError(*problems)
+    parts = Parts(
+        next(iter(found["train_file"]), None), found["validation_file"], found["test_file"]
+    )
     if evaluate and not parts.validation and parts.train:
         _hold_out(parts, recipe, seed)
     return parts
 
 
 def _read_file(path: Path) -> Dataset:
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such file.")
     if path.is_dir():
         try:
             rows = load_from_disk(str(path))
@@ -151,11 +196,6 @@ def _read_file(path: Path) -> Dataset:
                 f"{path}: holds several splits ({', '.join(rows)}); name the folder of one of them."
             )
         return rows
-    if path.suffix.lower() not in _FORMATS:
-        known = ", ".join(suffix[1:] for suffix in _FORMATS)
-        raise UsageError(f"{path}: must be one of {known}, or a folder that `save_to_disk` wrote.")
-    if path.stat().st_size == 0:
-        raise UsageError(f"{path}: is empty.")
     builder, options = _FORMATS[path.suffix.lower()]
     try:
         return load_dataset(builder, data_files={"rows": str(path)}, split="rows", **options)
@@ -196,11 +236,6 @@ def _load_splits(recipe: RecipeArguments) -> DatasetDict:
     name = recipe.dataset_name
     assert name is not None
     if name.startswith("embedded:"):
-        if name not in _EMBEDDED:
-            raise UsageError(
-                f"`dataset_name`: there is no `{name}`{nearest(name, _EMBEDDED) or '.'} "
-                f"There are {', '.join(_EMBEDDED)}."
-            )
         try:
             return _EMBEDDED[name]()
         except ImportError as error:

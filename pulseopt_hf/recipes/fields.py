@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.recipes.errors import UsageError, nearest
 from pulseopt_hf.trainer import PulseOptTrainingArguments
 
 _CLASS_METRICS = ("accuracy", "f1", "matthews")
@@ -180,6 +181,13 @@ class RecipeTrainingArguments(PulseOptTrainingArguments, Seq2SeqTrainingArgument
             f"`{name}` must be {bound}, got {getattr(self, name)!r}."
             for name, bound, holds in _TRAINER_BOUNDS
             if not holds(getattr(self, name))
+        ]
+        trackers = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+        problems += [
+            f"`report_to`: unknown tracker `{name}`{nearest(name, trackers) or '.'} "
+            f"Trackers are {', '.join(trackers)}."
+            for name in self.report_to
+            if name not in trackers
         ]
         if problems:
             raise UsageError(*problems)

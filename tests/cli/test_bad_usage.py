@@ -102,6 +102,26 @@ def test_a_missing_file_is_named(say: Say, local: Callable[..., list[str]]) -> N
     assert "must be one of csv, tsv" in say(*local(), f"--train_file={__file__}")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--train_file", "gone.csv"], "`train_file` gone.csv: there is no such file"),
+        (["--validation_file", "gone.csv"], "`validation_file` gone.csv: there is no such file"),
+        (["--do_predict"], "`test_file` is not set"),
+        (["--report_to", "wandbb"], "unknown tracker `wandbb`; did you mean `wandb`?"),
+        (["--report_to", "none", "x"], "unknown tracker `x`. Trackers are"),
+    ],
+)
+def test_what_train_refuses_validate_refuses_too(
+    words: list[str], says: str, say: Say, local: Callable[..., list[str]]
+) -> None:
+    for command in ("validate", "train"):
+        assert says in say(command, *local()[1:], *words)
+        assert "There is no data" in say(command, "lm/text_file")
+        line = say(command, "quickstart/lm", "--dataset_name", "embedded:sentence")
+        assert "did you mean `embedded:sentences`?" in line
+
+
 def test_half_of_the_local_files_is_not_enough(say: Say, local: Callable[..., list[str]]) -> None:
     words = local()[:-2]
     assert "`validation_file` is not set" in say(*words)

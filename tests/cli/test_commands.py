@@ -65,7 +65,7 @@ def test_a_copied_recipe_is_one_to_change_and_validate(
     assert main(["cp", "glue/rte", str(mine)]) == 2
     capsys.readouterr()
     assert main(["validate", str(mine)]) == 0
-    assert capsys.readouterr().out == f"{mine}: right.\n"
+    assert capsys.readouterr().out == f"`{mine}`: valid.\n"
     mine.write_text(mine.read_text().replace("max_length", "max_lenght"))
     done = command("validate", str(mine))
     assert done.returncode == 2

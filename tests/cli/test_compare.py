@@ -133,6 +133,7 @@ def test_a_comparison_is_run_kept_and_written(
         (["glue/cola", "--steps", "0"], "`--steps` must be at least 1"),
         (["glue/cola", "--steps", "x"], "invalid int value"),
         (["glue/colla"], "colla"),
+        (["glue/cola", "--train_file", "gone.csv"], "gone.csv: there is no such file"),
         (["glue/cola", "--lerning_rate", "1"], "unknown option `--lerning_rate`"),
     ],
 )
@@ -142,3 +143,4 @@ def test_bad_usage(
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *words]) == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [], "something was written"
