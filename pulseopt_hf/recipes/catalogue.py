@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pulseopt_hf.recipes.errors import UsageError, nearest
 
+RECIPE = "recipe.yaml"  # in a run's folder
 LAUNCH = "launch"  # the folder of Accelerate's launch profiles, which are no recipes
 
 
@@ -39,6 +40,8 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if (path / RECIPE).is_file():
+        raise UsageError(f"{name}: is a folder; did you mean `{path / RECIPE}`?")
     if path.suffix in (".yaml", ".yml") or path.is_absolute():
         raise UsageError(f"{name}: there is no such file.")
     raise UsageError(

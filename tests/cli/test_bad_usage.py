@@ -219,6 +219,14 @@ def test_a_command_that_is_none_is_named(words: list[str], says: str, say: Say) 
     assert says in say(*words)
 
 
+def test_a_runs_folder_is_no_recipe_and_the_recipe_in_it_is_named(say: Say, tmp_path: Path) -> None:
+    run = tmp_path / "quickstart-lm"
+    run.mkdir()
+    (run / "recipe.yaml").touch()
+    for command in ("train", "validate", "show", "compare"):
+        assert f"is a folder; did you mean `{run / 'recipe.yaml'}`?" in say(command, str(run))
+
+
 def test_validate_tells_every_error_of_a_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
