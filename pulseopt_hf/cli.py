@@ -188,7 +188,7 @@ def _train(words: list[str]) -> int:
         run(resolved, RunOptions(options.resume, options.overwrite, options.quiet, command))
     except Interrupted as error:
         if _is_first_process():
-            print(f"{error}.", file=sys.stderr)
+            print(error, file=sys.stderr)
         return FAILED
     return DONE
 

@@ -6,19 +6,24 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from pulseopt_hf.aees.run_record import FILE_NAME
+from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
+from pulseopt_hf.recipes.reading import read_yaml
 from pulseopt_hf.report.command import PAGE, PICTURES
 from pulseopt_hf.trainer.checkpoints import checkpoints
 
-RECIPE, RUN, LOG = "recipe.yaml", "run.json", "train.log"
+RECIPE, RUN, LOG = catalogue.RECIPE, "run.json", "train.log"
+_ONCE = ("--overwrite", "--resume")
 _PACKAGES = ("pulseopt-hf", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 _LIBRARIES = ("tokenizers", "scikit-learn", "scipy", "numpy")
 
@@ -53,6 +58,36 @@ def choose(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
     if resume and taken:
         return next((path for path in reversed(taken) if checkpoints(path)), taken[-1])
     return taken[-1] if overwrite and taken else candidates[-1]
+
+
+def refuse_unsaid_changes(path: Path, resolved: Resolved) -> None:
+    """Check that a run goes on with the settings it had, or with others that the user asks for.
+
+    Raises:
+        UsageError: settings differ from the run's, and not by an option of this command.
+    """
+    if not (path / RECIPE).is_file():
+        return
+    before, now = read_yaml(path / RECIPE), to_yaml_values(resolved)
+    problems = [
+        f"`--resume`: `{key}` was {before.get(key, 'not set')} in this run and would be "
+        f"{now.get(key, 'not set')} now; name the one you want by `--{key}`."
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and key not in resolved.said
+    ]
+    if problems:
+        raise UsageError(*problems)
+
+
+def command_to_go_on(path: Path, resolved: Resolved, command: Sequence[str]) -> str:
+    """Return the command line that goes on with a run that was started by this one."""
+    start = ["pulseopt-hf"]
+    if resolved.training.world_size > 1:
+        start = ["accelerate", "launch", "...", "-m", "pulseopt_hf"]
+    words = [word for word in _without_secrets(command[1:]) if word not in _ONCE]
+    if "output_dir" not in resolved.said:
+        words += ["--output_dir", str(path)]
+    return shlex.join([*start, *words, "--resume"])
 
 
 def clear(path: Path) -> None:
@@ -127,7 +162,7 @@ def _holds_run(path: Path) -> bool:
     return (path / RECIPE).exists() or bool(checkpoints(path))
 
 
-def _without_secrets(command: list[str]) -> list[str]:
+def _without_secrets(command: Sequence[str]) -> list[str]:
     result, hide = [], False
     for word in command:
         secret = re.match(r"(--hub[_-]token)(=.*)?$", word)

@@ -93,6 +93,7 @@ class Resolved:
         training: Trainer's arguments and the knobs; `output_dir` is `None` where the user named
             none.
         given: what the YAML file and the command line set, as their options convert it.
+        said: the keys of these that the command line set.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Resolved:
     recipe: RecipeArguments
     training: RecipeTrainingArguments
     given: dict[str, Any]
+    said: frozenset[str]
 
 
 def resolve(name: str, options: list[str], parser: RecipeParser | None = None) -> Resolved:
@@ -143,7 +145,7 @@ def resolve(name: str, options: list[str], parser: RecipeParser | None = None) -
     training = built[1]
     if "output_dir" not in merged:
         training.output_dir = None
-    return Resolved(name, path, built[0], training, merged)
+    return Resolved(name, path, built[0], training, merged, frozenset(command))
 
 
 def _from_yaml(path: Path, parser: RecipeParser) -> tuple[dict[str, Any], list[str]]:

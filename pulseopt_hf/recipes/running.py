@@ -79,7 +79,7 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
         write.file = path / folder.LOG
     trainer = make_trainer(resolved, prepared, write)
     if training.do_train:
-        _train(trainer, resolved, checkpoint, write)
+        _train(trainer, resolved, options, checkpoint, write)
     if training.do_eval:
         _evaluate(trainer, resolved, prepared, write)
     if training.do_predict:
@@ -124,6 +124,7 @@ def _choose_folder(
                         f"`--resume`: there is no whole checkpoint in {path}{why}. Leave it out "
                         "to start a new run."
                     )
+                folder.refuse_unsaid_changes(path, resolved)
             elif resolved.training.resume_from_checkpoint is not None:
                 chosen[1] = _named_checkpoint(resolved.training.resume_from_checkpoint)
         except UsageError as error:
@@ -189,7 +190,11 @@ def make_trainer(resolved: Resolved, prepared: tasks.Prepared, write: Lines) -> 
 
 
 def _train(
-    trainer: PulseOptTrainer, resolved: Resolved, checkpoint: Path | None, write: Lines
+    trainer: PulseOptTrainer,
+    resolved: Resolved,
+    options: RunOptions,
+    checkpoint: Path | None,
+    write: Lines,
 ) -> None:
     path = Path(str(resolved.training.output_dir))
     with Interruption(trainer, write) as interruption:
@@ -200,8 +205,7 @@ def _train(
         step = trainer.state.global_step
         raise Interrupted(
             f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. Go "
-            f"on with: pulseopt-hf train {resolved.name} --output_dir {path} --resume, and the "
-            "other options of this command"
+            f"on with:\n{folder.command_to_go_on(path, resolved, options.command)}"
         )
     assert trainer.train_dataset is not None
     metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,9 +165,13 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
     stopped = re.search(r"Stopped at step (\d+) of 250; checkpoint-(\d+) is saved\.", error)
     assert stopped is not None
     assert stopped[1] == stopped[2]
-    assert "--resume" in error
-
-    done = command("train", *words, "--resume", "--output_dir", "run", cwd=tmp_path)
+    # What it says is the whole command, to be pasted.
+    go_on = shlex.split(error.splitlines()[-1])
+    assert go_on == ["pulseopt-hf", "train", *words, "--output_dir", "run", "--resume"]
+    shorter = command("train", *words[:-4], "--output_dir", "run", "--resume", cwd=tmp_path)
+    assert shorter.returncode == 2
+    assert "`max_steps` was 250 in this run and would be -1 now" in shorter.stderr
+    done = command(*go_on[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from {Path('run') / ('checkpoint-' + stopped[1])}" in done.stdout
     for name in ("model.safetensors", "episodes.json"):

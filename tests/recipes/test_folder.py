@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import folder
+from pulseopt_hf.recipes.parsing import resolve
 from pulseopt_hf.report.reading import read_run
 from pulseopt_hf.trainer.checkpoints import checkpoints, newest_whole_checkpoint
 from tests.recipes.tiny import files_of, results
@@ -135,6 +137,28 @@ def test_nothing_to_resume_from_is_bad_usage(
     assert main(words) == 2
     assert "there is no whole checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_run_goes_on_with_its_settings_unless_others_are_asked_for(
+    copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    words = ["train", "glue/cola", "--output_dir", str(copy), "--resume", *options]
+    assert main([word for word in words if word not in ("--learning_rate", "1e-3")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "`learning_rate` was 0.001 in this run and would be 2e-05 now" in line
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+    assert main([*words, "--max_steps", "32", "--quiet"]) == 0
+    assert read_run(copy).max_steps == 32
+
+
+def test_the_command_to_go_on_has_every_option_and_names_the_folder(options: list[str]) -> None:
+    words = ["glue/cola", *options, "--run_name", "{task} run", "--hub_token=secret"]
+    resolved = resolve(words[0], words[1:])
+    command = ["pulseopt-hf", "train", *words, "--overwrite"]
+    said = folder.command_to_go_on(Path("runs/x"), resolved, command)
+    kept = [*words[:-1], "--hub_token=...", "--output_dir", "runs/x", "--resume"]
+    assert shlex.split(said) == ["pulseopt-hf", "train", *kept]
 
 
 def test_a_finished_run_is_not_written_over_unasked(
