@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pulseopt_hf.report.arms import shown
 from pulseopt_hf.report.data import RunData, Series
-from pulseopt_hf.report.drawing import Plot, add_line, new_figure
+from pulseopt_hf.report.drawing import Plot, add_line, log_axis, new_figure
 from pulseopt_hf.report.tables import Table, progress
 
 # Apart from each other on light and on dark, for colour-blind eyes too; lines differ in dashes when
@@ -74,8 +74,10 @@ def _overlaid(
     figure = new_figure(unit)
     rate = unit == "learning rate"
     parts = []
+    drawn: Series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         points = series(run)
+        drawn += points
         if points:
             parts.append(f"{name} {shown(points[-1][1])}")
         add_line(
@@ -90,5 +92,5 @@ def _overlaid(
     if not parts:
         return None
     if rate:
-        figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+        figure.update_yaxes(log_axis(value for _, value in drawn))
     return Plot(key, title, f"{title} at the end: {'; '.join(parts)}.", figure)

@@ -57,7 +57,7 @@ class RunData:
             so it was killed or waits.
         step: steps done, as far as is written down.
         max_steps: steps of the whole run.
-        base_lr: highest base LR of the schedule, or `None` where nothing was logged.
+        base_lr: highest base LR of the schedule, or `None` where it is not known.
         knobs: the method's settings; empty for a run without AEES.
         versions: version of each package, by name; empty where the run has no record.
         resumed_from: step of the checkpoint that it went on from last, or `None`.
@@ -89,8 +89,23 @@ class RunData:
 
     @property
     def loss(self) -> Series:
-        """Training loss as Trainer logged it: a mean since the log before."""
-        return self.series("loss")
+        """Training loss as Trainer logged it: a mean since the log before.
+
+        Of a run that logged too seldom for a curve, the step losses at both ends of each episode.
+        """
+        if not self.logged_seldom:
+            return self.series("loss")
+        ends = [
+            point
+            for r in self.episodes
+            for point in ((r.start_step + 1, r.start_loss), (r.end_step + 1, r.end_loss))
+        ]
+        return [(step, loss) for step, loss in ends if math.isfinite(loss)]
+
+    @property
+    def logged_seldom(self) -> bool:
+        """Whether there are episodes and fewer than two logs of the training loss."""
+        return bool(self.episodes) and len(self.series("loss")) < 2
 
     @property
     def eval_loss(self) -> Series:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +126,18 @@ def axis(title: str) -> dict[str, Any]:
         "zeroline": False,
         "ticks": "outside",
     }
+
+
+def log_axis(values: Iterable[float]) -> dict[str, Any]:
+    """Return the settings of a logarithmic axis that has ticks, however close the values are.
+
+    Args:
+        values: what is drawn, at least one; all positive.
+    """
+    logs = [math.log10(value) for value in values]
+    powers = math.floor(max(logs)) - math.ceil(min(logs)) + 1  # of ten, among the values
+    # Between them plotly's own choice crowds the axis, but where there are none it is needed.
+    return {"type": "log", "exponentformat": "power", "dtick": 1 if powers > 1 else None}
 
 
 def rounded(value: float) -> float:

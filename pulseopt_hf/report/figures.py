@@ -18,6 +18,7 @@ from pulseopt_hf.report.drawing import (
     Plot,
     add_line,
     axis,
+    log_axis,
     new_figure,
     plain,
     rounded,
@@ -82,6 +83,11 @@ def loss_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     add_line(figure, run.loss, "training loss", INK, yaxis=own_axis)
     add_line(figure, run.eval_loss, "evaluation loss", SECOND, yaxis=own_axis, points=True)
     parts = [_course("The training loss", run.loss), _course("The evaluation loss", run.eval_loss)]
+    if run.logged_seldom:
+        parts.append(
+            "Too little was logged for a curve of means: these are the first and the last step "
+            "loss of each episode. Smaller `logging_steps` give such a curve, and one of the LR."
+        )
     if run.episodes:
         count = len(run.episodes)
         parts.append(f"Behind it {_count(count, 'episode')} are shaded by arm.")
@@ -97,7 +103,7 @@ def learning_rate_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     if not base and not effective:
         return None
     figure = new_figure("learning rate")
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(log_axis(value for _, value in base + effective))
     add_line(figure, effective, "effective LR", ACCENT, format=".3e")
     add_line(figure, base, "base LR", INK, dash="dot", format=".3e")
     text = "Both on a logarithmic axis."
@@ -221,14 +227,14 @@ def calibration_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     if not run.trials or run.base_lr is None:
         return None
     figure = new_figure("movement, share of what is allowed", "learning rate of the trial")
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     figure.update_layout(hovermode="closest")
     for name, role, radius in (
         ("losses", "accent", LOSS_RADIUS),
         ("weights", "second", WEIGHT_RADIUS),
     ):
         figure.add_trace(_movements(run.trials, run.base_lr, name, role, radius))
+    figure.update_xaxes(log_axis(x for trace in figure.data for x in trace.x))
+    figure.update_yaxes(log_axis([1.0, *(y for trace in figure.data for y in trace.y if y)]))
     figure.add_hline(1.0, line={"color": "#82889a", "width": 1})
     text = (
         f"{_count(len(run.trials), 'trial step')}. The LR allowed is where the first of the two "

@@ -127,7 +127,7 @@ def _progress(run: RunData) -> Table:
 
 
 def _facts(run: RunData) -> RenderableType:
-    facts = [("base LR", shown(run.base_lr))]
+    facts = [] if run.base_lr is None else [("base LR", shown(run.base_lr))]
     for name, series in (("base LR now", run.base_lrs), ("effective LR", run.effective_lrs)):
         if series:
             facts.append((name, shown(series[-1][1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -13,8 +14,10 @@ from pulseopt_hf.aees.calibration import Trial, trial_from_json
 from pulseopt_hf.aees.records import EpisodeRecord, records_from_json, records_from_logs
 from pulseopt_hf.aees.run_record import FILE_NAME, Log, loggable
 from pulseopt_hf.aees.state import StateError, field, integer, list_of
+from pulseopt_hf.recipes.catalogue import RECIPE
 from pulseopt_hf.recipes.errors import UsageError
-from pulseopt_hf.report.data import RunData, series_of
+from pulseopt_hf.recipes.reading import read_yaml
+from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.record_file import RecordFile
 
 _STATE, _EPISODES = "trainer_state.json", "episodes.json"
@@ -107,14 +110,13 @@ def _from_states(path: Path, states: list[tuple[Path, dict[str, Any]]]) -> RunDa
         episodes, trials = _saved_episodes(path, state)
     except StateError as error:
         raise UsageError(f"{file}: {error}") from error
-    rates = [v for _, v in series_of(logs, "learning_rate")]
     return RunData(
         folder=path,
         name=path.resolve().name,
         status="finished" if step >= max_steps else "stopped",
         step=step,
         max_steps=max_steps,
-        base_lr=max(rates, default=None),
+        base_lr=_base_lr(path),
         knobs=_saved_knobs(state),
         versions={},
         resumed_from=None,
@@ -124,6 +126,15 @@ def _from_states(path: Path, states: list[tuple[Path, dict[str, Any]]]) -> RunDa
         error=None,
         updated=None,
     )
+
+
+def _base_lr(path: Path) -> float | None:
+    """Return what a run from a recipe says; the first LR that Trainer logs is already lower."""
+    with contextlib.suppress(UsageError):  # nothing there, or not our file
+        value = read_yaml(path / RECIPE).get("learning_rate")
+        if isinstance(value, int | float):
+            return float(value)
+    return None
 
 
 def _step(file: Path, state: dict[str, Any]) -> int:

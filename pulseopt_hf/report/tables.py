@@ -62,8 +62,9 @@ def facts(run: RunData) -> list[tuple[str, str]]:
     found = [
         ("steps", progress(run)),
         ("episodes", f"{len(run.episodes):,}"),
-        ("base LR", shown(run.base_lr)),
     ]
+    if run.base_lr is not None:
+        found.append(("base LR", shown(run.base_lr)))
     if run.calibrated_lr is not None:
         found.append(("calibrated LR", shown(run.calibrated_lr)))
     if loss:

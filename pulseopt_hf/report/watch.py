@@ -175,7 +175,9 @@ def silence(run: RunData) -> str:
 
 def _begun(run: RunData, again: bool) -> str:
     first = "run" if not again else "the record was begun anew: run"
-    line = f"{first} {printable(run.name)}: {run.max_steps:,} steps, base LR {shown(run.base_lr)}"
+    line = f"{first} {printable(run.name)}: {run.max_steps:,} steps"
+    if run.base_lr is not None:
+        line += f", base LR {shown(run.base_lr)}"
     if run.resumed_from is not None:
         line += f", resumed from step {run.resumed_from:,}"
     return line

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pulseopt_hf.aees.run_record import Log
 from pulseopt_hf.report.arms import ArmStyles
 from pulseopt_hf.report.drawing import thinned
-from pulseopt_hf.report.figures import loss_plot, plots_of_run
+from pulseopt_hf.report.figures import learning_rate_plot, loss_plot, plots_of_run
+from pulseopt_hf.report.pictures import draw
 from pulseopt_hf.report.reading import read_run
 from pulseopt_hf.report.tables import tables_of_run
+from tests.report.conftest import edit_record
 
 
 def test_a_thinned_curve_keeps_its_peaks_and_its_order() -> None:
@@ -40,6 +46,37 @@ def test_the_strip_has_a_cell_for_each_episode_and_none_for_the_calibration(
     # In steps that are done: an episode from step 100 to 104 lies between 100 and 105.
     assert edges[0] == run.episodes[0].start_step >= run.trials[-1].step + 1
     assert edges[1:] == [record.end_step + 1 for record in run.episodes]
+
+
+def test_a_run_that_logged_nothing_shows_the_losses_of_its_episodes(finished: Path) -> None:
+    whole = read_run(finished)
+    assert not whole.logged_seldom
+    edit_record(finished, lambda line: line["kind"] != "log")
+    run = read_run(finished)
+    plot = loss_plot(run, ArmStyles(run.episodes))
+    assert plot is not None
+    (loss,) = [trace for trace in plot.figure.data if trace.name == "training loss"]
+    assert len(loss.x) == 2 * len(run.episodes)
+    # Of every step the log of the whole run has its loss.
+    logged = {step: float(f"{value:.6g}") for step, value in whole.loss}
+    assert list(loss.y) == pytest.approx([logged[step] for step in loss.x], rel=1e-3)
+    assert "the first and the last step loss of each episode" in plot.text
+
+
+@pytest.mark.parametrize("lowest", [4.9e-5, 2e-5, 2e-6])
+def test_a_logarithmic_axis_has_ticks_however_close_its_values_are(
+    lowest: float, calibrated: Path
+) -> None:
+    rates = [Log(1, {"learning_rate": 5e-5}), Log(2, {"learning_rate": lowest})]
+    run = replace(read_run(calibrated), logs=rates)
+    plot = learning_rate_plot(run, ArmStyles(run.episodes))
+    assert plot is not None
+    # With `dtick` 1 plotly sets ticks at powers of ten alone.
+    assert plot.figure.layout.yaxis.dtick is None
+    low, high = (figure := draw(plot)).axes[0].get_ylim()
+    figure.savefig(io.BytesIO(), format="png")
+    ticks = [t for which in ("major", "minor") for t in figure.axes[0].get_yticklabels(which=which)]
+    assert [t for t in ticks if t.get_text() and low <= t.get_position()[1] <= high]
 
 
 def test_every_arm_has_a_colour_of_its_own(calibrated: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_short_run_that_logged_no_loss_still_shows_its_episodes(
     folder = train(tmp_path / "short", knobs, **settings)
     opened = open_page(page_of(folder))
     plots = drawn(opened)
-    assert list(plots) == ["run1-reward", "run1-plays", "run1-mean-reward"]
+    assert list(plots) == ["run1-loss", "run1-reward", "run1-plays", "run1-mean-reward"]
     assert plots["run1-reward"]["points"] == 1
     assert "Rewards of 1 episode, " in opened.page.locator("#run1-reward-text").inner_text()
     assert opened.complaints == []

@@ -63,7 +63,9 @@ def test_a_run_without_a_record_is_read_from_what_trainer_and_recipes_save(run: 
     assert old.episodes == whole.episodes
     assert old.logs == whole.logs
     assert (old.status, old.step, old.max_steps) == ("finished", 24, 24)
-    assert old.base_lr == pytest.approx(3e-3)
+    assert old.base_lr is None  # the first LR that was logged need not be the base LR
+    (run / "recipe.yaml").write_text("learning_rate: 3e-3\n")
+    assert read_run(run).base_lr == 3e-3
     assert old.knobs["lr_candidates"] == [0.5, 1.0, 2.0]
 
 

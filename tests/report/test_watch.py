@@ -339,7 +339,7 @@ def test_a_run_without_a_record_is_shown_if_it_has_finished(
     capsys.readouterr()  # what Trainer printed
     assert main(["watch", str(plain)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run plain: 40 steps, base LR 0.003"
+    assert lines[0] == "run plain: 40 steps"
     assert [line.split("  ")[0] for line in lines[1:-1]] == ["step 20", "step 40"]
     assert lines[-1] == "Finished: 40 of 40 steps."
 
@@ -373,8 +373,8 @@ def test_folders_and_files_that_are_no_run_are_refused(
     assert "gone: there is no such folder" in said(tmp_path / "gone")
     assert "is a file; name the run's folder" in said(finished / FILE_NAME)
     assert "photos: is no run: it has files, but no pulse.jsonl" in said(tmp_path / "photos")
-    assert "Write `pulseopt-hf watch RUN`" in said()
-    assert "Write `pulseopt-hf watch RUN`" in said(finished, finished)
+    assert "`pulseopt-hf watch --help`" in said()
+    assert "`pulseopt-hf watch --help` shows how" in said(finished, finished)
     record = finished / FILE_NAME
     text = record.read_text()
     record.write_text(text.replace('"version": 1', '"version": 99', 1))
