@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,17 +202,6 @@ class RunData:
                 )
             )
         return result
-
-
-def lr_of(record: EpisodeRecord, rates: Series) -> float | None:
-    """Return the LR of an episode's latest log, or `None` where nothing was logged in it.
-
-    Args:
-        record: the episode.
-        rates: the run's `effective_lrs`.
-    """
-    index = bisect_right(rates, record.end_step + 1, key=lambda point: point[0]) - 1
-    return rates[index][1] if index >= 0 and rates[index][0] > record.start_step else None
 
 
 def series_of(logs: Sequence[Log], key: str) -> Series:

@@ -16,7 +16,7 @@ from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, N
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.report.arms import shown
-from pulseopt_hf.report.data import RunData, lr_of
+from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run, require_folder
 from pulseopt_hf.report.record_file import RecordFile
 from pulseopt_hf.report.tables import clock, progress, status_line
@@ -130,7 +130,7 @@ class PlainView:
             _print([silence(run)] if self._silent else ["It goes on."])
 
     def _lines(self, run: RunData, news: Iterable[Line]) -> list[str]:
-        lines, rates = [], run.effective_lrs
+        lines, rates = [], dict(run.effective_lrs)
         for line in news:
             if isinstance(line, NumberedTrial) and run.base_lr is not None:
                 # The last trial is written again where training goes on from its end.
@@ -144,7 +144,9 @@ class PlainView:
                         calibrated_line(scale, run.base_lr, failed=search_failed(run.trials))
                     )
             elif isinstance(line, NumberedEpisode):
-                lines.append(episode_line(line.number, line.record, lr_of(line.record, rates)))
+                # A log of another step has another LR, and the run's own line would not agree.
+                rate = rates.get(line.record.end_step + 1)
+                lines.append(episode_line(line.number, line.record, rate))
             elif isinstance(line, Log) and "eval_loss" in line.values:
                 lines.append(f"step {line.step}  {described(evaluated(line))}")
         return lines

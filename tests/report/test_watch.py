@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -26,6 +27,7 @@ from transformers import TrainerCallback
 from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.cli import main
+from pulseopt_hf.progress import EpisodeLines
 from pulseopt_hf.report.live import picture
 from pulseopt_hf.report.reading import read_run
 from tests.report.conftest import edit_record
@@ -214,6 +216,28 @@ def test_a_pipe_gets_a_line_for_each_piece_of_news_while_the_run_goes_on(
     assert len(plays) == len(run.arms())
     assert f"{run.arms()[0].plays} episode" in plays[0]
     assert lines[-1] == "Finished: 60 of 60 steps."
+
+
+def test_a_run_and_watch_say_the_same_of_an_episode(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the LR of its last step was not logged, `watch` leaves it out."""
+    told: list[str] = []
+
+    class Telling(PulseOptTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(EpisodeLines(self, told.append))
+
+    folder = train(tmp_path / "run", KNOBS, Telling, max_steps=60, logging_steps=4)
+    capsys.readouterr()
+    assert main(["watch", str(folder)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("episode ")]
+    told = [line for line in told if line.startswith("episode ")]
+    without = [re.sub(r" = \S+", "", line) for line in told]
+    assert all(line in pair for line, *pair in zip(lines, told, without, strict=True))
+    assert lines != told
+    assert set(lines) & set(told)
 
 
 def test_a_terminal_shows_the_run_live_and_keeps_the_last_picture(
