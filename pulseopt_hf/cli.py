@@ -137,7 +137,7 @@ def _cp(words: list[str]) -> int:
     if path.is_dir():
         path = path / source.name
     if path.exists():
-        raise UsageError(f"{path}: is there already; choose another name.")
+        raise UsageError(f"{path}: exists already; choose another name.")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: there is no such folder.")
     shutil.copyfile(source, path)
@@ -148,11 +148,11 @@ def _cp(words: list[str]) -> int:
 def _validate(words: list[str]) -> int:
     options, keys = RecipeCommandParser("validate").parse(words)
     catalogue.find(options.recipe)  # a misspelt name need not wait for the imports below
-    from pulseopt_hf.recipes import data
     from pulseopt_hf.recipes.parsing import resolve
+    from pulseopt_hf.recipes.running import check
 
     resolved = resolve(options.recipe, keys)
-    data.check(resolved.recipe, resolved.training)
+    check(resolved)
     print(f"`{resolved.path}`: valid.")
     return DONE
 

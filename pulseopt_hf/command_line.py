@@ -13,7 +13,7 @@ COMMANDS = {
     "list": "show every recipe: task, model, expected time and score",
     "show": "print the YAML of a recipe or launch profile",
     "cp": "copy a recipe or launch profile, to change it",
-    "validate": "check a recipe and its local files, and show everything that is wrong",
+    "validate": "check a recipe and what it names here, and show everything that is wrong",
     "train": "run a recipe",
     "compare": "compare methods over base LRs and seeds, at equal cost",
     "report": "make a page on a run, or on several beside each other",

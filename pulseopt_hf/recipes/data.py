@@ -189,7 +189,7 @@ def _read_file(path: Path) -> Dataset:
             rows = load_from_disk(str(path))
         except Exception as error:
             raise UsageError(
-                f"{path}: is no folder that `save_to_disk` wrote: {one_line(error)}"
+                f"{path}: is not a folder that `save_to_disk` wrote: {one_line(error)}"
             ) from error
         if isinstance(rows, DatasetDict):
             raise UsageError(

@@ -237,7 +237,7 @@ def _problems(recipe: RecipeArguments) -> Iterator[str]:
     if recipe.label_range and len(recipe.label_range) != 2:
         yield f"`label_range` must be two numbers, got {recipe.label_range}."
     if recipe.task == "text-regression" and recipe.class_names:
-        yield "`class_names` have no place in a `text-regression`; leave them out."
+        yield "`class_names` do not go with `task: text-regression`; leave them out."
     if recipe.task == "seq2seq" and recipe.target_column is None:
         yield "`target_column` must be set in `seq2seq`: it holds the text to write."
     if len(set(recipe.class_names)) < len(recipe.class_names):

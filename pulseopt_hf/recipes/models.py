@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -45,6 +46,17 @@ def model_folder(recipe: RecipeArguments) -> str | None:
         raise UsageError(str(error)) from error
 
 
+def check(recipe: RecipeArguments) -> None:
+    """Check a model that is not on the hub, without loading its weights.
+
+    Raises:
+        UsageError: there is no such model, or it is of a type that cannot do the task.
+    """
+    folder = model_folder(recipe)
+    if folder is None or Path(folder).is_dir():
+        load_config(recipe)
+
+
 def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
     """Load or make the model's configuration, and check that it fits the task.
 
@@ -71,7 +83,7 @@ def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
         if folder is None:
             types = list(CONFIG_MAPPING)
             raise UsageError(
-                f"`model_type`: no `{recipe.model_type}` can be made"
+                f"`model_type`: `{recipe.model_type}` cannot be made"
                 f"{nearest(str(recipe.model_type), types) or ':'} {one_line(error)}"
             ) from error
         raise UsageError(
@@ -127,7 +139,7 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
         ) from error
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
-            raise UsageError(f"`pad_token`: {recipe.pad_token!r} is no token of {name}.")
+            raise UsageError(f"`pad_token`: {recipe.pad_token!r} is not a token of {name}.")
         tokenizer.pad_token = recipe.pad_token
     return tokenizer
 

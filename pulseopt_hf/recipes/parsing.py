@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,7 +40,7 @@ class RecipeParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error as a `UsageError`."""
-        message = message.removeprefix("argument ")
+        message = re.sub(r"^argument --(\w+)(/--[\w-]+)*:", r"`\1`:", message)
         raise UsageError(message if message.endswith(".") else f"{message}.")
 
     @property
@@ -183,7 +184,7 @@ def _from_command_line(
             problems.append(f"unknown option `{flag}`{nearest(flag, known) or '.'}")
             after_unknown = True
         elif not after_unknown:  # else it is that option's value, of which all is said
-            problems.append(f"`{word}` belongs to no option.")
+            problems.append(f"unexpected `{word}`, which belongs to no option.")
     return vars(namespace), problems
 
 

@@ -36,7 +36,7 @@ class _RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]
                 raise UsageError(f"line {line}: keys must be words.")
             if key.value in seen:
                 raise UsageError(
-                    f"line {line}: `{key.value}` is there already, on line {seen[key.value]}; "
+                    f"line {line}: `{key.value}` is set twice, before on line {seen[key.value]}; "
                     "keep one of the two."
                 )
             seen[key.value] = line
@@ -80,9 +80,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(*(f"{path}: {problem}" for problem in error.problems)) from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UsageError(f"{path}: {line}no YAML: {error.problem}.") from error
+        raise UsageError(f"{path}: {line}not valid YAML: {error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"{path}: no YAML: {one_line(error)}.") from error
+        raise UsageError(f"{path}: not valid YAML: {one_line(error)}.") from error
     if not isinstance(value, dict):
         kind = "empty" if value is None else f"a {type(value).__name__}"
         raise UsageError(f"{path}: is {kind}; a recipe is a mapping, with lines of `key: value`.")
@@ -96,11 +96,11 @@ def _check_events(text: str) -> None:
         line = event.start_mark.line + 1
         if getattr(event, "anchor", None) is not None:  # of a node, or named by an alias
             raise UsageError(
-                f"line {line}: anchors and aliases (`&{event.anchor}`, `*{event.anchor}`) have no "
-                "place in a recipe; write the value out."
+                f"line {line}: anchors and aliases (`&{event.anchor}`, `*{event.anchor}`) are not "
+                "allowed in a recipe; write the value out."
             )
         if getattr(event, "tag", None) is not None:
-            raise UsageError(f"line {line}: tags (`{event.tag}`) have no place in a recipe.")
+            raise UsageError(f"line {line}: tags (`{event.tag}`) are not allowed in a recipe.")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > DEEPEST:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptSeq2SeqTrainer, PulseOptTrainer
 from pulseopt_hf.progress import EpisodeLines
-from pulseopt_hf.recipes import data, folder, tasks
+from pulseopt_hf.recipes import data, folder, models, tasks
 from pulseopt_hf.recipes.card import write_card
 from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.lines import Bar, EpochLines, Interruption, Lines
@@ -94,6 +95,25 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
     return results
 
 
+def check(resolved: Resolved) -> None:
+    """Check what needs neither the hub, nor rows, nor weights.
+
+    Raises:
+        UsageError: something is wrong; it has a line for each.
+    """
+    problems: list[str] = []
+    for part in (
+        partial(data.check, resolved.recipe, resolved.training),
+        partial(models.check, resolved.recipe),
+    ):
+        try:
+            part()
+        except UsageError as error:
+            problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+
+
 def calm(resolved: Resolved, options: RunOptions) -> None:
     """Leave the screen to the run's own lines."""
     training = resolved.training
@@ -144,7 +164,7 @@ def _choose_folder(
 def _named_checkpoint(name: str) -> Path:
     path = Path(name)
     if not (path / "trainer_state.json").is_file():
-        raise UsageError(f"`resume_from_checkpoint`: {name} is no checkpoint.")
+        raise UsageError(f"`resume_from_checkpoint`: {name} is not a checkpoint.")
     return path
 
 

@@ -136,6 +136,6 @@ def _check_place(file: Path) -> None:
         with file.open("rb") as opened:
             if b'<meta name="generator" content="pulseopt_hf' not in opened.read(1000):
                 raise UsageError(
-                    f"{file}: is there already and is no page of this command; name another place "
-                    "by `--out`."
+                    f"{file}: exists already and was not written by this command; name another "
+                    "place by `--out`."
                 )

@@ -46,8 +46,8 @@ def read_run(folder: str | Path, *, now: float | None = None) -> RunData:
     states = _states(path)
     if not states:
         raise UsageError(
-            f"{path}: is no run: it has no {FILE_NAME}, no {_STATE} and no checkpoint. Name the "
-            "`output_dir` of a run that has logged something."
+            f"{path}: is not a run: it has no {FILE_NAME}, no {_STATE} and no checkpoint. Name "
+            "the `output_dir` of a run that has logged something."
         )
     return _from_states(path, states)
 
@@ -95,7 +95,7 @@ def _json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is no JSON: {error}.") from error
+        raise UsageError(f"{file}: is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{file}: must hold a mapping, got {type(content).__name__}.")
     return content

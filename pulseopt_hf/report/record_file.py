@@ -146,7 +146,7 @@ class RecordFile:
         except StateError as error:
             raise UsageError(f"{where}: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: is no JSON: {error}.") from error
+            raise UsageError(f"{where}: is not valid JSON: {error}.") from error
         return line, time
 
     def _take(self, line: Line) -> None:

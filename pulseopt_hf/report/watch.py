@@ -218,8 +218,8 @@ def _require_begun(folder: Path) -> None:
     known = (FILE_NAME, *_BEGUN)
     if any(folder.iterdir()) and not any(any(folder.glob(pattern)) for pattern in known):
         raise UsageError(
-            f"{folder}: is no run: it has files, but no {FILE_NAME} and no checkpoint. Name the "
-            "`output_dir` of a run."
+            f"{folder}: is not a run: it has files, but no {FILE_NAME} and no checkpoint. Name "
+            "the `output_dir` of a run."
         )
 
 

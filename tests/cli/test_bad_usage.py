@@ -120,6 +120,11 @@ def test_what_train_refuses_validate_refuses_too(
         assert "There is no data" in say(command, "lm/text_file")
         line = say(command, "quickstart/lm", "--dataset_name", "embedded:sentence")
         assert "did you mean `embedded:sentences`?" in line
+        line = say(command, "quickstart/lm", "--model_type", "gpt3", "--model_config", "{}")
+        assert "`model_type`: `gpt3` cannot be made" in line
+        assert "`max_steps`: invalid int value: 'x'" in say(
+            command, "lm/wikitext2", "--max_steps=x"
+        )
 
 
 def test_half_of_the_local_files_is_not_enough(say: Say, local: Callable[..., list[str]]) -> None:
@@ -146,7 +151,7 @@ def test_a_tokenizer_without_a_pad_token_is_named_and_can_be_given_one(
     line = say(*local(model=gpt2))
     fix = re.search(r"such as `pad_token: '(.*)'`", line)
     assert fix is not None
-    assert "'nothing' is no token" in say(*local(model=gpt2), "--pad_token", "nothing")
+    assert "'nothing' is not a token" in say(*local(model=gpt2), "--pad_token", "nothing")
     fixed = [*local(model=gpt2), "--pad_token", fix[1], "--max_steps", "15", "--quiet"]
     assert main([*fixed, "--output_dir", str(tmp_path / "run")]) == 0
 
@@ -183,7 +188,7 @@ def test_lengths_that_do_not_fit_are_named(
     ("text", "says"),
     [
         ("- a\n", "a recipe is a mapping"),
-        ("task: causal-lm\ntask: masked-lm\n", "`task` is there already"),
+        ("task: causal-lm\ntask: masked-lm\n", "`task` is set twice"),
         ("a: &a [*a, *a]\n", "anchors and aliases"),
         ("# filler\n" * 1_200_000, "10,800,000 bytes long"),
         ("model_type: gpt2\nlearning_rat: 1\n", "did you mean `learning_rate`?"),
@@ -203,7 +208,7 @@ def test_a_file_that_is_no_recipe_is_named(
     [
         (["tran", "glue/sst2"], "did you mean `train`?"),
         (["-v"], "Unknown option `-v`; without a command there are `--help` and `--version`"),
-        (["train", "glue/sst2", "-v"], "`-v` belongs to no option"),
+        (["train", "glue/sst2", "-v"], "unexpected `-v`, which belongs to no option"),
         (["train", "glue/sst22"], "did you mean `glue/sst2`?"),
         (["train", "gone.yaml"], "gone.yaml: there is no such file"),
         (["train"], "The recipe comes first"),

@@ -131,6 +131,10 @@ def test_a_comparison_is_run_kept_and_written(
         (["glue/cola", "--learning_rates", "-1e-4"], "takes numbers >= 0"),
         (["glue/cola", "--learning_rates", "nan"], "`--learning_rates` takes numbers"),
         (["glue/cola", "--steps", "0"], "`--steps` must be at least 1"),
+        (
+            ["quickstart/lm", "--steps", "10"],
+            "`--steps` must be more than 10, which `default` pays",
+        ),
         (["glue/cola", "--steps", "x"], "invalid int value"),
         (["glue/colla"], "colla"),
         (["glue/cola", "--train_file", "gone.csv"], "gone.csv: there is no such file"),

@@ -54,10 +54,10 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("- a\n- b\n", "a list; a recipe is a mapping"),
         ("just words", "a str; a recipe is a mapping"),
         ("", "empty; a recipe is a mapping"),
-        ("a: 1\nb: 2\na: 3\n", "line 3: `a` is there already, on line 1"),
-        ("a: {b: 1, b: 2}", "`b` is there already"),
-        ("a: [1, 2", "line 1: no YAML"),
-        ("a: b: c", "no YAML"),
+        ("a: 1\nb: 2\na: 3\n", "line 3: `a` is set twice, before on line 1"),
+        ("a: {b: 1, b: 2}", "`b` is set twice"),
+        ("a: [1, 2", "line 1: not valid YAML"),
+        ("a: b: c", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['touch pwned']", "tags"),
         ("1: a", "keys must be words"),
         ("? [a, b]\n: c", "keys must be words"),
@@ -65,8 +65,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("a: &a [*a]", "anchors and aliases"),
         (BOMB, "anchors and aliases"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested deeper than 4"),
-        ("a: \x00", "no YAML"),
-        ("a: 2026-13-45", "no YAML"),
+        ("a: \x00", "not valid YAML"),
+        ("a: 2026-13-45", "not valid YAML"),
     ],
 )
 def test_what_is_no_recipe_gets_one_line_that_says_why(
@@ -99,5 +99,5 @@ def test_the_largest_file_that_is_read_is_read_in_seconds(tmp_path: Path) -> Non
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"a: \xff\xfe")
-    with pytest.raises(UsageError, match="no YAML"):
+    with pytest.raises(UsageError, match="not valid YAML"):
         read_yaml(path)

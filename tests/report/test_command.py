@@ -119,16 +119,16 @@ def test_folders_and_files_that_are_no_run_are_refused(
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert "gone: there is no such folder" in say(tmp_path / "gone")
-    assert "empty: is no run" in say(tmp_path / "empty")
+    assert "empty: is not a run" in say(tmp_path / "empty")
     assert "is a file; name the run's folder" in say(copy / "pulse.jsonl")
-    assert "is no run" in say(copy, tmp_path / "empty")
+    assert "is not a run" in say(copy, tmp_path / "empty")
     assert "A run was named twice" in say(copy, copy)
     record = copy / "pulse.jsonl"
     text = record.read_text()
     record.write_text(text.replace('"version": 1', '"version": 99', 1))
     assert "has format version 99, and this release" in say(copy)
     record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
-    assert "is no JSON" in say(copy)
+    assert "is not valid JSON" in say(copy)
 
 
 def test_a_place_that_is_none_is_refused(
@@ -138,7 +138,7 @@ def test_a_place_that_is_none_is_refused(
     assert "is a folder; name a file in it" in say(copy, "--out", tmp_path)
     assert "there is no such folder" in say(copy, "--out", tmp_path / "no" / "page.html")
     line = say(copy, "--out", tmp_path / "mine.html")
-    assert "is there already and is no page of this command" in line
+    assert "exists already and was not written by this command" in line
     assert (tmp_path / "mine.html").read_text() == "<html>mine</html>"
 
 

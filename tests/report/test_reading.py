@@ -194,9 +194,9 @@ def test_arms_are_summed_up(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda lines: ["", ""], "line 1: is no JSON"),
-        (lambda lines: [*lines[:3], "{]", *lines[3:], ""], "line 4: is no JSON"),
-        (lambda lines: ["[" * 100_000, ""], "line 1: is no JSON"),
+        (lambda lines: ["", ""], "line 1: is not valid JSON"),
+        (lambda lines: [*lines[:3], "{]", *lines[3:], ""], "line 4: is not valid JSON"),
+        (lambda lines: ["[" * 100_000, ""], "line 1: is not valid JSON"),
         (lambda lines: [lines[0][:30]], "is empty; the run has not begun"),
         (lambda lines: [*lines[1:], ""], "line 1: the record begins without its `head`"),
         (
@@ -230,10 +230,10 @@ def test_a_kind_of_line_from_a_later_release_is_passed_over(run: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("trainer_state.json", "{", "is no JSON"),
+        ("trainer_state.json", "{", "is not valid JSON"),
         ("trainer_state.json", "[]", "must hold a mapping, got list"),
         ("trainer_state.json", "{}", "has no `global_step`"),
-        ("episodes.json", "{", "is no JSON"),
+        ("episodes.json", "{", "is not valid JSON"),
         ("episodes.json", "{}", "has no `selected_lr_indices`"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for name, says in (
         ("gone", "there is no such folder"),
         ("file", "is a file; name the run's folder"),
-        ("empty", "is no run: it has no pulse.jsonl, no trainer_state.json and no checkpoint"),
+        ("empty", "is not a run: it has no pulse.jsonl, no trainer_state.json and no checkpoint"),
     ):
         with pytest.raises(UsageError, match=says):
             read_run(tmp_path / name)

@@ -396,7 +396,7 @@ def test_folders_and_files_that_are_no_run_are_refused(
     (tmp_path / "photos" / "cat.jpg").touch()
     assert "gone: there is no such folder" in said(tmp_path / "gone")
     assert "is a file; name the run's folder" in said(finished / FILE_NAME)
-    assert "photos: is no run: it has files, but no pulse.jsonl" in said(tmp_path / "photos")
+    assert "photos: is not a run: it has files, but no pulse.jsonl" in said(tmp_path / "photos")
     assert "`pulseopt-hf watch --help`" in said()
     assert "`pulseopt-hf watch --help` shows how" in said(finished, finished)
     record = finished / FILE_NAME
@@ -404,7 +404,7 @@ def test_folders_and_files_that_are_no_run_are_refused(
     record.write_text(text.replace('"version": 1', '"version": 99', 1))
     assert "has format version 99, and this release" in said(finished)
     record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
-    assert "is no JSON" in said(finished)
+    assert "is not valid JSON" in said(finished)
 
 
 def test_without_rich_there_are_lines_and_a_terminal_is_told_of_the_extra(
