@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from pulseopt_hf.recipes.errors import UsageError, nearest
 from pulseopt_hf.trainer import PulseOptTrainingArguments
@@ -182,13 +185,7 @@ class RecipeTrainingArguments(PulseOptTrainingArguments, Seq2SeqTrainingArgument
             for name, bound, holds in _TRAINER_BOUNDS
             if not holds(getattr(self, name))
         ]
-        trackers = [*INTEGRATION_TO_CALLBACK, "all", "none"]
-        problems += [
-            f"`report_to`: unknown tracker `{name}`{nearest(name, trackers) or '.'} "
-            f"Trackers are {', '.join(trackers)}."
-            for name in self.report_to
-            if name not in trackers
-        ]
+        problems += _problems_of_trackers(self.report_to)
         if problems:
             raise UsageError(*problems)
         super().__post_init__()
@@ -204,6 +201,19 @@ _TRAINER_BOUNDS: tuple[tuple[str, str, Any], ...] = (
     ("gradient_accumulation_steps", "at least 1", lambda v: v >= 1),
     ("seed", "at least 0", lambda v: v >= 0),
 )
+
+
+def _problems_of_trackers(names: list[str]) -> Iterator[str]:
+    known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    # Upstream's list leaves out some that are installed.
+    installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    ready = [*installed, "azure_ml", "comet_ml", "flyte"]
+    for name in names:
+        if name not in known:
+            close = nearest(name, known) or "."
+            yield f"`report_to`: unknown tracker `{name}`{close} Trackers are {', '.join(known)}."
+        elif name not in (*ready, "all", "none"):
+            yield f"`report_to`: `{name}` is not installed."
 
 
 def _problems(recipe: RecipeArguments) -> Iterator[str]:

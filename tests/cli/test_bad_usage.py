@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pulseopt_hf.cli import main
+from pulseopt_hf.recipes import fields
 from tests.recipes.tiny import write_glue
 
 Say = Callable[..., str]
@@ -125,6 +126,14 @@ def test_what_train_refuses_validate_refuses_too(
         assert "`max_steps`: invalid int value: 'x'" in say(
             command, "lm/wikitext2", "--max_steps=x"
         )
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fields, "get_available_reporting_integrations", lambda: ["wandb"])
+    line = say("train", "quickstart/lm", "--report_to", "wandb", "mlflow")
+    assert line.endswith("`report_to`: `mlflow` is not installed.")
 
 
 def test_half_of_the_local_files_is_not_enough(say: Say, local: Callable[..., list[str]]) -> None:
