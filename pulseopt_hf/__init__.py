@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PulseOptSeq2SeqTrainer,
         PulseOptTrainer,
         PulseOptTrainingArguments,
+        find_learning_rate,
         newest_whole_checkpoint,
         with_pulseopt,
     )
@@ -30,6 +31,7 @@ __all__ = [
     "PulseOptSeq2SeqTrainer",
     "PulseOptTrainer",
     "PulseOptTrainingArguments",
+    "find_learning_rate",
     "newest_whole_checkpoint",
     "with_pulseopt",
 ]

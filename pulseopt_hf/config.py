@@ -50,11 +50,12 @@ class PulseOptKnobs:
     )
     calibration: Literal["auto", "trust_region", "off"] = _knob(
         "auto",
-        "`trust_region` finds the scale of the LR in the first steps of training: single trial "
-        "steps, each put back, show how large a step may be before the loss of training rows or "
-        "the weights move too far. Under a Trainer only; needs 50 optimizer steps and, in host "
-        "memory while it lasts, a copy of the trained parameters. `auto` does the same where it "
-        "can, and else logs why not. `off` takes the base LR as it is.",
+        "`trust_region` finds the LR in the first steps of training: single trial steps, each put "
+        "back, show how large a step may be before what the model computes or the weights move "
+        "too far. It needs 50 optimizer steps and, in host memory while it lasts, a copy of the "
+        "trained parameters. `auto` does the same but for optimizers that find their own LR, "
+        "searches over `learning_rate`, and Trainers that optimise a preference or a reward; the "
+        "log says why. `off` takes the LR that was set.",
     )
     control_mode: Literal["adaptive", "random"] = _knob(
         "adaptive",
@@ -167,6 +168,14 @@ class PulseOptConfig(PulseOptKnobs):
     def arms(self) -> int:
         """Number of arms that the bandits can tell apart: LR multipliers times noise levels."""
         return len(self.lr_candidates) * len(self.noise_candidates)
+
+    def idle_knobs(self) -> list[str]:
+        """Return the knobs that were changed and have no effect, since there is but one arm."""
+        if self.arms > 1:
+            return []
+        default = PulseOptConfig()
+        names = ("control_mode", "bandit", "structured_control_mode", "context_mode")
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
     def for_run(self, max_steps: int, seed: int) -> PulseOptConfig:
         """Return these settings with all that depends on the run filled in.

@@ -73,7 +73,6 @@ class Controller:
     """
 
     def __init__(self, config: PulseOptConfig) -> None:
-        """See the class."""
         self.config = config
         self.records: list[EpisodeRecord] = []
         self.episode: OpenEpisode | None = None
@@ -138,6 +137,7 @@ class Controller:
         end_step: int,
         update_norm: float | None = None,
         outcome: str | None = None,
+        learning_rate: float | None = None,
     ) -> EpisodeRecord:
         """Close the open episode: reward it, tell the bandits, record it.
 
@@ -146,6 +146,7 @@ class Controller:
             end_step: global step of its last optimizer step.
             update_norm: mean L2 norm of the parameters' change in a step, where measured.
             outcome: what the divergence guard did; the reward is the lowest then.
+            learning_rate: effective LR of its last step, where known.
 
         Raises:
             RuntimeError: no episode is open.
@@ -154,9 +155,12 @@ class Controller:
         if self.episode is None:
             raise RuntimeError("No episode is open.")
         config, selection, arm = self.config, self.episode.selection, self.episode.arm
+        kind = config.reward
+        if config.nonfinite == "skip" and min(losses) + config.reward_epsilon <= 0.0:
+            kind = "slope"  # no reward may end a training, and the other has a logarithm
         reward = episode_reward(
             losses,
-            kind=config.reward,
+            kind=kind,
             ema_alpha=config.ema_alpha,
             instability_lambda=config.reward_instability_lambda,
             epsilon=config.reward_epsilon,
@@ -190,6 +194,7 @@ class Controller:
             update_norm=update_norm,
             context=selection.context,
             outcome=outcome,
+            learning_rate=learning_rate,
         )
         self.records.append(record)
         self.episode = None

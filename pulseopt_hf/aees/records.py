@@ -42,6 +42,7 @@ class EpisodeRecord:
         update_norm: mean L2 norm of the parameters' change in a step, or `None` where not measured.
         context: trend of the loss in which the arm was chosen, or `None` without a context.
         outcome: what the divergence guard did to it, or `None` for a sound episode.
+        learning_rate: effective LR of its last step, or `None` where it is not known.
     """
 
     lr_index: int
@@ -63,6 +64,7 @@ class EpisodeRecord:
     update_norm: float | None
     context: str | None
     outcome: str | None = None
+    learning_rate: float | None = None
 
 
 # The published log keys, in their published order, and the attribute that each one lists.
@@ -132,8 +134,9 @@ def records_from_json(value: object, name: str) -> list[EpisodeRecord]:
     """Rebuild what `records_to_json` returned."""
     columns: dict[str, list[Any]] = {}
     for column, info in EpisodeRecord.__dataclass_fields__.items():
-        if column == "outcome" and isinstance(value, Mapping) and column not in value:
-            columns[column] = [None] * len(columns["reward"])  # saved before there was a guard
+        later = column in ("outcome", "learning_rate")
+        if later and isinstance(value, Mapping) and column not in value:
+            columns[column] = [None] * len(columns["reward"])  # saved before it was recorded
         else:
             columns[column] = field(value, column, list_of(_CHECKS[str(info.type)]))
     lengths = {len(column) for column in columns.values()}

@@ -54,9 +54,10 @@ def episode_reward(
     whose noise is that of l_1, however long the episode. Of kind `slope`, with the slope b of the
     straight line that fits the points (k, l_k) best in the least squares,
 
-        base = -b * (n - 1) / (mean(l) + eps)
+        base = -b * (n - 1) / (mean(|l|) + eps)
 
-    whose noise is that of a single loss times sqrt(12 / n), for large n.
+    whose noise is that of a single loss times sqrt(12 / n), for large n. Losses may have any sign;
+    the variance is a share of mean(|l|)^2 then, too.
 
     Args:
         losses: step losses of the episode in order, shape (n,), n >= 1, all finite.
@@ -71,8 +72,8 @@ def episode_reward(
         The reward with its parts.
 
     Raises:
-        ValueError: there is no loss, a loss is not finite, a loss that has to be positive (the
-            smoothed one, or the mean) is not so with `epsilon` added, or `kind` is neither.
+        ValueError: there is no loss, a loss is not finite, the smoothed loss that `smoothed` takes
+            the logarithm of is not positive with `epsilon` added, or `kind` is neither.
     """
     if not losses:
         raise ValueError("An episode needs at least one loss to be rewarded.")
@@ -88,7 +89,8 @@ def episode_reward(
         start, end = _positive(losses[0], epsilon), _positive(ema, epsilon)
         base = math.log(start) - math.log(end)
     elif kind == "slope":
-        base = _fall(losses) / _positive(mean, epsilon)
+        mean = sum(map(abs, losses)) / len(losses)
+        base = _fall(losses) / (mean + epsilon)
     else:
         raise ValueError(f"`kind` must be 'smoothed' or 'slope', got {kind!r}.")
     instability = variance / (mean * mean + epsilon)
@@ -108,8 +110,8 @@ def episode_reward(
 def _positive(loss: float, epsilon: float) -> float:
     if loss + epsilon <= 0.0:
         raise ValueError(
-            f"The reward is a share of the loss and needs a positive loss, got {loss}. Add a "
-            "constant to the loss, or choose `reward_epsilon` larger than its lowest value."
+            f"The published reward takes the logarithm of the loss and needs a positive one, got "
+            f"{loss}. Choose `reward='slope'`, or `reward_epsilon` larger than the lowest loss."
         )
     return loss + epsilon
 

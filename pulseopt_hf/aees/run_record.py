@@ -8,7 +8,8 @@ A run writes it line by line (`pulseopt_hf.trainer.record`), and whoever shows a
 | `head` | format version, run name, length, knobs, base LR, package versions |
 | `log` | what Trainer logged, with its step |
 | `episode` | a closed episode, with its number from 1 |
-| `trial` | a trial step of the calibration, with its number from 1 |
+| `trial` | a trial of the calibration, with its number from 1 |
+| `calibration` | what came of the calibration; the last one counts |
 | `end` | the step that training ended at, whether that is the whole run, and the error if one did |
 
 Every line has the time it was written at, in seconds since 1970. A line that was taken over from a
@@ -24,12 +25,21 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-from pulseopt_hf.aees.calibration import Trial, trial_from_json
+from pulseopt_hf.aees.calibration import Outcome, Trial, outcome_from_json, trial_from_json
 from pulseopt_hf.aees.records import EpisodeRecord, episode_from_json
-from pulseopt_hf.aees.state import StateError, field, integer, number, optional, shorten, text
+from pulseopt_hf.aees.state import (
+    StateError,
+    field,
+    flag,
+    integer,
+    number,
+    optional,
+    shorten,
+    text,
+)
 
 FILE_NAME = "pulse.jsonl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Value = float | int | str | bool | None
 
@@ -42,7 +52,7 @@ class Head:
         name: the run's name.
         max_steps: optimizer steps of the whole run.
         knobs: the `PulseOptConfig` as a mapping, with all that followed from the run filled in.
-        base_lr: the highest base LR of the schedule, over all parameter groups.
+        base_lr: the highest base LR of the schedule, over all parameter groups, as it was set.
         versions: version of each package, by its name.
         resumed_from: global step of the checkpoint that the run went on from, or `None`.
     """
@@ -73,7 +83,7 @@ class NumberedEpisode:
 
 @dataclass(frozen=True)
 class NumberedTrial:
-    """A trial step of the calibration and its number, from 1."""
+    """A trial of the calibration and its number, from 1."""
 
     number: int
     trial: Trial
@@ -94,7 +104,7 @@ class End:
     error: str | None = None
 
 
-Line = Head | Log | NumberedEpisode | NumberedTrial | End
+Line = Head | Log | NumberedEpisode | NumberedTrial | Outcome | End
 
 
 def encode(line: Line, time: float | None) -> bytes:
@@ -114,6 +124,8 @@ def encode(line: Line, time: float | None) -> bytes:
         content = {"kind": "episode", "number": line.number, **loggable(asdict(line.record))}
     elif isinstance(line, NumberedTrial):
         content = {"kind": "trial", "number": line.number, **asdict(line.trial)}
+    elif isinstance(line, Outcome):
+        content = {"kind": "calibration", **asdict(line)}
     else:
         content = {"kind": "end", **asdict(line)}
     content["time"] = None if time is None else round(time, 3)
@@ -140,8 +152,10 @@ def decode(content: object) -> tuple[Line | None, float | None]:
     if kind == "trial":
         trial = trial_from_json(content, "trial")
         return NumberedTrial(field(content, "number", _from_one), trial), time
+    if kind == "calibration":
+        return outcome_from_json(content, kind), time
     if kind == "end":
-        finished = field(content, "finished", _boolean)
+        finished = field(content, "finished", flag)
         step = field(content, "step", integer)
         return End(step, finished, field(content, "error", optional(text))), time
     return None, time
@@ -189,12 +203,6 @@ def _mapping(value: object, name: str) -> dict[str, Any]:
 
 def _values(value: object, name: str) -> dict[str, Value]:
     return loggable(_mapping(value, name))
-
-
-def _boolean(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise StateError(f"`{name}` must be true or false, got {shorten(value)}.")
-    return value
 
 
 def _from_one(value: object, name: str) -> int:

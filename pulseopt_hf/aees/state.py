@@ -52,6 +52,13 @@ def number(value: object, name: str) -> float:
     return result
 
 
+def flag(value: object, name: str) -> bool:
+    """Accept true or false."""
+    if not isinstance(value, bool):
+        raise StateError(f"`{name}` must be true or false, got {shorten(value)}.")
+    return value
+
+
 def text(value: object, name: str) -> str:
     """Accept a string."""
     if not isinstance(value, str):

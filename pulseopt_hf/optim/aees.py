@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pulseopt_hf.aees import Arm, Controller, EpisodeRecord
-from pulseopt_hf.aees.calibration import Calibration
+from pulseopt_hf.aees.calibration import not_calibrated
 from pulseopt_hf.aees.state import StateDict, field, integer
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.calibrator import Calibrator, StepFate, why_not_calibrate
 from pulseopt_hf.optim.divergence import SKIPS, DivergenceGuard
 from pulseopt_hf.optim.episodes import Episodes
 from pulseopt_hf.optim.hooks import ArmHooks, check_optimizer
@@ -28,6 +30,8 @@ from pulseopt_hf.optim.unwrap import (
     is_stepped_by_deepspeed,
 )
 from pulseopt_hf.optim.update_norm import UpdateNorm
+
+logger = logging.getLogger("pulseopt_hf")
 
 
 class Scheduler(Protocol):
@@ -78,7 +82,8 @@ class AEES:
         noise_mode: see `PulseOptConfig`.
         bandit: see `PulseOptConfig`.
         reward: see `PulseOptConfig`.
-        calibration: `off`; it needs a Trainer, which can measure the loss between steps.
+        calibration: see `PulseOptConfig`; it needs `model`.
+        model: the model as the loop calls it, for the calibration, which replays its first calls.
         nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
             read each loss from the device.
         max_consecutive_skips: see `PulseOptConfig`.
@@ -122,9 +127,9 @@ class AEES:
         divergence: str = "off",
         divergence_factor: float = 2.0,
         log_update_norm: bool = False,
+        model: nn.Module | None = None,
         distributed: bool = True,
     ) -> None:
-        """See the class."""
         settings: dict[str, Any] = {
             "lr_candidates": lr_candidates,
             "noise_candidates": noise_candidates,
@@ -156,12 +161,18 @@ class AEES:
                 "could. Train with PulseOptTrainer, or prepare the loop with DDP or FSDP2."
             )
         config = PulseOptConfig(**settings)
-        if config.calibration != "off":
+        if config.calibration != "off" and model is None:
             raise ValueError(
-                f"`calibration` must be 'off' in a loop of one's own, got {calibration!r}: it "
-                "measures the model's loss between steps. Use PulseOptTrainer or PulseOptCallback."
+                f"`calibration` must be 'off' without a model, got {calibration!r}. Pass `model`, "
+                "whose first calls it replays."
             )
         self._set_up(optimizer, config, lr_scheduler, distributed)
+        if config.calibration != "off" and model is not None:
+            reason = why_not_calibrate(optimizer, config)
+            if reason is not None:
+                logger.warning(not_calibrated(reason))
+            else:
+                self.calibrate(model, lr_scheduler)
 
     @classmethod
     def from_config(
@@ -201,12 +212,8 @@ class AEES:
         self.config = config
         self.episode_length: int = config.episode_length
         self.current_candidate: Arm | None = None
-        # Set while a Trainer calibrates: a factor on every base LR, base LRs that replace the
-        # scheduler's during its warm-up, and whether episodes wait for the search to end.
-        self.lr_scale = 1.0
-        self.base_lrs: list[float] | None = None
-        self.is_calibrating = False
-        self.calibration: Calibration | None = None
+        self.calibrator: Calibrator | None = None
+        self.ramp = 1.0  # of the last step, while the LR rises to what a calibration found
         self.optimizer_steps = 0  # that happened; the noise is a function of it
         self.skipped_steps = 0
         self._consecutive_skips = 0
@@ -225,7 +232,38 @@ class AEES:
         self.divergence: DivergenceGuard | None = None
         if config.divergence != "off":
             self.divergence = DivergenceGuard(inner, config, buffers)
-        self._episodes = Episodes(config, self._agreement, self.divergence, self._update_norm)
+        self._episodes = Episodes(
+            config,
+            self._agreement,
+            self.divergence,
+            self._update_norm,
+            self._hooks.read_learning_rate,
+        )
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        max_steps: int | None = None,
+        *,
+        only_ask: bool = False,
+    ) -> Calibrator:
+        """Begin a calibration in the next optimizer step, before any episode; see `Calibrator`."""
+        self.calibrator = Calibrator(
+            self.optimizer,
+            model,
+            scheduler,
+            self._hooks,
+            self._agreement,
+            max_steps,
+            only_ask=only_ask,
+        )
+        return self.calibrator
+
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether episodes wait for a calibration to end."""
+        return self.calibrator is not None and not self.calibrator.is_done
 
     @property
     def controller(self) -> Controller:
@@ -250,8 +288,8 @@ class AEES:
         if self.current_candidate is not None:
             raise RuntimeError("`step_start` was called twice; end the open step with `step_end`.")
         self._global_step = global_step
-        if self.is_calibrating:
-            self.current_candidate = Arm.of(1.0, 0.0)
+        if self.calibrator is not None and self.is_calibrating:
+            self.current_candidate = Arm.of(self.calibrator.ramp, 0.0)
             return self.current_candidate
         if not self._episodes.is_open:
             self._noise.seed = self._episodes.open(global_step, self._noise.seed)
@@ -309,8 +347,9 @@ class AEES:
         describes them). Losses are means over ranks.
         """
         logs = self.controller.logs()
-        if self.calibration is not None:
-            logs["calibration_trials"] = [asdict(trial) for trial in self.calibration.trials]
+        if self.calibrator is not None:
+            trials = self.calibrator.search.trials
+            logs["calibration_trials"] = [asdict(trial) for trial in trials]
         return logs
 
     def apply(self, step: Callable[[], object]) -> bool:
@@ -320,12 +359,16 @@ class AEES:
         `skip`.
 
         Returns:
-            Whether the parameters were really updated; a gradient scaler may have decided not to.
+            Whether the step happened, be it for trials; a gradient scaler may have decided not to.
         """
         arm = self._require_open_step()
-        with self._hooks.applied(
-            arm, self.optimizer_steps, self.lr_scale, self.base_lrs
-        ) as outcome:
+        if self.calibrator is not None and self.calibrator.is_searching:
+            fate = self.calibrator.run(step, self._global_step)
+            if fate is not StepFate.READY:
+                return fate is StepFate.USED
+            arm = Arm.of(self.calibrator.ramp, 0.0)
+        self.ramp = arm.lr_multiplier if self.is_calibrating else 1.0
+        with self._hooks.applied(arm, self.optimizer_steps) as outcome:
             step()
         happened = outcome.happened
         if outcome.fired and not happened and self._update_norm is not None:
@@ -345,9 +388,11 @@ class AEES:
         self.optimizer_steps += 1
         self._consecutive_skips = 0
         self.current_candidate = None
-        if self.is_calibrating:
+        if self.calibrator is not None and self.is_calibrating:
+            self.calibrator.observe(loss, self._global_step)
             return None
-        return self._episodes.count(loss, self._global_step)
+        # The step in which a calibration ended belongs to no episode.
+        return self._episodes.count(loss, self._global_step) if self._episodes.is_open else None
 
     def skip(self) -> None:
         """End the open step, which did not happen: the episode neither counts nor sees it.
@@ -360,6 +405,8 @@ class AEES:
         self._consecutive_skips += 1
         where = self._where()
         self.current_candidate = None
+        if self.calibrator is not None:
+            self.calibrator.observe(None, self._global_step)
         # A gradient scaler looks for its scale by skipping; that says nothing about the arm.
         if self._consecutive_skips % SKIPS == 0 and not has_scaler(self.optimizer):
             self._episodes.cut(self._global_step)
@@ -374,10 +421,6 @@ class AEES:
         """Return whether `value` is true on any rank; every rank must call it. One all-reduce."""
         return self._agreement.any(value)
 
-    def mean_over_ranks(self, values: Sequence[float | Tensor]) -> list[float]:
-        """Average scalars over ranks; every rank must call it. One device read, one all-reduce."""
-        return self._agreement.mean(values)
-
     def abandon(self) -> None:
         """Forget the open step, which will not be taken, and the micro-batches it had."""
         self.current_candidate = None
@@ -389,6 +432,8 @@ class AEES:
         Afterwards `state_dict` sends nothing and can be called on one rank alone.
         """
         self._episodes.agree(self._global_step)
+        if self.calibrator is not None:
+            self.calibrator.agree()
 
     @property
     def learning_rate(self) -> float | None:
@@ -396,12 +441,13 @@ class AEES:
 
         Reads the device where the LR is a tensor.
         """
-        value = self._hooks.learning_rate
-        return None if value is None else float(value)
+        return self._hooks.read_learning_rate()
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer, for another controller to put on its own."""
+        """Take all hooks off, for another controller to put on its own."""
         self._hooks.remove()
+        if self.calibrator is not None:
+            self.calibrator.close()
 
     def state_dict(self) -> StateDict:
         """Return everything that later arms depend on, as JSON, also amid an episode.
@@ -409,8 +455,10 @@ class AEES:
         Under `torch.distributed` every rank must call it, unless `agree` was called before.
         """
         self.agree()
+        calibration = None if self.calibrator is None else self.calibrator.state_dict()
         return {
             **self._episodes.state_dict(),
+            "calibration": calibration,
             "optimizer_steps": self.optimizer_steps,
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self._consecutive_skips,
@@ -428,7 +476,14 @@ class AEES:
         skipped = field(state, "skipped_steps", integer)
         consecutive = field(state, "consecutive_skips", integer)
         noise_seed = field(state, "noise_seed", integer)
-        self._episodes.load_state_dict(state)
+        go_on = self._episodes.prepare(state)
+        calibration = state.get("calibration") if isinstance(state, Mapping) else None
+        if self.calibrator is not None and calibration is not None:
+            self.calibrator.load_state_dict(calibration)
+        elif self.calibrator is not None:  # what was begun without is not calibrated midway
+            self.calibrator.close()
+            self.calibrator = None
+        go_on()
         self.abandon()
         self.optimizer_steps = steps
         self.skipped_steps = skipped

@@ -20,7 +20,6 @@ class Agreement:
     """
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
-        """See the class."""
         self._enabled = enabled
         self._parameter_device = device
 
@@ -30,6 +29,11 @@ class Agreement:
         if not (self._enabled and dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size()
+
+    @property
+    def is_rank_0(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.world_size == 1 or dist.get_rank() == 0
 
     def mean(self, values: Sequence[float | Tensor]) -> list[float]:
         """Average scalars over ranks, in the precision that they come in. One device read.
@@ -61,6 +65,14 @@ class Agreement:
         flag = torch.tensor(int(value), dtype=torch.int64, device=self._device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
+
+    def least(self, value: int) -> int:
+        """Return the smallest `value` of all ranks."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self._device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor.item())
 
     def _device(self) -> torch.device:
         if self._parameter_device.type == "cpu" and dist.get_backend() == "nccl":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.snapshot import Snapshot
+
+logger = logging.getLogger("pulseopt_hf")
 
 FIRST_LOOK = 4  # optimizer steps of an episode
 SKIPS = 3  # steps skipped in a row that count as an episode turned non-finite
@@ -34,7 +37,6 @@ class DivergenceGuard:
         config: PulseOptConfig,
         buffers: Iterable[Tensor] = (),
     ) -> None:
-        """See the class."""
         self._factor = config.divergence_factor
         self._snapshot = Snapshot(optimizer, buffers) if config.divergence == "rollback" else None
 
@@ -58,7 +60,8 @@ class DivergenceGuard:
                 first loss.
         """
         later = losses[len(losses) // 2 :]
-        return len(losses) > 1 and sum(later) / len(later) > self._factor * reference
+        rise = sum(later) / len(later) - reference
+        return len(losses) > 1 and rise > (self._factor - 1.0) * abs(reference)
 
     def undo(self) -> str:
         """Take the episode back where a snapshot is kept; return what was done."""
@@ -69,8 +72,17 @@ class DivergenceGuard:
 
     def save(self, path: Path) -> None:
         """Write the snapshot, if one is kept, for a checkpoint amid an episode."""
-        if self._snapshot is not None and self._snapshot.is_taken:
+        if self._snapshot is None or not self._snapshot.is_taken:
+            return
+        try:
             self._snapshot.save(path)
+        except TypeError as error:
+            logger.warning(
+                "A run resumed from %s goes back to there at worst, not to where its episode "
+                "began: %s",
+                path.parent,
+                error,
+            )
 
     def load(self, path: Path | None) -> None:
         """Read what `save` wrote; where it wrote nothing, go back to here at worst.

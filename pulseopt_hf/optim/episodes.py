@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from pulseopt_hf.optim.update_norm import UpdateNorm
 
 
 class Episodes:
-    """Feeds a `Controller` with what optimizer steps lose, means over ranks.
+    """Feeds a `Controller` with step losses, averaged over ranks.
 
     The device is read, and other ranks are heard, when an episode ends and where the divergence
     guard looks.
@@ -26,6 +27,7 @@ class Episodes:
         agreement: how ranks agree.
         guard: ends episodes that ruin the model, if given.
         update_norm: measures updates, if given.
+        learning_rate: reads the effective LR of the last step, for the record.
     """
 
     def __init__(
@@ -34,8 +36,8 @@ class Episodes:
         agreement: Agreement,
         guard: DivergenceGuard | None = None,
         update_norm: UpdateNorm | None = None,
+        learning_rate: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """See the class."""
         assert config.episode_length is not None
         self.controller = Controller(config)
         self.guard = guard
@@ -43,6 +45,7 @@ class Episodes:
         self._length = config.episode_length
         self._agreement = agreement
         self._update_norm = update_norm
+        self._learning_rate = learning_rate
         self._losses = LossBuffer()
         self._last_step = 0  # global step of the last optimizer step that counted
 
@@ -125,8 +128,8 @@ class Episodes:
             "last_step": self._last_step,
         }
 
-    def load_state_dict(self, state: object) -> None:
-        """Continue from `state_dict()`; nothing is changed if this raises.
+    def prepare(self, state: object) -> Callable[[], None]:
+        """Check what `state_dict()` returned, and return what continues from it.
 
         Raises:
             StateError: the state is damaged, of another version, or of other settings.
@@ -141,12 +144,16 @@ class Episodes:
         controller.load_state_dict(field(state, "controller", lambda value, name: value))
         if losses and controller.episode is None:
             raise StateError(f"There are {len(losses)} losses, but no episode is open.")
-        self.controller = controller
-        self._last_step = last_step
-        self._losses.clear()
-        self._losses.agreed = losses
-        if self.guard is not None and self.is_open:
-            self.guard.load(None)
+
+        def go_on() -> None:
+            self.controller = controller
+            self._last_step = last_step
+            self._losses.clear()
+            self._losses.agreed = losses
+            if self.guard is not None and self.is_open:
+                self.guard.load(None)
+
+        return go_on
 
     def _has_diverged(self, guard: DivergenceGuard) -> bool:
         losses = self._losses.agreed
@@ -158,14 +165,17 @@ class Episodes:
     def _close(self) -> EpisodeRecord:
         losses = self._losses.agreed
         self._losses.clear()
-        return self.controller.close(losses, self._last_step, self._mean_norm())
+        return self.controller.close(
+            losses, self._last_step, self._mean_norm(), learning_rate=self._learning_rate()
+        )
 
     def _close_diverged(self, guard: DivergenceGuard, step: int) -> EpisodeRecord:
         outcome = guard.undo()
         # An episode of which no step was sound has no loss to show but the one before it.
         losses = self._losses.agreed or [self.controller.sound_loss() or 1.0]
         self._losses.clear()
-        return self.controller.close(losses, step, self._mean_norm(), outcome)
+        rate = self._learning_rate()
+        return self.controller.close(losses, step, self._mean_norm(), outcome, rate)
 
     def _mean_norm(self) -> float | None:
         return self._update_norm.mean() if self._update_norm is not None else None

@@ -71,7 +71,6 @@ class ArmHooks:
         update_norm: UpdateNorm | None = None,
         shard: int = 0,
     ) -> None:
-        """See the class."""
         check_optimizer(optimizer)
         self.optimizer = optimizer
         self.noise = noise
@@ -79,8 +78,7 @@ class ArmHooks:
         self._update_norm = update_norm
         self._shard = shard
         self._current: tuple[Arm, int, StepOutcome] | None = None
-        self._factor = 1.0
-        self._base_lrs: Sequence[float] | None = None
+        self._lrs: Sequence[float] | None = None
         self._base: list[tuple[dict[str, Any], float | Tensor]] = []
         # A compiled `step` must not trace the hooks: it would compile again for every arm.
         untraced: Any = torch.compiler.disable
@@ -91,27 +89,30 @@ class ArmHooks:
 
     @contextmanager
     def applied(
-        self, arm: Arm, step: int, scale: float = 1.0, base_lrs: Sequence[float] | None = None
+        self, arm: Arm, step: int, lrs: Sequence[float] | None = None
     ) -> Iterator[StepOutcome]:
         """Apply `arm` to the optimizer steps taken inside; the LR is restored whatever happens.
 
         Args:
             arm: LR multiplier and noise level.
             step: number of optimizer steps taken before, which the noise is a function of.
-            scale: factor on the base LR besides the arm's.
-            base_lrs: base LR of each parameter group, instead of what the scheduler has set.
+            lrs: LR of each parameter group in a trial, instead of the base LR.
 
         Yields:
             The outcome, to be read once the step was called.
         """
         outcome = StepOutcome()
         self._current = (arm, step, outcome)
-        self._factor, self._base_lrs = arm.lr_multiplier * scale, base_lrs
+        self._lrs = lrs
         try:
             yield outcome
         finally:
             self._current = None
             self._restore()
+
+    def read_learning_rate(self) -> float | None:
+        """Return the effective LR of the last step, or `None` before it; see `learning_rate`."""
+        return None if self.learning_rate is None else float(self.learning_rate)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -134,19 +135,19 @@ class ArmHooks:
                 shard=self._shard,
                 first_index=outcome.parameters,
             )
-        if self._update_norm is not None:
+        if self._update_norm is not None and self._lrs is None:
             self._update_norm.before_step()
-        self._scale(optimizer, self._factor)
+        self._scale(optimizer, arm.lr_multiplier)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._current is None:
             return
         self._restore()
-        if self._update_norm is not None:
+        if self._update_norm is not None and self._lrs is None:
             self._update_norm.after_step()
 
     def _scale(self, optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-        bases = self._base_lrs
+        bases = self._lrs
         first = optimizer.param_groups[0]["lr"] if bases is None else bases[0]
         # An LR tensor is what schedulers change in place, so what is kept for the logs is a copy.
         self.learning_rate = first * multiplier

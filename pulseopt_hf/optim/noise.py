@@ -40,7 +40,6 @@ class GradientNoise:
     """
 
     def __init__(self, seed: int, mode: Literal["absolute", "relative"]) -> None:
-        """See the class."""
         self.seed = seed
         self.mode = mode
         self._workspaces = threading.local()

@@ -1,41 +1,48 @@
-"""Snapshots: what a training step changes, copied to host memory to be put back if it did harm."""
+"""Snapshots: all that an optimizer step changes, copied to host memory to be put back."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pulseopt_hf.aees.state import StateError
-from pulseopt_hf.optim.noise import all_parameters
-from pulseopt_hf.optim.unwrap import innermost
+from pulseopt_hf.optim import trees
+from pulseopt_hf.optim.unwrap import innermost, stepped_parameters
+
+# A scheduler owns these; a step only reads them.
+_SCHEDULED = ("params", "lr", "initial_lr")
 
 
 class Snapshot:
-    """One copy of the trained parameters, the optimizer's state and the model's buffers.
+    """One copy of the trained parameters, the optimizer's state and scalars, and the buffers.
 
     Of a sharded parameter each rank keeps its own shard. The copy is in host memory, pinned where
-    the parameters are on CUDA, and its memory is used again by the next `take`: with Adam it is
-    three times the trained parameters, held from the first `take` to `discard`.
+    the parameters are on CUDA, and its memory is used again by the next `take`. Before a first step
+    it is as large as the trained parameters; with Adam it is three times that after one.
 
     Args:
-        optimizer: the optimizer, wrapped by Accelerate or not; its parameters are those trained.
+        optimizer: the optimizer, wrapped or not; its parameters are those trained.
         buffers: tensors that training changes besides, such as a batch norm's running means.
+        parameters: the model's, where an engine's optimizer steps parts of its own making instead.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, buffers: Iterable[Tensor] = ()) -> None:
-        """See the class."""
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        buffers: Iterable[Tensor] = (),
+        parameters: Iterable[Tensor] = (),
+    ) -> None:
         self._optimizer = innermost(optimizer)
+        self._stepped = stepped_parameters(optimizer)
         self._buffers = list(buffers)
+        self._parameters = list(parameters)
         self._copies: dict[str, Tensor] = {}
-        self._numbers: dict[str, Any] = {}
+        self._rest: dict[str, Any] = {}  # of state and scalars what is no tensor
         self._spare: dict[str, Tensor] = {}
 
     @property
@@ -52,18 +59,21 @@ class Snapshot:
     def take(self) -> None:
         """Copy what is there now, instead of what was copied before."""
         self._spare.update(self._copies)
-        self._copies, self._numbers = {}, {}
-        for name, value in self._named_values():
-            if isinstance(value, Tensor):
-                self._copies[name] = self._copy(name, _local(value))
-            else:
-                self._numbers[name] = value
+        self._copies, self._rest = {}, {}
+        tensors = dict(self._named_tensors())
+        for name, tree in self._named_trees():
+            self._rest[name] = trees.take_apart(tree, name, tensors)
+        for name, tensor in tensors.items():
+            self._copies[name] = self._copy(name, _local(tensor))
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self, *, buffers: bool = True) -> None:
         """Put the copy back in place, bit for bit; it stays and can be restored again.
 
         State that the optimizer has made since then is removed, as if it had not stepped.
+
+        Args:
+            buffers: whether to put back the buffers too, which forward passes change, not steps.
 
         Raises:
             RuntimeError: nothing was taken.
@@ -71,26 +81,24 @@ class Snapshot:
         if not self.is_taken:
             raise RuntimeError("There is no snapshot to restore; call `take` first.")
         for name, tensor in self._named_tensors():
-            _local(tensor).copy_(self._copies[name])
-        for index, parameter in enumerate(all_parameters(self._optimizer)):
-            prefix = f"state.{index}."
-            now: dict[str, Any] = self._optimizer.state.get(parameter, {})
-            for key in list(now):
-                name = prefix + key
-                if name in self._copies:
-                    _local(now[key]).copy_(self._copies[name])
-                elif name in self._numbers:
-                    now[key] = self._numbers[name]
-                else:
-                    del now[key]
-            if not now:
-                self._optimizer.state.pop(parameter, None)
-
-    @torch.no_grad()
-    def restore_buffers(self) -> None:
-        """Put back the buffers alone."""
-        for index, buffer in enumerate(self._buffers):
-            _local(buffer).copy_(self._copies[f"buffer.{index}"])
+            if buffers or not name.startswith("buffer."):
+                _local(tensor).copy_(self._copies[name])
+        now: dict[str, Tensor] = {}
+        for name, tree in self._named_trees():
+            trees.take_apart(tree, name, now)
+        old = {name: self._back(now.get(name), name) for name in self._copies if "/" in name}
+        state = self._optimizer.state
+        for index, parameter in enumerate(self._stepped):
+            saved = self._rest.get(f"state/{index}")
+            if saved is not None:
+                state[parameter] = trees.put_together(saved, old)
+            elif parameter in state:
+                del state[parameter]
+        for index, group in enumerate(self._optimizer.param_groups):
+            saved = trees.put_together(self._rest[f"group/{index}"], old)
+            for key in [key for key in group if key not in saved and key not in _SCHEDULED]:
+                del group[key]
+            group.update(saved)
 
     @torch.no_grad()
     def distance(self) -> tuple[float, float]:
@@ -98,25 +106,28 @@ class Snapshot:
 
         Both are squared L2 norms over this rank's parts of all trained parameters of two or more
         dimensions. One that was all zeros is left out, since any step is infinitely large for it.
-        Reads the device once for each.
+        Reads the device for each.
         """
         moved = size = 0.0
-        for index, parameter in enumerate(all_parameters(self._optimizer)):
-            before = self._copies[f"parameter.{index}"]
+        for name, tensor in self._named_tensors():
+            before = self._copies[name]
             norm = float(before.float().square().sum())
-            if before.dim() >= 2 and norm > 0.0:
+            if name.startswith("matrix.") and norm > 0.0:
                 size += norm
-                moved += float((_local(parameter).cpu() - before).float().square().sum())
+                moved += float((_local(tensor).cpu() - before).float().square().sum())
         return moved, size
 
     def discard(self) -> None:
         """Let go of the copy and its memory."""
-        self._copies, self._numbers, self._spare = {}, {}, {}
+        self._copies, self._rest, self._spare = {}, {}, {}
 
     def save(self, path: Path) -> None:
-        """Write the copy as one safetensors file."""
-        numbers = {"numbers": json.dumps(self._numbers)}
-        save_file({name: t.contiguous() for name, t in self._copies.items()}, path, numbers)
+        """Write the copy as one file.
+
+        Raises:
+            TypeError: the optimizer's state holds something that JSON has no word for.
+        """
+        trees.save(path, self._copies, self._rest)
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote, for the same model and optimizer.
@@ -124,28 +135,43 @@ class Snapshot:
         Raises:
             StateError: the file is missing or damaged, or is another model's.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                copies = {name: file.get_tensor(name) for name in file.keys()}
-                numbers = json.loads((file.metadata() or {}).get("numbers", "{}"))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise StateError(f"The snapshot {path} cannot be read: {error}") from error
+        copies, rest = trees.load(path)
         for name, tensor in self._named_tensors():
             if name not in copies or copies[name].shape != _local(tensor).shape:
                 raise StateError(f"The snapshot {path} is another model's: `{name}` differs.")
-        self._copies, self._numbers = copies, numbers
+        groups = {f"group/{i}" for i in range(len(self._optimizer.param_groups))}
+        if not isinstance(rest, dict) or not groups <= rest.keys():
+            raise StateError(f"The snapshot {path} is another optimizer's.")
+        self._copies, self._rest = copies, rest
 
-    def _named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        for index, parameter in enumerate(all_parameters(self._optimizer)):
-            yield f"parameter.{index}", parameter
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a step changes in place; matrices by a name of their own, see `distance`."""
+        seen = set()
+        for index, parameter in enumerate(self._stepped):
+            seen.add(id(parameter))
+            yield f"{'matrix' if parameter.dim() >= 2 else 'parameter'}.{index}", parameter
+        for index, parameter in enumerate(self._parameters):
+            if parameter.requires_grad and id(parameter) not in seen:
+                yield from _engine_parts(index, parameter)
         for index, buffer in enumerate(self._buffers):
             yield f"buffer.{index}", buffer
 
-    def _named_values(self) -> Iterable[tuple[str, Any]]:
-        yield from self._named_tensors()
-        for index, parameter in enumerate(all_parameters(self._optimizer)):
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                yield f"state.{index}.{key}", value
+    def _named_trees(self) -> Iterator[tuple[str, Any]]:
+        """Yield what a step may put others in the place of."""
+        state = self._optimizer.state
+        for index, parameter in enumerate(self._stepped):
+            if parameter in state:
+                yield f"state/{index}", state[parameter]
+        for index, group in enumerate(self._optimizer.param_groups):
+            yield f"group/{index}", {k: v for k, v in group.items() if k not in _SCHEDULED}
+
+    def _back(self, now: Tensor | None, name: str) -> Tensor:
+        """Return a state's tensor as it was: the same object where it still is there."""
+        saved = self._copies[name]
+        if now is None:
+            return saved.clone()
+        _local(now).copy_(saved)
+        return now
 
     def _copy(self, name: str, source: Tensor) -> Tensor:
         target = self._spare.pop(name, None)
@@ -154,6 +180,21 @@ class Snapshot:
                 source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda
             )
         return target.copy_(source)
+
+
+def _engine_parts(index: int, parameter: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """Yield where DeepSpeed keeps a model's parameter: whole, or under ZeRO-3 this rank's part.
+
+    A part has no shape of its own. Small parameters are whole on every rank besides.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+    name = f"{'matrix' if dimensions >= 2 else 'parameter'}.model.{index}"
+    if part is not None:
+        yield f"{name}.part", part
+        name = f"whole.{index}"
+    if part is None or parameter.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
+        yield name, parameter.data
 
 
 def _local(tensor: Tensor) -> Tensor:

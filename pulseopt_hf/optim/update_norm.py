@@ -28,7 +28,6 @@ class UpdateNorm:
     """
 
     def __init__(self, parameters: Iterable[Tensor], max_elements: int = MAX_ELEMENTS) -> None:
-        """See the class."""
         self._parameters = list(parameters)
         if any(isinstance(parameter, DTensor) for parameter in self._parameters):
             raise ValueError(

@@ -3,6 +3,7 @@
 from pulseopt_hf.trainer.arguments import PulseOptTrainingArguments
 from pulseopt_hf.trainer.callback import PulseOptCallback
 from pulseopt_hf.trainer.checkpoints import newest_whole_checkpoint
+from pulseopt_hf.trainer.find import find_learning_rate
 from pulseopt_hf.trainer.mixin import (
     PulseOptMixin,
     PulseOptSeq2SeqTrainer,
@@ -16,6 +17,7 @@ __all__ = [
     "PulseOptSeq2SeqTrainer",
     "PulseOptTrainer",
     "PulseOptTrainingArguments",
+    "find_learning_rate",
     "newest_whole_checkpoint",
     "with_pulseopt",
 ]

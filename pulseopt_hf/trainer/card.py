@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import metadata_load, metadata_save
 
 from pulseopt_hf.aees import EpisodeRecord
-from pulseopt_hf.config import PulseOptConfig, method_settings
+from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.optim.base_lr import peaks
 
 # The hub has fields for tags and for scores, which Trainer fills in, and none for learning rates.
 TAGS = ("pulseopt_hf", "aees")
@@ -23,8 +24,8 @@ BEGIN, END = "<!-- pulseopt_hf: begin -->", "<!-- pulseopt_hf: end -->"
 def add_section(trainer: Any) -> None:
     """Add a section and tags to the model card that Trainer has just written.
 
-    A section that is there already is replaced, and the text round it stays. Nothing is done before
-    a first training, on a rank that writes no card, and where there is none.
+    A section that is there already is replaced, and the text round it stays. Nothing is done where
+    nothing was done to the LR, on a rank that writes no card, and where there is none.
     """
     file = Path(trainer.args.output_dir) / "README.md"
     written = section(trainer)
@@ -59,29 +60,32 @@ def section(trainer: Any) -> str | None:
         trainer: a Trainer that has AEES.
 
     Returns:
-        The text, or `None` before a first training.
+        The text, or `None` where nothing was done to the LR.
     """
     aees: AEES | None = getattr(trainer, "aees", None)
     if aees is None:
+        return None
+    plays = not aees.controller.is_neutral
+    if not plays and aees.calibrator is None:
         return None
     logged = [
         float(entry["pulse/learning_rate"])
         for entry in trainer.state.log_history
         if "pulse/learning_rate" in entry
     ]
-    # A scheduler notes in each group where it began; `reduce_lr_on_plateau` does not.
-    base = aees.optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
-    rows = [*_rate_rows(aees, float(base), logged), *_count_rows(aees)]
+    done = ["calibrated"] if aees.calibrator is not None else []
+    done += ["adapted in episodes by AEES"] if plays else []
     blocks = [
         BEGIN,
         "## Learning rate",
-        "The learning rate was adapted in episodes by AEES (`pulseopt_hf`).",
-        table(("", "value"), rows),
+        f"The learning rate was {' and '.join(done)} (`pulseopt_hf`).",
+        table(("", "value"), [*_rate_rows(aees, logged), *_count_rows(aees, plays)]),
     ]
-    if aees.controller.records:
+    if plays and aees.controller.records:
         blocks += ["### Arms that were played", arms_table(aees.controller.records)]
-    blocks += ["### Knobs", table(("knob", "value"), _knob_rows(aees.config)), END]
-    return "\n\n".join(blocks)
+    if knobs := _knob_rows(aees.config, plays):
+        blocks += ["### Knobs", table(("knob", "value"), knobs)]
+    return "\n\n".join([*blocks, END])
 
 
 def arms_table(records: Sequence[EpisodeRecord]) -> str:
@@ -116,25 +120,28 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def _rate_rows(aees: AEES, base: float, logged: list[float]) -> list[tuple[str, str]]:
-    rows = [("Base learning rate", f"{base:.4g}")]
-    search = aees.calibration
-    if search is not None and search.is_done:
-        text = f"{base * search.scale:.4g}, {search.scale:.4g} times the base learning rate"
+def _rate_rows(aees: AEES, logged: list[float]) -> list[tuple[str, str]]:
+    if aees.calibrator is None:
+        rows = [("Base learning rate", f"{max(peaks(aees.optimizer)):.4g}")]
+    else:
+        search, outcome = aees.calibrator.search, aees.calibrator.outcome
+        rows = [("Learning rate that was set", f"{search.set_lr:.4g}")]
+        if outcome is None:
+            text = "none: training ended amid the search"
+        elif outcome.reason is not None:
+            text = f"none: {outcome.reason}"
+        else:
+            text = f"{outcome.learning_rate:.4g}, found in {len(search.trials)} trials"
         rows.append(("Calibrated learning rate", text))
-    elif search is not None:
-        rows.append(("Calibrated learning rate", "none: training ended amid the search"))
     if logged:
-        text = (
-            f"{min(logged):.4g} to {max(logged):.4g}, of the {len(logged)} steps that were logged"
-        )
-        rows.append(("Effective learning rate", text))
+        text = f"{min(logged):.4g} to {max(logged):.4g}"
+        rows.append(("Effective learning rate", f"{text}, of the {len(logged)} steps logged"))
     return rows
 
 
-def _count_rows(aees: AEES) -> list[tuple[str, str]]:
+def _count_rows(aees: AEES, plays: bool) -> list[tuple[str, str]]:
     records = aees.controller.records
-    rows = [("Episodes", str(len(records)))]
+    rows = [("Episodes", str(len(records)))] if plays else []
     if aees.skipped_steps:
         rows.append(("Skipped steps", str(aees.skipped_steps)))
     outcomes = Counter(record.outcome for record in records if record.outcome is not None)
@@ -142,12 +149,13 @@ def _count_rows(aees: AEES) -> list[tuple[str, str]]:
     return rows
 
 
-def _knob_rows(config: PulseOptConfig) -> list[tuple[str, str]]:
-    """All knobs that say what the method is, and of the others those that were changed."""
-    default, method = PulseOptConfig(), method_settings(config)
+def _knob_rows(config: PulseOptConfig, plays: bool) -> list[tuple[str, str]]:
+    """The knobs that were changed, and with arms those that followed from the run."""
+    default = PulseOptConfig()
+    followed = () if plays else ("episode_length", "seed")
     return [
         (f"`{field.name}`", f"`{value}`")
         for field in fields(config)
         if (value := getattr(config, field.name)) != getattr(default, field.name)
-        or field.name in method
+        and field.name not in followed
     ]

@@ -33,7 +33,6 @@ class DeepSpeedSteps:
     """
 
     def __init__(self, engine: Any, patches: MethodPatches, seam: Callable[[], None]) -> None:
-        """See the class."""
         self._engine = engine
         self._running = False
         self._finite: bool | None = None  # of the step that is running, once known

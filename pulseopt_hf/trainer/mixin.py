@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +9,14 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.optim.suggestion import Suggestion
 from pulseopt_hf.trainer.callback import PulseOptCallback
 from pulseopt_hf.trainer.card import add_section
 from pulseopt_hf.trainer.session import PulseSession
 
 
 class PulseOptMixin:
-    """Stands before a Trainer class in the bases and runs its training in episodes.
+    """Stands before a Trainer class in the bases; calibrates the LR and trains in episodes.
 
     Attributes:
         aees: the AEES of the current or latest run, or `None` before the first; its `get_logs()`
@@ -41,12 +41,7 @@ class PulseOptMixin:
         if pulse is not None and not isinstance(pulse, PulseOptConfig):
             raise TypeError(f"`pulse` must be a PulseOptConfig, got {type(pulse).__name__}.")
         super().__init__(*args, **kwargs)
-        self._pulse = PulseSession(self, pulse)  # type: ignore[arg-type]
-        # Looked up anew at each step, so that a subclass or an instance may override it.
-        self._pulse.seam = lambda: self.optimizer_step()
-        callback = PulseOptCallback(pulse)
-        callback.connect(self._pulse)
-        self.add_callback(callback)  # type: ignore[attr-defined]
+        connect(self, PulseOptCallback(pulse))
 
     def optimizer_step(self) -> None:
         """Step the optimizer: the seam that Trainer lacks, called where it calls the bare step.
@@ -56,16 +51,18 @@ class PulseOptMixin:
         """
         self._pulse.optimizer_step()
 
+    def find_learning_rate(self) -> Suggestion:
+        """Find the learning rate without training; see `pulseopt_hf.find_learning_rate`."""
+        from pulseopt_hf.trainer.find import find_learning_rate
+
+        trainer: Any = self
+        return find_learning_rate(trainer)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `Trainer.train`."""
-        self._pulse.note_resume(*args, **kwargs)
-        try:
+        trainer: Any = self
+        with self._pulse.in_training(trainer, *args, **kwargs):
             return super().train(*args, **kwargs)  # type: ignore[misc]
-        except BaseException as error:
-            self._pulse.end(error)
-            raise
-        finally:
-            self._pulse.end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forward and backward; see `Trainer.training_step`."""
@@ -80,25 +77,40 @@ class PulseOptMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card, with a section on the arms; see `Trainer.create_model_card`."""
+        """Write the model card, with a section on the LR; see `Trainer.create_model_card`."""
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         add_section(self)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        # See `upstream.GRAD_NORM`.
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        self._pulse.note_norm(norm)
+        return norm
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # See `upstream.SAVE_CHECKPOINT`.
         self._pulse.agree(*args, **kwargs)
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
+    _pulse: PulseSession
+    _made_of: type[Trainer] | None = None  # in a class that `with_pulseopt` made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle an instance of a class that `with_pulseopt` made, which is in no module."""
+        base = vars(type(self)).get("_made_of")
+        if base is None:
+            return super().__reduce_ex__(protocol)
+        return _blank, (base,), self.__dict__
+
 
 class PulseOptTrainer(PulseOptMixin, Trainer):
-    """A Trainer whose learning rate is adapted in episodes; see `PulseOptMixin`."""
+    """A Trainer whose LR is calibrated and adapted in episodes; see `PulseOptMixin`."""
 
 
 class PulseOptSeq2SeqTrainer(PulseOptMixin, Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose learning rate is adapted in episodes; see `PulseOptMixin`."""
+    """A Seq2SeqTrainer whose LR is calibrated and adapted in episodes; see `PulseOptMixin`."""
 
 
-@functools.cache
 def with_pulseopt(trainer_class: type[Trainer]) -> type[Trainer]:
     """Return a subclass of any Trainer class that runs AEES, the same one at every call.
 
@@ -111,8 +123,48 @@ def with_pulseopt(trainer_class: type[Trainer]) -> type[Trainer]:
         raise TypeError(f"`trainer_class` must be a subclass of Trainer, got {trainer_class!r}.")
     if issubclass(trainer_class, PulseOptMixin):
         raise TypeError(f"{trainer_class.__name__} has AEES already.")
-    return type(
-        f"PulseOpt{trainer_class.__name__}",
-        (PulseOptMixin, trainer_class),
-        {"__doc__": f"{trainer_class.__name__} with AEES.", "__module__": trainer_class.__module__},
-    )
+    if trainer_class not in _MADE:
+        content = {
+            "__doc__": f"{trainer_class.__name__} with AEES.",
+            "__module__": trainer_class.__module__,
+            "_made_of": trainer_class,
+        }
+        bases = (PulseOptMixin, trainer_class)
+        _MADE[trainer_class] = type(f"PulseOpt{trainer_class.__name__}", bases, content)
+    return _MADE[trainer_class]
+
+
+_MADE: dict[type, type[Trainer]] = {}
+
+
+def attach(trainer: Trainer, callback: PulseOptCallback) -> None:
+    """Give a Trainer instance the class that `with_pulseopt` makes of its own.
+
+    Raises:
+        TypeError: `trainer` is not a Trainer.
+        RuntimeError: it has AEES already, or it is training.
+        ValueError: its optimizer or engine cannot be adapted.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"`trainer` must be a Trainer, got {type(trainer).__name__}.")
+    if isinstance(trainer, PulseOptMixin):
+        raise RuntimeError(f"This {type(trainer).__name__} has AEES already; attach it once.")
+    if trainer.is_in_train:
+        raise RuntimeError("Attach PulseOptCallback before `train()`, not during training.")
+    connect(trainer, callback)
+    made: Any = with_pulseopt(type(trainer))
+    trainer.__class__ = made
+
+
+def connect(trainer: Any, callback: PulseOptCallback, *, only_ask: bool = False) -> None:
+    """Give a Trainer its session, and the session the Trainer's events."""
+    session = PulseSession(trainer, callback.config, only_ask=only_ask)
+    trainer._pulse = callback.session = session
+    if callback not in trainer.callback_handler.callbacks:
+        trainer.add_callback(callback)
+
+
+def _blank(trainer_class: type[Trainer]) -> Trainer:
+    made: Any = with_pulseopt(trainer_class)
+    blank: Trainer = made.__new__(made)
+    return blank

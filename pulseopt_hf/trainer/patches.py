@@ -31,6 +31,10 @@ class MethodPatches:
 
         self._undo.append(undo)
 
+    def add(self, undo: Callable[[], None]) -> None:
+        """Have something else undone with the rest."""
+        self._undo.append(undo)
+
     def undo(self) -> None:
         """Put everything back, latest first."""
         while self._undo:

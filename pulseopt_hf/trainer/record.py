@@ -28,6 +28,7 @@ from pulseopt_hf.aees.run_record import (
     encode,
 )
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.optim.base_lr import peaks
 from pulseopt_hf.trainer.upstream import run_folder
 
 logger = logging.getLogger("pulseopt_hf")
@@ -49,12 +50,12 @@ class RunRecorder:
     """
 
     def __init__(self, folder: Path, aees: AEES, head: Head, state: TrainerState) -> None:
-        """See the class."""
         self._file = folder / FILE_NAME
         self._aees = aees
         self._max_steps = head.max_steps
         self._episodes = 0  # written
         self._trials = 0  # written
+        self._outcomes = 0  # written
         self._offset = 0  # size of what is whole in the file
         self._warned = False
         self._ended = False
@@ -72,16 +73,15 @@ class RunRecorder:
         That is on other ranks, where nothing is logged, and in a neutral run.
         """
         args = trainer.args
-        neutral = aees.controller.is_neutral and aees.calibration is None
+        neutral = aees.controller.is_neutral and aees.calibrator is None
         if neutral or args.logging_strategy == "no" or not trainer.is_world_process_zero():
             return None
         folder = run_folder(trainer)
-        groups = trainer.optimizer.param_groups
         head = Head(
             name=args.run_name or folder.resolve().name,
             max_steps=state.max_steps,
             knobs=asdict(aees.config),
-            base_lr=max(float(group.get("initial_lr", group["lr"])) for group in groups),
+            base_lr=_set_lr(aees),
             versions={
                 "python": platform.python_version(),
                 "pulseopt-hf": __version__,
@@ -119,12 +119,17 @@ class RunRecorder:
             now: the time to write beside them.
             before: only those that ended before this many steps were done.
         """
-        search = self._aees.calibration
-        for trial in [] if search is None else search.trials[self._trials :]:
-            if before is not None and trial.step + 1 >= before:
+        calibrator = self._aees.calibrator
+        for trial in [] if calibrator is None else calibrator.search.trials[self._trials :]:
+            if before is not None and trial.step >= before:
                 break
             self._trials += 1
             self._add(NumberedTrial(self._trials, trial), now)
+        for outcome in [] if calibrator is None else calibrator.outcomes[self._outcomes :]:
+            if before is not None and outcome.step >= before:
+                break
+            self._outcomes += 1
+            self._add(outcome, now)
         records = self._aees.controller.records
         while self._episodes < len(records):
             record = records[self._episodes]
@@ -179,3 +184,9 @@ class RunRecorder:
             file.seek(self._offset)
             file.truncate()
             file.write(content)
+
+
+def _set_lr(aees: AEES) -> float:
+    """Return the LR that was set: a calibration may have changed the optimizer's since."""
+    calibrator = aees.calibrator
+    return max(peaks(aees.optimizer)) if calibrator is None else calibrator.search.set_lr

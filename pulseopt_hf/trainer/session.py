@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from pulseopt_hf.aees.calibration import not_calibrated
 from pulseopt_hf.aees.state import StateDict, field, integer
 from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.optim.movement import loss_of
 from pulseopt_hf.trainer import deepspeed
-from pulseopt_hf.trainer.calibration import Calibrator
 from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
+from pulseopt_hf.trainer.eligibility import why_not_calibrate
 from pulseopt_hf.trainer.guard import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
 from pulseopt_hf.trainer.record import RunRecorder
@@ -33,7 +35,18 @@ from pulseopt_hf.trainer.upstream import (
 
 logger = logging.getLogger("pulseopt_hf")
 
-SESSIONS: weakref.WeakSet[PulseSession] = weakref.WeakSet()
+
+class LearningRateFound(Exception):
+    """Ends a training that was begun only to find the LR."""
+
+
+_IN_TRAINING: list[PulseSession] = []
+
+
+def session_in_training(args: TrainingArguments) -> PulseSession | None:
+    """Return the session of the Trainer that is in `train()` with these arguments, if any."""
+    found = [session for session in _IN_TRAINING if session.trainer.args is args]
+    return found[-1] if found else None
 
 
 class PulseSession:
@@ -43,28 +56,39 @@ class PulseSession:
     them (`observe`), the start of each step, of training and of a save, and calls `optimizer_step`
     where Trainer steps the optimizer.
 
+    It holds on to its Trainer only while that trains: so both can be copied, pickled and deleted
+    like any other.
+
     Args:
         trainer: the Trainer, fully constructed.
         config: the knobs; `None` takes them from `trainer.args` where those have them, and else
             the recommended ones.
+        unattached: whether only a Trainer's events are known, so that there can be no arms.
+        only_ask: whether to end when the LR is found, and leave it as it is.
 
     Raises:
         ValueError: the knobs were given twice, or the Trainer's optimizer cannot be adapted.
     """
 
-    def __init__(self, trainer: Trainer, config: PulseOptConfig | None) -> None:
-        """See the class."""
-        args = trainer.args
-        if config is not None and isinstance(args, PulseOptKnobs):
-            if PulseOptConfig.of_knobs(args) != PulseOptConfig():
+    def __init__(
+        self,
+        trainer: Any,
+        config: PulseOptConfig | None,
+        *,
+        unattached: bool = False,
+        only_ask: bool = False,
+    ) -> None:
+        if config is not None and not only_ask and isinstance(trainer.args, PulseOptKnobs):
+            if PulseOptConfig.of_knobs(trainer.args) != PulseOptConfig():
                 raise ValueError(
                     "The knobs were given twice: in the training arguments and in a "
                     "PulseOptConfig. Give them once."
                 )
         # Upstream annotates `optimizer` and friends as what they are before training prepares them.
-        self.trainer: Any = trainer
-        # Where Trainer's loop steps the optimizer; PulseOptTrainer puts its seam here.
-        self.seam: Callable[[], None] = self.optimizer_step
+        self.trainer: Any = None
+        self.is_unattached = unattached
+        self.only_ask = only_ask
+        self.latest: AEES | None = None  # of the current or latest run
         self._config = config
         self._patches = MethodPatches()
         self._aees: AEES | None = None
@@ -72,23 +96,37 @@ class PulseSession:
         self._plain_step: Callable[[], object] | None = None
         self._loss: Tensor | None = None
         self._engine_stepped = False
-        self._calibrator: Calibrator | None = None
         self._recorder: RunRecorder | None = None
-        # The checkpoint that `train` was asked to resume from; whoever wraps `train` notes it.
+        # The checkpoint that `train` was asked to resume from.
         self.resumed_folder: Path | None = None
-        self._check_engine()
-        SESSIONS.add(self)
+        self._check_engine(trainer)
 
-    def note_resume(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        """Note the folder that `train`, called with these arguments, resumes from."""
+    @contextmanager
+    def in_training(
+        self,
+        trainer: Trainer,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Iterator[None]:
+        """Hold on to a Trainer while its `train`, called with these arguments, runs."""
         folder: str | None = None
         if isinstance(resume_from_checkpoint, str | PathLike):
             folder = str(resume_from_checkpoint)
         elif resume_from_checkpoint:
-            folder = get_last_checkpoint(self.trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            folder = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
         self.resumed_folder = None if folder is None else Path(folder)
+        self.trainer = trainer
+        _IN_TRAINING.append(self)
+        try:
+            yield
+        except BaseException as error:
+            self.end(error)
+            raise
+        finally:
+            self.end()
+            _IN_TRAINING.remove(self)
+            self.trainer = None
 
     def begin(self, state: TrainerState, saved: object | None) -> None:
         """Start training: a fresh controller, or the one of the checkpoint that is resumed.
@@ -96,11 +134,18 @@ class PulseSession:
         Args:
             state: Trainer's state, `global_step` > 0 when resuming.
             saved: what `state_dict` returned when the checkpoint was written, if it was.
+
+        Raises:
+            RuntimeError: there are arms, and the Trainer's loss is not known.
+            StateError: the saved state is damaged, or of other settings.
         """
         self.end()
         trainer = self.trainer
         resuming = state.global_step > 0
         config = self._run_config(state.max_steps, saved if resuming else None)
+        if self.is_unattached:
+            self._check_events(config)
+            self.resumed_folder = checkpoint_folder(trainer, None) if resuming else None
         engine = None
         if trainer.is_deepspeed_enabled:
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
@@ -109,8 +154,15 @@ class PulseSession:
         aees = AEES.from_config(
             trainer.optimizer, config, shard=shard, buffers=trainer.model.buffers()
         )
+        was_calibrated = isinstance(saved, dict) and saved.get("calibration") is not None
+        if was_calibrated if resuming else self._is_to_calibrate(config, state.max_steps):
+            aees.calibrate(
+                trainer.model_wrapped, trainer.lr_scheduler, state.max_steps, only_ask=self.only_ask
+            )
         if resuming and saved is not None:
             aees.load_state_dict(saved)
+            if aees.calibrator is not None:
+                aees.calibrator.load(self.resumed_folder, trainer.args.process_index)
             if aees.divergence is not None and self.resumed_folder is not None:
                 aees.divergence.load(self.resumed_folder / self._snapshot_file)
         if resuming and self.resumed_folder is not None and not has_optimizer(self.resumed_folder):
@@ -125,33 +177,39 @@ class PulseSession:
                 "Its weights are resumed and the bandits start afresh.",
                 state.global_step,
             )
-        self._aees = trainer.aees = aees
-        if not resuming:
-            self._calibrator = Calibrator.of(trainer, aees, config, state.max_steps)
-        elif isinstance(saved, dict) and "calibration" in saved:
-            self._calibrator = Calibrator(trainer, aees, config, state.max_steps)
-            self._calibrator.load_state_dict(saved, self.resumed_folder)
-        self._recorder = RunRecorder.of(trainer, aees, state)
+        self._aees = self.latest = trainer.aees = aees
+        if not self.only_ask:
+            self._recorder = RunRecorder.of(trainer, aees, state)
         self._loss = None
         self._engine_stepped = False
-        self._guard = NonFiniteGuard(
-            trainer.accelerator, self._patches, trainer.model_wrapped.parameters()
-        )
+        if self.is_unattached:
+            handle = trainer.model.register_forward_hook(self._observe_output)
+            self._patches.add(handle.remove)
+        else:
+            self._guard = NonFiniteGuard(trainer.accelerator, self._patches)
         self._plain_step = trainer.optimizer.step
-        at_step: Callable[[], None] = lambda: self.seam()  # noqa: E731
+        at_step: Callable[[], None] = (
+            self.optimizer_step if self.is_unattached else lambda: trainer.optimizer_step()
+        )
         if engine is not None:
             self._plain_step = DeepSpeedSteps(engine, self._patches, at_step).run
             at_step = self._settle_engine_step
-        self._patches.wrap(trainer.optimizer, "step", lambda step: lambda closure=None: at_step())
+
+        def stepping(step: Callable[..., Any]) -> Callable[..., Any]:
+            def step_if_training(closure: Any = None) -> Any:
+                # To save an optimizer without a state, torch steps it (`calibrator.run`).
+                return step(closure) if aees.current_candidate is None else at_step()
+
+            return step_if_training
+
+        self._patches.wrap(trainer.optimizer, "step", stepping)
 
     def begin_step(self, global_step: int) -> None:
         """Note that Trainer starts on the first micro-batch of an optimizer step."""
-        if self._aees is None:
+        if self._aees is None or self._only_looks_on:
             return
         self._loss = None
         self._aees.abandon()  # a step that Trainer broke off, as it does at the end of training
-        if self._calibrator is not None:
-            self._calibrator.begin_step(global_step)
         self._aees.step_start(global_step)
 
     def observe(self, loss: Tensor) -> None:
@@ -164,6 +222,11 @@ class PulseSession:
             loss = loss.detach().to(torch.float32)
             self._loss = loss if self._loss is None else self._loss + loss
 
+    def note_norm(self, norm: float | Tensor) -> None:
+        """Note the gradient norm that Trainer has computed for the step that comes."""
+        if self._guard is not None:
+            self._guard.norm = norm
+
     def optimizer_step(self) -> None:
         """Do what stands where Trainer steps the optimizer: guard, then the step under the arm.
 
@@ -175,20 +238,50 @@ class PulseSession:
             ValueError: the step is not finite and `nonfinite` is `raise`.
         """
         aees, guard, plain_step = self._aees, self._guard, self._plain_step
-        if aees is None or guard is None or plain_step is None:
+        if aees is None or plain_step is None:
             raise RuntimeError(
                 "`optimizer_step` is called by Trainer's loop, during training only."
             )
+        if self._only_looks_on:
+            plain_step()
+            return
         if self.trainer.is_deepspeed_enabled:
             self._engine_stepped = aees.apply(plain_step)
+            self._stop_asking(aees)
+            return
+        if self.is_unattached and self._loss is None and aees.calibrator is not None:
+            aees.calibrator.give_up(
+                "the model returns no loss to watch over; "
+                "`PulseOptCallback(config).attach(trainer)` knows the Trainer's",
+                self.trainer.state.global_step,
+            )
+            aees.abandon()
+            plain_step()
             return
         loss = self._take_loss()
         # A gradient scaler is a guard itself, and has to be stepped to lower its scale.
-        happened = self.trainer.optimizer.scaler is not None or guard.is_finite()
+        scaled = self.trainer.optimizer.scaler is not None
+        happened = scaled or guard is None or guard.is_finite()
         if happened:
             happened = aees.apply(plain_step)
-        mark_step_skipped(self.trainer.optimizer, not happened)
+        mark_step_skipped(self.trainer.optimizer, self.only_ask or not happened)
+        self._stop_asking(aees)
         self._settle(aees, loss, happened)
+
+    def _stop_asking(self, aees: AEES) -> None:
+        if self.only_ask and not aees.is_calibrating:
+            raise LearningRateFound
+
+    @property
+    def _only_looks_on(self) -> bool:
+        """Whether Trainer steps on its own: it was calibrated by events alone."""
+        return self.is_unattached and self._aees is not None and not self._aees.is_calibrating
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done to the LR, so that a run is the stock Trainer's."""
+        aees = self._aees
+        return aees is None or (aees.controller.is_neutral and aees.calibrator is None)
 
     @property
     def _snapshot_file(self) -> str:
@@ -234,9 +327,9 @@ class PulseSession:
         if loss is None:
             name = type(self.trainer).__name__
             raise RuntimeError(
-                f"An optimizer step came without a loss: this {name} does not go through the "
-                f"`training_step` that pulseopt_hf listens to. Use `with_pulseopt({name})`, and "
-                "have `training_step` return the loss."
+                f"An optimizer step came without a loss: something stands in the place of the "
+                f"`training_step` of this {name}. Override it in a subclass, and return the loss "
+                "of `super().training_step(...)`."
             )
         return loss
 
@@ -249,13 +342,18 @@ class PulseSession:
         """
         if self._aees is not None:
             self._aees.agree()
-        if self._calibrator is not None:
-            self._calibrator.save(checkpoint_folder(self.trainer, trial))
-        if self._aees is not None and self._aees.divergence is not None:
-            if self._aees.controller.episode is not None:
-                folder = checkpoint_folder(self.trainer, trial)
-                folder.mkdir(parents=True, exist_ok=True)
-                self._aees.divergence.save(folder / self._snapshot_file)
+            self.save_files(trial)
+
+    def save_files(self, trial: object = None) -> None:
+        """Write into a checkpoint what `state_dict` cannot hold; every rank takes part."""
+        aees = self._aees
+        if aees is None:
+            return
+        folder = checkpoint_folder(self.trainer, trial)
+        if aees.is_calibrating and aees.calibrator is not None:
+            aees.calibrator.save(folder, self.trainer.args.process_index)
+        if aees.divergence is not None and aees.controller.episode is not None:
+            aees.divergence.save(folder / self._snapshot_file)
 
     def end(self, error: BaseException | None = None) -> None:
         """Finish training, or what an exception left of it. `trainer.aees` keeps the record.
@@ -268,7 +366,7 @@ class PulseSession:
         self._patches.undo()
         if self._aees is not None:
             self._aees.remove()
-        self._aees = self._guard = self._plain_step = self._loss = self._calibrator = None
+        self._aees = self._guard = self._plain_step = self._loss = None
 
     def finalize(self) -> None:
         """Close the last episode, which may be a partial one."""
@@ -286,10 +384,7 @@ class PulseSession:
         """Return what a checkpoint has to hold, or `None` outside of training."""
         if self._aees is None:
             return None
-        state = self._aees.state_dict()
-        if self._calibrator is not None:
-            state["calibration"] = self._calibrator.state_dict()
-        return state
+        return self._aees.state_dict()
 
     def log_values(self) -> dict[str, float]:
         """Return the `pulse/*` values of the latest step, for Trainer's log.
@@ -297,13 +392,11 @@ class PulseSession:
         A neutral run, whose every step is plain, has none unless a step was skipped.
         """
         aees = self._aees
-        quiet = self._calibrator is None and aees is not None and not aees.skipped_steps
+        quiet = aees is not None and aees.calibrator is None and not aees.skipped_steps
         if aees is None or (aees.controller.is_neutral and quiet):
             return {}
         records, episode = aees.controller.records, aees.controller.episode
         values: dict[str, float] = {"pulse/skipped_steps": aees.skipped_steps}
-        if self._calibrator is not None:
-            values["pulse/lr_scale"] = aees.lr_scale
         if episode is not None:
             values["pulse/episode"] = len(records) + 1
             values["pulse/lr_multiplier"] = episode.arm.lr_multiplier
@@ -314,6 +407,8 @@ class PulseSession:
             values["pulse/noise_std"] = records[-1].noise_value
         if aees.learning_rate is not None:
             values["pulse/learning_rate"] = aees.learning_rate
+            if aees.ramp < 1.0:
+                values["learning_rate"] = aees.learning_rate
         if records:
             values["pulse/reward"] = records[-1].reward
         return values
@@ -334,6 +429,12 @@ class PulseSession:
             config = PulseOptConfig()
             if isinstance(args, PulseOptKnobs):
                 config = PulseOptConfig.of_knobs(args)
+        if (idle := config.idle_knobs()) and self.trainer.is_world_process_zero():
+            logger.warning(
+                "%s has no effect with one arm. Give several `lr_candidates` or "
+                "`noise_candidates`.",
+                " and ".join(f"`{name}`" for name in idle),
+            )
         unset = config.episode_length is None
         config = config.for_run(max_steps, args.seed)
         if unset and saved is not None:
@@ -352,8 +453,34 @@ class PulseSession:
             )
         return config
 
-    def _check_engine(self) -> None:
-        trainer = self.trainer
+    def _is_to_calibrate(self, config: PulseOptConfig, max_steps: int) -> bool:
+        """Whether the LR of a run that begins is to be calibrated; says why not, once."""
+        if config.calibration == "off":
+            return False
+        reason = why_not_calibrate(self.trainer, config, max_steps)
+        if self.only_ask:
+            if reason is not None:
+                raise ValueError(not_calibrated(reason))
+        elif reason is not None and self.trainer.is_world_process_zero():
+            logger.warning(not_calibrated(reason))
+        return reason is None
+
+    def _check_events(self, config: PulseOptConfig) -> None:
+        arms = [config.lr_candidates, config.noise_candidates]
+        if arms != [[1.0], [0.0]] or self.trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                "PulseOptCallback is not attached, and no event hands it the loss, which arms "
+                "need, or DeepSpeed's engine. Write `PulseOptCallback(config).attach(trainer)`, or "
+                "use PulseOptTrainer."
+            )
+
+    def _observe_output(self, model: object, args: object, output: object) -> None:
+        """Take a model's own loss for the step's, where no event carries that."""
+        loss = loss_of(output)
+        if torch.is_grad_enabled() and loss is not None:
+            self.observe(loss)
+
+    def _check_engine(self, trainer: Any) -> None:
         if trainer.is_deepspeed_enabled:
             deepspeed.check_settings(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))

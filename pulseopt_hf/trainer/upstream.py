@@ -6,6 +6,7 @@ fails when upstream changes it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 # files, at which every rank takes part: `on_save` comes after the files, and the state of callbacks
 # is asked for on rank 0 alone. Transformers 5.6 - 5.24.
 SAVE_CHECKPOINT = "_save_checkpoint"
+
+# `Trainer._get_grad_norm` returns the norm that Trainer has computed before a step, whether it
+# clips or not and whatever the gradients' meshes are. Events carry none. Transformers 5.6 - 5.24.
+GRAD_NORM = "_get_grad_norm"
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:
@@ -34,6 +39,19 @@ def run_folder(trainer: Any) -> Path:
     Transformers 5.6 - 5.24.
     """
     return Path(trainer._get_output_dir(trial=trainer._trial))
+
+
+def searched_arguments(trainer: Any) -> Collection[str]:
+    """Return the names of the arguments that a hyperparameter search sets for the run that begins.
+
+    `train` keeps the trial in `_trial`; no event hands it on. An Optuna trial suggests the same
+    values when it is asked again. Transformers 5.6 - 5.24.
+    """
+    trial = getattr(trainer, "_trial", None)
+    if trial is None:
+        return ()
+    names: Collection[str] = trial if isinstance(trial, dict) else trainer.hp_space(trial)
+    return names
 
 
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:

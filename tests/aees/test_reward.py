@@ -102,8 +102,21 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_place(bad: float) -> None
 
 
 def test_a_negative_loss_has_no_logarithm() -> None:
-    with pytest.raises(ValueError, match=r"positive loss.*-1"):
+    with pytest.raises(ValueError, match=r"logarithm of the loss.*-1"):
         episode_reward([-1.0, -2.0], **PUBLISHED)
+
+
+@pytest.mark.parametrize("shift", [-10.0, -1.5, -1.0, 0.0, 5.0])
+def test_the_slope_rewards_a_fall_of_a_loss_of_any_sign(shift: float) -> None:
+    losses = [1.5 - 0.1 * k + shift for k in range(11)]
+    falling = episode_reward(losses, kind="slope", **PUBLISHED)
+    rising = episode_reward(losses[::-1], kind="slope", **PUBLISHED)
+    assert falling.value > 0 > rising.value
+    assert math.isfinite(falling.instability)
+
+
+def test_the_slope_of_losses_that_are_all_zero_is_zero() -> None:
+    assert episode_reward([0.0] * 4, kind="slope", **PUBLISHED).value == 0.0
 
 
 def test_an_episode_without_losses_is_refused() -> None:

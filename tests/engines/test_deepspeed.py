@@ -403,7 +403,6 @@ def test_refusals_come_before_training(
             ({"noise_candidates": [0.1], "noise_mode": "relative"}, "must be 'absolute'"),
             ({"log_update_norm": True}, "`log_update_norm` to False"),
             ({"divergence": "rollback"}, "`divergence` must be 'off' or 'cut'"),
-            ({"calibration": "trust_region"}, "`calibration` must be 'off' or 'auto'"),
         ):
             config = PulseOptConfig(episode_length=2, **knobs)
             settings = arguments(deepspeed=engine(2))

@@ -307,31 +307,3 @@ def test_a_checkpoint_resumes_at_another_world_size(
     assert logs["selected_combined_names"][3] == earlier["selected_combined_names"][3]
     assert logs["episode_start_losses"][3] == earlier["episode_start_losses"][3]
     assert logs["episode_start_steps"] == earlier["episode_start_steps"]
-
-
-def test_calibration_under_fsdp2(
-    tiny_model: Callable[[], Any],
-    tiny_data: Any,
-    arguments: Callable[..., Any],
-    fsdp2_on_cpu: dict[str, Any],
-) -> None:
-    """Snapshots hold each rank's shards; trials and weights are the same on all ranks."""
-
-    def body(rank: int) -> Any:
-        trainer = PulseOptTrainer(
-            tiny_model(),
-            arguments(max_steps=60, logging_strategy="no", **fsdp2_on_cpu),
-            train_dataset=tiny_data,
-            pulse=PulseOptConfig(calibration="trust_region", divergence="rollback"),
-        )
-        trainer.train()
-        assert trainer.aees is not None
-        trials = trainer.aees.get_logs()["calibration_trials"]
-        return check_engine(trainer), trials, whole(trainer.model_wrapped)
-
-    one, other = run_ranks(2, body)
-    assert one[:2] == other[:2]
-    assert len(one[1]) >= 3
-    assert not any(trial["kept"] for trial in one[1][:-1])  # so something was put back
-    assert all(trial["weight_movement"] > 0 for trial in one[1])
-    assert torch.equal(one[2], other[2])

@@ -135,14 +135,90 @@ def test_the_distance_is_that_of_matrices_that_were_not_zero() -> None:
     assert snapshot.distance() == pytest.approx((25.0, size))
 
 
-def test_buffers_can_be_put_back_alone() -> None:
+def test_buffers_can_stay_where_they_are() -> None:
     model, optimizer = make()
     snapshot = Snapshot(optimizer, model.buffers())
     snapshot.take()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    weight = model[0].weight.detach().clone()
     train(model, optimizer, 1)
-    moved = model[0].weight.detach().clone()
-    assert not torch.equal(model[1].running_mean, buffers["1.running_mean"])
-    snapshot.restore_buffers()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    snapshot.restore(buffers=False)
     assert_equal(dict(model.named_buffers()), buffers)
-    assert torch.equal(model[0].weight, moved)
+    assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_scalars_of_groups_come_back_and_what_the_scheduler_sets_stays(
+    through_a_file: bool, tmp_path: Path
+) -> None:
+    """Schedule-free optimizers keep a part of their state in `param_groups`."""
+    schedulefree = pytest.importorskip("schedulefree", reason="install the extra `peers`")
+    model, _ = make()
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.1)
+    optimizer.train()
+    train(model, optimizer, 2)
+    snapshot = Snapshot(optimizer)
+    snapshot.take()
+    names = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode", "betas")
+    then = {name: optimizer.param_groups[0][name] for name in names}
+    assert then["k"] == 2
+    train(model, optimizer, 3)
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.param_groups[0]["new"] = 1
+    assert optimizer.param_groups[0]["k"] == 5
+    if through_a_file:
+        snapshot.save(tmp_path / "s.safetensors")
+        snapshot = Snapshot(optimizer)
+        snapshot.load(tmp_path / "s.safetensors")
+    snapshot.restore()
+    assert {name: optimizer.param_groups[0][name] for name in names} == then
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert "new" not in optimizer.param_groups[0]
+
+
+class Collecting(torch.optim.SGD):
+    """Keeps state that is no tensor, and nested: a list of tensors, and counts by name."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state.setdefault("past", []).append(parameter.detach().mean())
+                counts = state.setdefault("counts", {"steps": 0, "pair": (0, 7)})
+                counts["steps"] += 1
+                counts["pair"] = (counts["steps"], 7)
+
+
+def test_state_that_is_no_tensor_is_a_copy_and_goes_through_a_file(tmp_path: Path) -> None:
+    model, optimizer = make(Collecting)
+    snapshot = Snapshot(optimizer, model.buffers())
+    train(model, optimizer, 2)
+    snapshot.take()
+    then = everything(model, optimizer)
+    train(model, optimizer, 2)
+    snapshot.restore()
+    assert_equal(everything(model, optimizer), then)
+    state = optimizer.state[model[0].weight]
+    assert len(state["past"]) == 2
+    assert state["counts"] == {"steps": 2, "pair": (2, 7)}
+    train(model, optimizer, 1)
+    assert len(state["past"]) == 3
+    snapshot.save(tmp_path / "s.safetensors")
+    other = Snapshot(optimizer, model.buffers())
+    other.load(tmp_path / "s.safetensors")
+    other.restore()
+    assert_equal(everything(model, optimizer), then)
+
+
+def test_state_that_json_has_no_word_for_is_kept_but_not_saved(tmp_path: Path) -> None:
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    optimizer.state[model[0].weight]["seen"] = {1, 2}
+    snapshot = Snapshot(optimizer)
+    snapshot.take()
+    optimizer.state[model[0].weight]["seen"].add(3)
+    snapshot.restore()
+    assert optimizer.state[model[0].weight]["seen"] == {1, 2}
+    with pytest.raises(TypeError, match="set"):
+        snapshot.save(tmp_path / "s.safetensors")

@@ -2,330 +2,507 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from pulseopt_hf.optim import AEES
-from pulseopt_hf.trainer.calibration import PROBE_ROWS, Probe
-from tests.conftest import history, parameters_equal
+from pulseopt_hf.aees import calibration
+from pulseopt_hf.aees.calibration import TRUSTED
+from pulseopt_hf.optim import calibrator as calibrators
+from tests.conftest import VOCABULARY, history, parameters_equal
 from tests.engines.ranks import run_ranks
-from tests.engines.trainers import Fp16PulseTrainer
 
-CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5)
-
-
-CONSTANT = PulseOptConfig(calibration="trust_region")
+TRIAL_STEPS = TRUSTED + 1  # one batch finds the order of magnitude
+WATCHED = calibrators.SHORTEST_WATCH
+FIRST_EPISODE = TRIAL_STEPS - 1 + WATCHED  # the last trial's batch is trained on
+NAMED = PulseOptConfig(calibration="trust_region")
+ARMS = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5)
 
 
 def make(
-    tiny_model: Any, tiny_data: Any, arguments: Any, road: str = "subclass", **kwargs: Any
+    model: Any, data: Any, args: Any, road: str = "subclass", pulse: Any = NAMED, **kwargs: Any
 ) -> Any:
-    args = arguments(**{"max_steps": 60, "logging_steps": 1, **kwargs})
     if road == "subclass":
-        return PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
-    trainer = Trainer(tiny_model(), args, train_dataset=tiny_data)
-    PulseOptCallback(CONFIG).attach(trainer)
+        return PulseOptTrainer(model, args, train_dataset=data, pulse=pulse, **kwargs)
+    callback = PulseOptCallback(pulse)
+    if road == "events":
+        return Trainer(model, args, train_dataset=data, callbacks=[callback], **kwargs)
+    trainer = Trainer(model, args, train_dataset=data, **kwargs)
+    callback.attach(trainer)
     return trainer
 
 
-def test_both_roads_find_the_same_and_episodes_follow(
+def calibrator_of(trainer: Any) -> Any:
+    callbacks = trainer.callback_handler.callbacks
+    (ours,) = (callback for callback in callbacks if isinstance(callback, PulseOptCallback))
+    assert ours.aees is not None
+    return ours.aees.calibrator
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="session")
+def dice() -> list[dict[str, torch.Tensor]]:
+    """Return sequences that nothing can be learned of, so that a bad step shows in the loss."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, VOCABULARY, (280, 16), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+@pytest.fixture
+def loose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the measure: an LR a hundred times too high is found."""
+    monkeypatch.setattr(calibration, "OUTPUT_RADIUS", 100 * calibration.OUTPUT_RADIUS)
+    monkeypatch.setattr(calibration, "WEIGHT_RADIUS", 1e6)
+
+
+class Spy(TrainerCallback):
+    """Keeps what there is after each of the first steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
+        inner = optimizer.optimizer
+        self.seen.append(
+            {
+                "parameters": [p.detach().clone() for p in model.parameters()],
+                "state": len(inner.state),
+                "lr": inner.param_groups[0]["lr"],
+                "initial_lr": inner.param_groups[0]["initial_lr"],
+                "schedule": scheduler.last_epoch,
+                "torch": torch.get_rng_state(),
+                "python": random.getstate(),
+                "numpy": np.random.get_state()[1].tolist(),
+                "training": [module.training for module in model.modules()],
+                "hooks": sum(len(module._forward_pre_hooks) for module in model.modules()),
+            }
+        )
+
+
+def test_until_the_first_real_step_all_is_as_in_the_stock_trainer(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
+    """Parameters, optimizer, schedule and random states; the data draws from the latter."""
+    spies = []
+    for cls, kwargs in ((Trainer, {}), (PulseOptTrainer, {"pulse": NAMED})):
+        args = arguments(max_steps=60, learning_rate=1e-4)
+        trainer = cls(tiny_model(), args, train_dataset=tiny_data, **kwargs)
+        spies.append(Spy())
+        trainer.add_callback(spies[-1])
+        trainer.train()
+    stock, ours = (spy.seen[:TRIAL_STEPS] for spy in spies)
+    untouched = list(tiny_model().parameters())
+    for step, (theirs, mine) in enumerate(zip(stock, ours, strict=True)):
+        for key in ("schedule", "python", "numpy", "training"):
+            assert mine[key] == theirs[key], (step, key)
+        assert torch.equal(mine["torch"], theirs["torch"])
+        last = step == TRIAL_STEPS - 1
+        assert all(map(torch.equal, mine["parameters"], untouched)) != last
+        assert (mine["state"] > 0) == last
+        assert (mine["lr"] == theirs["lr"]) != last
+    assert ours[-1]["hooks"] == stock[-1]["hooks"] == 0
+
+
+@pytest.mark.parametrize("road", ["subclass", "attached", "events"])
+def test_what_is_found_is_the_base_lr_everywhere(
+    tiny_model: Any, tiny_data: Any, arguments: Any, road: str, caplog: Any
+) -> None:
+    args = arguments(max_steps=60, learning_rate=1e-4, warmup_steps=10)
+    trainer = make(tiny_model(), tiny_data, args, road)
+    trainer.train()
+    outcome = calibrator_of(trainer).outcome
+    found = outcome.learning_rate
+    assert outcome.reason is None
+    assert found > 10 * 1e-4
+    assert trainer.lr_scheduler.base_lrs == pytest.approx([found] * 2)
+    groups = trainer.optimizer.param_groups
+    assert [group["initial_lr"] for group in groups] == pytest.approx([found] * 2)
+    logged = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
+    assert logged[3] == pytest.approx(3e-5)  # of the schedule that was set, while it is tried out
+    for step in range(TRIAL_STEPS, 60):
+        share = min(step / 10, (60 - step) / 50)
+        assert logged[step] == pytest.approx(found * share)
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("pulseopt_hf")]
+    assert said == [str(outcome)]
+
+
+def test_without_a_warm_up_the_lr_rises_to_what_was_found_and_the_log_says_so(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(max_steps=800, learning_rate=1e-4, lr_scheduler_type="constant")
+    trainer = make(tiny_model(), tiny_data, args)
+    seen = []
+
+    class Base(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(kwargs["optimizer"].param_groups[0]["lr"])
+            control.should_training_stop = state.global_step == 60
+
+    trainer.add_callback(Base())
+    trainer.train()
+    found = calibrator_of(trainer).outcome.learning_rate
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    first, ramp = TRIAL_STEPS - 1, 40  # a twentieth of the run
+    for step in range(first, 60):
+        share = min(1.0, (step - first + 1) / ramp)
+        assert logs[step]["learning_rate"] == pytest.approx(found * share)
+        assert logs[step]["pulse/learning_rate"] == pytest.approx(found * share)
+        assert seen[step] == pytest.approx(found)  # schedulers only ever see the base LR
+
+
+def test_all_roads_train_alike(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
     trainers = []
-    for road in ("subclass", "callback"):
-        trainers.append(make(tiny_model, tiny_data, arguments, road))
+    for road in ("subclass", "attached", "events"):
+        args = arguments(max_steps=60, learning_rate=1e-4)
+        trainers.append(make(tiny_model(), tiny_data, args, road))
         trainers[-1].train()
-    one, other = trainers
-    assert parameters_equal(one.model, other.model)
-    logs = one.aees.get_logs()
-    assert logs == other.aees.get_logs()
-    assert logs["episode_start_steps"][0] == logs["calibration_trials"][-1]["step"] + 1
-    assert one.aees.optimizer_steps == 60
-    entry = [entry for entry in one.state.log_history if "loss" in entry][-1]
-    assert entry["pulse/lr_scale"] == one.aees.calibration.scale
-    assert entry["pulse/learning_rate"] > 0
+    one, two, three = trainers
+    assert parameters_equal(one.model, two.model)
+    assert parameters_equal(one.model, three.model)
+    assert calibrator_of(one).search.trials == calibrator_of(three).search.trials
+    assert one.aees.get_logs() == two.aees.get_logs()
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(
+def test_episodes_follow_when_the_net_is_gone(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    """Before every trial, after the last, and amid an episode."""
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 50}
-    whole = make(tiny_model, tiny_data, arguments, **settings)
+    trainer = make(tiny_model(), tiny_data, arguments(max_steps=60), pulse=ARMS)
+    trainer.train()
+    logs = trainer.aees.get_logs()
+    assert logs["episode_start_steps"][0] == FIRST_EPISODE
+    assert set(logs["selected_lr_values"]) == {0.5, 1.0, 2.0}
+    assert trainer.aees.optimizer_steps == 60
+    assert not calibrator_of(trainer)._origin.is_taken
+
+
+@pytest.mark.parametrize("road", ["subclass", "attached", "events"])
+@pytest.mark.parametrize("net", ["holds nothing", "catches"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(
+    tiny_model: Any, dice: Any, arguments: Any, road: str, net: str, request: Any
+) -> None:
+    """Amid the trials, while the net hangs, and after."""
+    tiny_data = dice
+    if net == "catches":
+        request.getfixturevalue("loose")
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 50, "learning_rate": 1e-4}
+    whole = make(tiny_model(), tiny_data, arguments(**settings), road)
     whole.train()
-    trials = len(whole.aees.get_logs()["calibration_trials"])
-    assert trials >= 4
-    steps = [*range(1, trials + 2), trials + 8]
-    for road, step in [*(("subclass", step) for step in steps), ("callback", 2)]:
-        resumed = make(tiny_model, tiny_data, arguments, road, max_steps=50)
+    assert (calibrator_of(whole).outcome.reason is not None) == (net == "catches")
+    steps = range(1, FIRST_EPISODE + 3) if road == "subclass" else (3, TRIAL_STEPS + 4)
+    for step in steps:
         folder = Path(whole.args.output_dir) / f"checkpoint-{step}"
-        assert (folder / "pulse_origin_0.safetensors").exists() == (step <= trials)
+        files = {file.name for file in folder.glob("pulse_*")}
+        expected = "pulse_calls_0.safetensors" if step < TRIAL_STEPS else ""
+        if TRIAL_STEPS <= step < FIRST_EPISODE:
+            expected = "pulse_origin_0.safetensors"
+        assert files == ({expected} if expected else set()), step
+        if step % 4 and step not in (1, TRIAL_STEPS, FIRST_EPISODE):
+            continue
+        resumed = make(tiny_model(), tiny_data, arguments(**settings | {"max_steps": 50}), road)
+        if road == "events":  # no event says what is resumed but the run's own folder
+            resumed.args.output_dir = whole.args.output_dir
+            resumed.args.save_strategy = "no"
         resumed.train(resume_from_checkpoint=str(folder))
         assert parameters_equal(resumed.model, whole.model), step
-        assert resumed.aees.get_logs() == whole.aees.get_logs()
-        assert history(resumed)[:-1] == history(whole)[:-1]
+        assert calibrator_of(resumed).search.trials == calibrator_of(whole).search.trials
+        assert calibrator_of(resumed).outcomes == calibrator_of(whole).outcomes
+        assert losses(resumed) == losses(whole)
+        if road != "events":
+            assert history(resumed)[:-1] == history(whole)[:-1]
+
+
+def test_a_plain_trainer_goes_on_at_the_calibrated_lr(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 30, "max_steps": 60, "learning_rate": 1e-4}
+    ours = make(tiny_model(), tiny_data, arguments(**settings))
+    ours.train()
+    plain = Trainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
+    plain.train(resume_from_checkpoint=str(Path(ours.args.output_dir) / "checkpoint-30"))
+    rates = [
+        [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
+        for trainer in (plain, ours)
+    ]
+    assert rates[0] == rates[1]
+    assert rates[0][40] > 1e-3 / 3
+    assert parameters_equal(plain.model, ours.model)
 
 
 def test_a_run_that_was_not_calibrated_is_not_when_it_is_resumed(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    short = make_default(tiny_model, tiny_data, arguments, max_steps=20, save_steps=10)
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    short = PulseOptTrainer(
+        tiny_model(), arguments(max_steps=20, **settings), train_dataset=tiny_data
+    )
     short.train()
-    longer = make_default(tiny_model, tiny_data, arguments, max_steps=60)
-    folder = Path(short.args.output_dir) / "checkpoint-10"
-    longer.train(resume_from_checkpoint=str(folder))
-    assert longer.aees.calibration is None
-    assert longer.aees.lr_scale == 1.0
+    longer = PulseOptTrainer(tiny_model(), arguments(max_steps=60), train_dataset=tiny_data)
+    longer.train(resume_from_checkpoint=str(Path(short.args.output_dir) / "checkpoint-10"))
+    assert longer.aees is not None
+    assert longer.aees.calibrator is None
 
 
-def make_default(tiny_model: Any, tiny_data: Any, arguments: Any, **kwargs: Any) -> Any:
-    args = arguments(**{"save_strategy": "steps", **kwargs})
-    return PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+def adamw(**kwargs: Any) -> Callable[[Any, float], torch.optim.Optimizer]:
+    return lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, **kwargs)
 
 
-@pytest.mark.parametrize("warmup", [0, 20])
-def test_trials_run_at_shares_of_the_peak_and_the_lr_then_rises_to_what_was_found(
-    tiny_model: Any, tiny_data: Any, arguments: Any, warmup: int
-) -> None:
-    """The schedule's warm-up where it has one, and else one of the calibration's own."""
-    args = arguments(max_steps=100, warmup_steps=warmup, learning_rate=1e-3, logging_steps=1)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONSTANT)
-    trainer.train()
-    search = trainer.aees.calibration
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    used = [entry["pulse/learning_rate"] for entry in logs]
-    for trial in search.trials:
-        assert used[trial.step] == pytest.approx(1e-3 * trial.scale)
-    first = search.trials[-1].step + 1
-    top = max(used[first:])
-    assert used[first:].index(top) == pytest.approx(5 if warmup == 0 else 20 - first, abs=1)
-    assert used[first] < 0.3 * top or warmup
-    # Schedulers only ever see the base LR.
-    assert max(entry["learning_rate"] for entry in logs) <= 1e-3
-    assert top <= 1e-3 * search.scale * (1 + 1e-6)
+def schedule_free(name: str) -> Callable[[Any, float], torch.optim.Optimizer]:
+    def make_one(parameters: Any, lr: float) -> Any:
+        schedulefree = pytest.importorskip("schedulefree", reason="install the extra `peers`")
+        return getattr(schedulefree, name)(parameters, lr=lr)
+
+    return make_one
 
 
-@pytest.mark.parametrize("base_lr", [1e-6, 1.0])
-def test_what_is_found_does_not_hang_on_the_base_lr(
-    tiny_model: Any, tiny_data: Any, arguments: Any, base_lr: float
+def adafactor(parameters: Any, lr: float) -> Any:
+    from transformers import Adafactor
+
+    return Adafactor(parameters, lr=lr, relative_step=False, scale_parameter=False)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, float], Any]] = {
+    "adamw": adamw(foreach=False),
+    "adamw foreach": adamw(foreach=True),
+    "adamw fused": adamw(fused=True),
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adafactor": adafactor,
+    "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr),
+    "schedule-free adamw": schedule_free("AdamWScheduleFree"),
+    "schedule-free sgd": schedule_free("SGDScheduleFree"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_found_does_not_depend_on_the_lr_that_was_set(
+    name: str, tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
     found = []
-    for learning_rate in (1e-3, base_lr):
-        args = arguments(max_steps=50, learning_rate=learning_rate)
-        trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONSTANT)
-        trainer.train()
-        found.append(trainer.aees.calibration.scale * learning_rate)
-    assert found[1] == pytest.approx(found[0], rel=0.5)
+    for learning_rate in (1e-7, 1e-3, 1.0):
+        model = tiny_model()
+        optimizer = OPTIMIZERS[name](model.parameters(), learning_rate)
+        args = arguments(max_steps=60)
+        trainer = PulseOptTrainer(
+            model, args, train_dataset=tiny_data, optimizers=(optimizer, None)
+        )
+        suggestion = trainer.find_learning_rate()
+        assert suggestion.reason is None
+        assert suggestion.set_lr == learning_rate
+        assert len({trial.step for trial in suggestion.trials}) >= TRIAL_STEPS
+        found.append(suggestion.learning_rate)
+    assert max(found) < 1.15 * min(found), found
 
 
-def test_the_probe_leaves_no_trace(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
-    trainer = make(tiny_model, tiny_data, arguments, dataloader_num_workers=0)
-    trainer.model_wrapped = trainer.model.train()
-    settings = dict(vars(trainer.args))
-    torch.manual_seed(3)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    aees = AEES(torch.optim.SGD(trainer.model.parameters(), lr=0.1))
-    probe = Probe(trainer, 0)
-    first = probe.losses(aees)
-    assert probe.losses(aees) == first
-    assert len(first) == PROBE_ROWS
-    assert len(set(first)) > 1
-    assert torch.get_rng_state().equal(before[0])
-    assert random.getstate() == before[1]
-    assert (np.random.get_state()[1] == before[2]).all()
-    assert trainer.model.training
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    assert dict(vars(trainer.args)) == settings
+class Stream(IterableDataset[Any]):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
 
 
-def test_ranks_agree(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
-    def body(rank: int) -> Any:
-        trainer = make(tiny_model, tiny_data, arguments)
-        trainer.train()
-        weights = [p.sum().item() for p in trainer.model.parameters()]
-        return trainer.aees.get_logs()["calibration_trials"], weights
+@pytest.mark.parametrize("loader", ["stream", "spawn", "fork"])
+def test_whatever_the_data_comes_from(
+    tiny_model: Any, tiny_data: Any, arguments: Any, loader: str
+) -> None:
+    extra: dict[str, Any] = {}
+    if loader != "stream":
+        extra = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": loader}
+    args = arguments(max_steps=60, learning_rate=1e-4, **extra)
+    data = Stream(tiny_data) if loader == "stream" else tiny_data
+    trainer = make(tiny_model(), data, args)
+    trainer.train()
+    assert calibrator_of(trainer).outcome.reason is None
+    assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
 
-    one, other = run_ranks(2, body)
-    assert one == other
-    assert one[0]
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("pulseopt_hf")]
+    assert len(messages) == 1, messages
+    return messages[0]
 
 
-def test_a_short_run_and_a_stream_say_why_not(
+def test_an_optimizer_that_finds_its_own_lr_is_left_alone(
     tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tiny_model, tiny_data, arguments, max_steps=20)
+    import prodigyopt
+
+    model = tiny_model()
+    prodigy = prodigyopt.Prodigy(model.parameters(), lr=1.0)
+    args = arguments(max_steps=60, lr_scheduler_type="constant")
+    trainer = PulseOptTrainer(model, args, train_dataset=tiny_data, optimizers=(prodigy, None))
     trainer.train()
-    assert "20 steps are too few" in caplog.text
-    assert "calibration_trials" not in trainer.aees.get_logs()
-
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter([tiny_data[0]] * 10)
-
-    trainer = make(tiny_model, Stream(), arguments)
-    with pytest.raises(ValueError, match="a stream has no length"):
-        trainer.train()
-    caplog.clear()
-    args = arguments(max_steps=60)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=Stream(), pulse=PulseOptConfig())
-    trainer.train()
-    assert "not calibrated and the base LR taken as it is" in caplog.text
-    assert trainer.aees.lr_scale == 1.0
-
-
-@pytest.mark.parametrize("setting", ["bf16", "fp16", "accumulation"])
-def test_with_mixed_precision_and_accumulation(
-    tiny_model: Any, tiny_data: Any, arguments: Any, setting: str
-) -> None:
-    extra = {"bf16": setting == "bf16", "fp16": setting == "fp16"}
-    if setting == "accumulation":
-        extra = {"gradient_accumulation_steps": 2}
-    cls: Any = Fp16PulseTrainer if setting == "fp16" else PulseOptTrainer
-    args = arguments(max_steps=60, **extra)
-    trainer = cls(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
-    trainer.train()
-    search = trainer.aees.calibration
-    assert search.is_done
-    # The scaler of `Fp16PulseTrainer` skips its first steps, and those trials are taken again.
-    assert (search.trials[-1].step >= len(search.trials)) == (setting == "fp16")
-    assert all(trial.loss_movement > 0 for trial in search.trials)
-    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == 60
-
-
-class Normalised(torch.nn.Module):
-    """A classifier whose batch norm keeps running statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(4, 16),
-            torch.nn.BatchNorm1d(16),
-            torch.nn.ReLU(),
-            torch.nn.Linear(16, 2),
-        )
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.layers(x)
-        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def test_running_statistics_are_no_movement(arguments: Any) -> None:
-    """They move with every batch, however small the LR."""
-    torch.manual_seed(0)
-    rows = [{"x": 3.0 + torch.randn(4), "labels": i % 2} for i in range(64)]
-    args = arguments(max_steps=50)
-    trainer = PulseOptTrainer(Normalised(), args, train_dataset=rows, pulse=CONSTANT)
-    trainer.train()
+    assert "not calibrated: Prodigy finds its own" in said(caplog)
     assert trainer.aees is not None
-    search = trainer.aees.calibration
-    assert search is not None
-    assert not search.failed
-    assert search.trials[0].loss_movement < 0.001
-    assert 0.02 < max(trial.loss_movement for trial in search.trials[-6:]) < 0.15
+    assert trainer.aees.calibrator is None
+    assert trainer.aees.learning_rate == 1.0
 
 
 @pytest.mark.parametrize(
-    ("label", "labels", "of_classes"),
+    ("settings", "reason"),
     [
-        (torch.tensor(1), 2, True),
-        (torch.tensor(1.5), 1, False),
-        (torch.tensor(1), 1, False),  # a whole number to be hit
-        (torch.tensor([1.0, 0.0]), 2, False),  # several classes a row
-        (torch.tensor([1, 0, 1]), 2, False),  # a class for every token
-        ({"boxes": torch.ones(1, 4)}, 2, False),  # as an object detector is given it
+        ({"max_steps": 49}, "49 steps are too few, 50 are needed"),
+        ({"max_steps": 60, "learning_rate": 0.0}, "it is zero"),
     ],
-    ids=["class", "number", "whole number", "classes", "tokens", "boxes"],
 )
-def test_a_probe_knows_rows_of_one_class(
-    arguments: Any, label: Any, labels: int, of_classes: bool
+def test_where_it_cannot_be_done_the_log_says_why(
+    tiny_model: Any,
+    tiny_data: Any,
+    arguments: Any,
+    settings: dict[str, Any],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = Normalised()
-    model.config = SimpleNamespace(num_labels=labels)  # type: ignore[assignment]
-    rows = [{"x": torch.randn(4), "labels": label} for _ in range(8)]
-    kwargs: Any = {}
-    if isinstance(label, dict):
-        kwargs["data_collator"] = lambda batch: {"labels": [row["labels"] for row in batch]}
-    trainer = PulseOptTrainer(model, arguments(), train_dataset=rows, **kwargs)
-    assert Probe(trainer, 0).is_of_classes == of_classes
+    trainer = PulseOptTrainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
+    trainer.train()
+    assert f"not calibrated: {reason}" in said(caplog)
+    assert trainer.aees is not None
+    assert trainer.aees.calibrator is None
 
 
-@pytest.mark.parametrize("classes", [2, 50])
-def test_many_classes_do_not_raise_the_lr(arguments: Any, classes: int) -> None:
-    """With shares of the mean loss, fifty classes would be trained at five times the LR."""
+def test_a_search_over_the_lr_tries_the_lrs_that_it_names(
+    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("optuna", reason="install the extra `dev` to run this")
+    used = []
 
-    class Headed(Normalised):
+    class Used(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.state = state
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            used.append((args.learning_rate, max(kwargs["lr_scheduler"].base_lrs)))
+
+    trainer = PulseOptTrainer(
+        args=arguments(max_steps=60),
+        model_init=tiny_model,
+        train_dataset=tiny_data,
+        eval_dataset=tiny_data[:8],
+        callbacks=[Used],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("lr", [1e-4, 1e-3])},
+        n_trials=2,
+        direction="minimize",
+    )
+    assert len(used) == 2
+    assert all(named == base for named, base in used)
+    assert "a search over `learning_rate` is going on" in caplog.text
+
+
+def test_a_loss_that_rises_takes_the_run_back_to_where_it_began(
+    tiny_model: Any, dice: Any, arguments: Any, loose: None, caplog: Any
+) -> None:
+    args = arguments(max_steps=60, learning_rate=1e-4, lr_scheduler_type="constant")
+    trainer = make(tiny_model(), dice, args)
+    spy = Spy()
+    trainer.add_callback(spy)
+    trainer.train()
+    outcomes = calibrator_of(trainer).outcomes
+    assert outcomes[0].learning_rate > 0.1
+    assert outcomes[1].learning_rate == 1e-4
+    assert outcomes[1].step == FIRST_EPISODE - 1
+    assert "the loss rose in 20 steps, so the run went back" in caplog.text
+    untouched = list(tiny_model().parameters())
+    amid, back = spy.seen[FIRST_EPISODE - 2], spy.seen[FIRST_EPISODE - 1]
+    assert not all(map(torch.equal, amid["parameters"], untouched))
+    assert all(map(torch.equal, back["parameters"], untouched))
+    assert back["state"] == 0
+    assert back["lr"] == pytest.approx(1e-4, rel=1e-12)
+    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-4, rel=1e-12)
+    start = losses(trainer)[0]
+    assert max(losses(trainer)[:FIRST_EPISODE]) > 1.2 * start
+    assert max(losses(trainer)[FIRST_EPISODE:]) < 1.1 * start
+
+
+def test_ranks_go_back_alike(tiny_model: Any, dice: Any, arguments: Any, loose: None) -> None:
+    def body(rank: int) -> Any:
+        trainer = make(tiny_model(), dice, arguments(max_steps=60, learning_rate=1e-4))
+        trainer.train()
+        assert trainer.args.world_size == 2
+        return calibrator_of(trainer).outcomes, [p.sum().item() for p in trainer.model.parameters()]
+
+    one, other = run_ranks(2, body)
+    assert one == other
+    assert len(one[0]) == 2
+    assert one[0][1].reason is not None
+
+
+def test_running_statistics_go_back_with_the_rest(
+    arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrators, "has_risen", lambda before, after: True)
+
+    class Normalised(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers[3] = torch.nn.Linear(16, classes)
+            self.norm, self.head = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.head(self.norm(x))
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     torch.manual_seed(0)
-    rows = [{"x": torch.randn(4), "labels": i % classes} for i in range(200)]
-    args = arguments(max_steps=50, per_device_train_batch_size=8, learning_rate=1e-3)
-    trainer = PulseOptTrainer(Headed(), args, train_dataset=rows, pulse=CONSTANT)
+    rows = [{"x": 3.0 + torch.randn(4), "labels": i % 2} for i in range(240)]
+    trainer = make(Normalised(), rows, arguments(max_steps=60, learning_rate=1e-4))
+    seen = []
+
+    class Batches(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            seen.append(int(model.norm.num_batches_tracked))
+
+    trainer.add_callback(Batches())
     trainer.train()
-    assert trainer.aees is not None
-    search = trainer.aees.calibration
-    assert search is not None
-    moved = search.trials[-1].loss_movement
-    assert search.trials[-1].probe_before > 0.9 * math.log(classes)
-    change = moved * math.log(2.0)  # nats, root mean square over rows
-    assert change < 0.06
+    assert len(calibrator_of(trainer).outcomes) == 2
+    # Trials leave them alone, as forward passes move them; the net puts back its own start.
+    assert seen[:FIRST_EPISODE] == [*range(1, FIRST_EPISODE), TRIAL_STEPS]
 
 
-def test_a_model_that_nothing_moves_is_trained_at_the_base_lr(
-    arguments: Any, caplog: pytest.LogCaptureFixture
+def test_an_exception_in_a_trial_leaves_nothing_behind(
+    tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    class Idle(Normalised):
-        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            loss = 0.0 * super().forward(x, labels)["loss"] + 1.0
-            return {"loss": loss}
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    calls = []
 
-    rows = [{"x": torch.ones(4) * i, "labels": i % 2} for i in range(64)]
-    args = arguments(max_steps=50, optim="sgd")
-    trainer = PulseOptTrainer(Idle(), args, train_dataset=rows, pulse=CONSTANT)
-    trainer.train()
-    assert trainer.aees is not None
-    assert trainer.aees.lr_scale == 1.0
-    assert "could not be calibrated" in caplog.text
+    def interrupt(*_: Any) -> None:
+        calls.append(optimizer.param_groups[0]["lr"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
 
-
-class Targeted(Normalised):
-    """Calls its labels otherwise, so that Trainer does not find them outside of training."""
-
-    def forward(self, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        return super().forward(x, target)
-
-
-def test_where_no_loss_can_be_measured_the_default_takes_the_base_lr(
-    arguments: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [{"x": torch.randn(4), "target": i % 2} for i in range(64)]
-
-    def train(pulse: PulseOptConfig, **kwargs: Any) -> PulseOptTrainer:
-        args = arguments(max_steps=50, **kwargs)
-        trainer = PulseOptTrainer(Targeted(), args, train_dataset=rows, pulse=pulse)
+    optimizer.register_step_post_hook(interrupt)
+    trainer = make(model, tiny_data, arguments(max_steps=60), optimizers=(optimizer, None))
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
-        return trainer
+    assert len(set(calls)) == 3
+    assert parameters_equal(model, tiny_model())
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+    assert not model._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
 
-    trainer = train(PulseOptConfig(), logging_steps=1)
-    assert trainer.aees is not None
-    assert trainer.aees.optimizer_steps == 50
-    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert first["pulse/learning_rate"] == trainer.args.learning_rate  # with no rise of its own
-    assert "returns none" in caplog.text
-    with pytest.raises(ValueError, match="`label_names`"):
-        train(CONSTANT)
-    named = train(CONSTANT, label_names=["target"])
-    assert named.aees is not None
-    assert named.aees.calibration is not None
-    assert not named.aees.calibration.failed
+
+def test_nothing_is_said_with_calibration_off(
+    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    off = PulseOptConfig(calibration="off")
+    trainer = make(tiny_model(), tiny_data, arguments(max_steps=60), pulse=off)
+    trainer.train()
+    assert trainer.aees.calibrator is None
+    assert not [r for r in caplog.records if "calibrat" in r.getMessage()]

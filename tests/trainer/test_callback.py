@@ -12,13 +12,24 @@ from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
 
 
-@pytest.mark.parametrize("given", [PulseOptCallback(PULSE), PulseOptCallback])
-def test_a_callback_that_was_never_attached_raises_at_the_start_and_says_how(
-    tiny_model: Any, tiny_data: Any, arguments: Any, given: Any
+def test_a_callback_with_arms_that_was_never_attached_raises_at_the_start_and_says_how(
+    tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data, callbacks=[given])
+    callback = PulseOptCallback(PULSE)
+    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data, callbacks=[callback])
     with pytest.raises(RuntimeError, match=r"PulseOptCallback\(config\).attach\(trainer\)"):
         trainer.train()
+
+
+def test_a_callback_class_in_the_list_calibrates(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(max_steps=60, learning_rate=1e-4)
+    trainer = Trainer(tiny_model(), args, train_dataset=tiny_data, callbacks=[PulseOptCallback])
+    trainer.train()
+    assert trainer.lr_scheduler is not None
+    assert trainer.lr_scheduler.base_lrs[0] > 1e-3
+    assert "pulseopt_hf" not in vars(trainer.optimizer)["step"].__code__.co_filename
 
 
 def test_a_callback_in_the_list_and_attached_is_there_once(
@@ -52,7 +63,7 @@ def test_a_trainer_whose_training_step_went_another_way_is_refused_naming_the_su
     trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
     PulseOptCallback(PULSE).attach(trainer)
     trainer.training_step = lambda *args, **kwargs: Trainer.training_step(trainer, *args, **kwargs)
-    with pytest.raises(RuntimeError, match=r"Use `with_pulseopt\(Trainer\)`"):
+    with pytest.raises(RuntimeError, match="stands in the place of the `training_step`"):
         trainer.train()
 
 
@@ -80,7 +91,7 @@ def test_after_training_the_trainer_and_its_optimizer_are_as_before(
     assert not inner._optimizer_step_pre_hooks
     assert not inner._optimizer_step_post_hooks
     assert "backward" not in vars(trainer.accelerator)
-    assert "clip_grad_norm_" not in vars(trainer.accelerator)
+    assert "pulseopt_hf" not in vars(trainer.optimizer)["step"].__code__.co_filename
 
 
 def test_an_exception_in_training_leaves_neither_a_scaled_lr_nor_hooks_behind(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from huggingface_hub.utils._http import default_client_factory
 from transformers import Trainer
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
-from pulseopt_hf.config import OPERATIONAL_KNOBS
 from pulseopt_hf.trainer.card import BEGIN, END, TAGS, table, with_section
 
 
@@ -69,28 +67,48 @@ def test_the_card_has_plays_knobs_and_learning_rates(
     used = [e["pulse/learning_rate"] for e in trainer.state.log_history if "loss" in e]
     assert len(used) == 160
     assert rows["Effective learning rate"] == [
-        f"{min(used):.4g} to {max(used):.4g}, of the 160 steps that were logged"
+        f"{min(used):.4g} to {max(used):.4g}, of the 160 steps logged"
     ]
-    scale = trainer.aees.calibration.scale
-    assert rows["Base learning rate"] == ["0.003"]
+    search = trainer.aees.calibrator.search
+    assert rows["Learning rate that was set"] == ["0.003"]
     assert rows["Calibrated learning rate"] == [
-        f"{0.003 * scale:.4g}, {scale:.4g} times the base learning rate"
+        f"{search.learning_rate:.4g}, found in {len(search.trials)} trials"
     ]
     assert rows["Episodes"] == [str(len(logs["episode_rewards"]))]
     assert rows["`lr_candidates`"] == ["`[0.5, 2.0]`"]
 
 
-def test_default_knobs_are_listed_too_as_they_were_in_the_run(
+def test_a_card_says_what_happened_and_no_more(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
-    args = arguments()
+    """A calibrated run of one arm has no arms to list, and no knobs but those that were changed."""
+    args = arguments(max_steps=60, learning_rate=1e-4)
     trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
     trainer.train()
     trainer.create_model_card()
+    text = (Path(args.output_dir) / "README.md").read_text()
+    assert "The learning rate was calibrated (`pulseopt_hf`)." in text
+    for word in ("AEES", "Arms", "Knobs", "Episodes"):
+        assert f"{word} " not in text.split(BEGIN)[1]
+    rows = rows_of(text.split(BEGIN)[1])
+    assert set(rows) == {
+        *("---", "value"),
+        *("Learning rate that was set", "Calibrated learning rate", "Effective learning rate"),
+    }
+
+
+def test_with_arms_the_knobs_that_were_changed_or_followed_are_listed(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments()
+    config = PulseOptConfig(lr_candidates=[0.5, 1.0], calibration="off")
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=config)
+    trainer.train()
+    trainer.create_model_card()
     rows = rows_of((Path(args.output_dir) / "README.md").read_text())
-    names = {field.name for field in dataclasses.fields(PulseOptConfig)} - OPERATIONAL_KNOBS
-    assert {row.strip("`") for row in rows if row.startswith("`")} == names
-    assert rows["`lr_candidates`"] == ["`[1.0]`"]
+    assert {row.strip("`") for row in rows if row.startswith("`")} == {
+        *("lr_candidates", "calibration", "episode_length", "seed"),
+    }
     assert rows["`episode_length`"] == ["`5`"]  # unset, and resolved by the run
     assert rows["`seed`"] == [f"`{args.seed}`"]
 
@@ -122,6 +140,7 @@ def test_the_metadata_is_valid_and_keeps_trainers_scores(
     trainer = PulseOptTrainer(
         tiny_model(),
         args,
+        pulse=PulseOptConfig(lr_candidates=[0.5, 1.0]),
         train_dataset=tiny_data,
         eval_dataset=tiny_data[:8],
         compute_metrics=lambda predicted: {
@@ -155,7 +174,9 @@ def test_written_again_it_takes_nothing_of_the_users(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
     args = arguments()
-    trainer = with_pulseopt(KeepsTheCard)(tiny_model(), args, train_dataset=tiny_data)
+    pulse = PulseOptConfig(lr_candidates=[0.5, 1.0])
+    trainer: Any = with_pulseopt(KeepsTheCard)
+    trainer = trainer(tiny_model(), args, train_dataset=tiny_data, pulse=pulse)
     trainer.train()
     trainer.create_model_card()
     file = Path(args.output_dir) / "README.md"
@@ -217,7 +238,8 @@ def test_push_to_hub_uploads_a_card_with_the_section(
     tiny_model: Any, tiny_data: Any, arguments: Any, uploaded: dict[str, bytes], road: str
 ) -> None:
     args = arguments(hub_model_id="somebody/tiny", hub_token="hf_none")
-    trainer = trainer_of(road, tiny_model(), args, tiny_data, PulseOptConfig(episode_length=4))
+    config = PulseOptConfig(lr_candidates=[0.5, 1.0], episode_length=4)
+    trainer = trainer_of(road, tiny_model(), args, tiny_data, config)
     trainer.train()
     trainer.push_to_hub(tags=["mine"])
     assert "model.safetensors" in uploaded

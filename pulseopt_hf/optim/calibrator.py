@@ -1,0 +1,419 @@
+"""Calibration round a torch optimizer: trials within optimizer steps, the base LR, and the net."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pulseopt_hf.aees import Arm
+from pulseopt_hf.aees.calibration import (
+    NOT_FINITE,
+    Calibration,
+    Outcome,
+    Trial,
+    finite_movement,
+    outcome_from_json,
+)
+from pulseopt_hf.aees.state import (
+    StateDict,
+    StateError,
+    field,
+    flag,
+    integer,
+    list_of,
+    number,
+    text,
+)
+from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim import base_lr
+from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.hooks import ArmHooks
+from pulseopt_hf.optim.losses import LossBuffer
+from pulseopt_hf.optim.probe import Probe
+from pulseopt_hf.optim.snapshot import Snapshot
+from pulseopt_hf.optim.unwrap import (
+    has_scaler,
+    innermost,
+    is_stepped_by_deepspeed,
+    stepped_parameters,
+)
+
+logger = logging.getLogger("pulseopt_hf.calibration")
+
+SHORTEST_WATCH = 20  # optimizer steps that the net is kept for, at least
+LONGEST_WATCH = 0.05  # share of the run that the LR rises in, and the net is kept for, at most
+RISE = 3.0  # standard errors by which the loss has to lie above where it began
+
+_PHASES = ("searching", "watching", "done")
+
+
+class StepFate(Enum):
+    """What the trials of an optimizer step leave of it."""
+
+    READY = "the search is over and the gradient untouched: take the step"
+    USED = "the batch went into the trials"
+    SKIPPED = "the step did not happen, as a gradient scaler decided"
+
+
+class Calibrator:
+    """Takes the trials of a `Calibration`, makes its result the base LR, and watches over it.
+
+    A trial is atomic: within one optimizer step the parameters move, are measured and are put back,
+    whatever happens. Where stepping leaves the gradient as it was, one step has room for several.
+
+    Then the LR rises to what was found, over a twentieth of the run, unless the schedule has a
+    warm-up of its own. Meanwhile the origin is kept, as a net. If the loss then lies above where it
+    began by more than its noise, or is not finite, everything goes back to the origin and the LR to
+    what was set.
+
+    Args:
+        optimizer: the optimizer as the loop steps it.
+        model: the model as the loop calls it.
+        scheduler: the LR scheduler, if there is one.
+        hooks: what runs a step at a LR of its own.
+        agreement: how ranks agree.
+        max_steps: optimizer steps of the run, or `None` where that is not known.
+        only_ask: whether to leave the base LR as it is.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        scheduler: Any,
+        hooks: ArmHooks,
+        agreement: Agreement,
+        max_steps: int | None = None,
+        *,
+        only_ask: bool = False,
+    ) -> None:
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._hooks, self._agreement = hooks, agreement
+        self._only_ask = only_ask
+        self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
+        self._set_lrs = base_lr.peaks(optimizer)
+        self.search = Calibration(max(self._set_lrs))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.probe = Probe(model, agreement, device)
+        self._buffers = list(model.buffers())
+        self._versions = [buffer._version for buffer in self._buffers]
+        self._parameters = list(model.parameters()) if is_stepped_by_deepspeed(optimizer) else []
+        self._origin = Snapshot(optimizer, parameters=self._parameters)
+        self._is_new = False  # whether the optimizer had no state at the origin
+        self._losses = LossBuffer()  # of the trials' steps, all at the origin, and of those watched
+        self._at_origin = 0  # how many of them are the trials'
+        self._watched = 0  # steps since the LR was set
+        self._last_lr = 0.0  # base LR in the step before
+        groups = innermost(optimizer).param_groups
+        pairs = zip(groups, self._set_lrs, strict=True)
+        self._warms_up = any(float(group["lr"]) < peak * (1 - 1e-6) for group, peak in pairs)
+        self.outcomes: list[Outcome] = []  # the last one counts
+        self.phase = "searching"
+        self.probe.listen()
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the next optimizer step is for trials."""
+        return self.phase == "searching"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all is over, so that arms may play."""
+        return self.phase == "done"
+
+    @property
+    def ramp(self) -> float:
+        """Factor on the base LR in the step that runs, while the LR rises to what was found."""
+        if self.phase != "watching" or self._warms_up:
+            return 1.0
+        return min(1.0, (self._watched + 1) / self._longest)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What came of it; `None` before the search has ended."""
+        return self.outcomes[-1] if self.outcomes else None
+
+    def run(self, step: Callable[[], object], global_step: int) -> StepFate:
+        """Take trials in place of an optimizer step, whose gradients are there.
+
+        Args:
+            step: steps the optimizer.
+            global_step: number of the step in the run.
+        """
+        if not self.probe.begin():
+            self.give_up(
+                "the model returns no logits, embedding or loss that could be measured, or is not "
+                "called as a whole",
+                global_step,
+            )
+            return StepFate.USED if self._only_ask else StepFate.READY
+        state = innermost(self._optimizer).state
+        if self._is_new:
+            # To save an optimizer without a state, torch makes one up, by a step with gradients of
+            # zero (`torch.distributed.checkpoint.state_dict`, for FSDP2).
+            state.clear()
+        if not self._origin.is_taken:
+            self._is_new = not state
+            self._origin.take()
+        search, repeatable = self.search, True
+        while repeatable and not search.is_done:
+            happened, repeatable = self._try(step, global_step)
+            if not happened:
+                return StepFate.SKIPPED
+            if search.batch_is_done:
+                break
+        self.probe.end_step()
+        if search.is_done:
+            self._finish(global_step)
+        ready = search.is_done and repeatable and not self._only_ask
+        return StepFate.READY if ready else StepFate.USED
+
+    def observe(self, loss: float | Tensor | None, global_step: int) -> None:
+        """End an optimizer step; may go back to the origin.
+
+        Args:
+            loss: its step loss, shape (), or `None` for a step that did not happen.
+            global_step: number of the step in the run.
+        """
+        if loss is not None:
+            self._losses.append(loss)
+        if self.phase == "searching":
+            self._at_origin = len(self._losses)
+        elif self.phase == "watching":
+            self._watched += 1
+            if self._watched >= self._longest or (self._warms_up and self._is_warm()):
+                self._judge(global_step)
+
+    def _is_warm(self) -> bool:
+        """Whether the schedule's warm-up is over, and the net was kept long enough."""
+        now = max(float(group["lr"]) for group in innermost(self._optimizer).param_groups)
+        rises, self._last_lr = now > self._last_lr > 0.0, now
+        return self._watched >= SHORTEST_WATCH and not rises
+
+    def agree(self) -> None:
+        """Average what was observed over ranks; every rank must call it."""
+        self._losses.agree(self._agreement)
+        agreed = self._losses.agreed
+        self._losses.agreed = [loss if abs(loss) < NOT_FINITE else NOT_FINITE for loss in agreed]
+
+    def close(self) -> None:
+        """Let go of the model, the hooks on it, and the copy."""
+        self.probe.close()
+        self._origin.discard()
+        self._buffers, self._parameters = [], []
+
+    def _try(self, step: Callable[[], object], global_step: int) -> tuple[bool, bool]:
+        """Take one trial.
+
+        Returns:
+            Whether the step happened, and whether another can be taken on the same gradient.
+        """
+        search = self.search
+        learning_rate = search.next_lr
+        lrs = [lr * (learning_rate / search.set_lr) for lr in self._set_lrs]
+        repeatable = not (has_scaler(self._optimizer) or is_stepped_by_deepspeed(self._optimizer))
+        before = self._gradient_norms() if repeatable else None
+        try:
+            with self._hooks.applied(Arm.of(1.0, 0.0), 0, lrs) as outcome:
+                step()
+            if not outcome.happened:
+                return False, False
+            moved = self.probe.movement()
+            weights = self._weight_movement()
+        finally:
+            self._origin.restore(buffers=False)
+        own_batch = self.probe.is_own_batch
+        search.add(Trial(learning_rate, moved, weights, own_batch, global_step))
+        logger.info("Trial at LR %.3g: outputs moved %.3g, weights %.3g", *_shown(search.trials))
+        if before is not None:  # some optimizers normalise gradients in place
+            changed = not torch.equal(before, self._gradient_norms())
+            repeatable = not self._agreement.any(changed)
+        return True, repeatable
+
+    def _weight_movement(self) -> float:
+        moved, size = self._agreement.mean(self._origin.distance())
+        if size == 0.0:
+            return 0.0
+        return finite_movement(math.sqrt(moved / size) if moved >= 0.0 else math.nan)
+
+    def _gradient_norms(self) -> Tensor:
+        gradients = [p.grad for p in stepped_parameters(self._optimizer) if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        dense = [g.coalesce().values() if g.is_sparse else g for g in local]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in dense]
+        return torch.stack(norms) if norms else torch.zeros(0)
+
+    def _finish(self, step: int) -> None:
+        search, found = self.search, self.search.learning_rate
+        if found is None:
+            self.give_up(
+                f"what the model computes did not answer to it in {len(search.trials)} trials", step
+            )
+            return
+        outcome = Outcome(search.set_lr, found, search.limited_by, None, step)
+        if self._only_ask:
+            self.outcomes.append(outcome)
+            self.phase = "done"
+            return
+        self.probe.close()
+        # A net has to hold the buffers that forward passes move, such as running statistics; a
+        # quantised model keeps weights in buffers, which stay where they are.
+        pairs = zip(self._buffers, self._versions, strict=True)
+        moving = [buffer for buffer, version in pairs if buffer._version != version]
+        self._origin = Snapshot(self._optimizer, moving, self._parameters)
+        self._origin.take()
+        base_lr.multiply(self._optimizer, self._scheduler, found / search.set_lr)
+        self.phase = "watching"
+        self._decide(outcome)
+
+    def _judge(self, step: int) -> None:
+        """Look whether the loss has risen, and take the net away."""
+        self.agree()
+        losses = self._losses.agreed
+        # A loop of one's own that was resumed amid the watch has no origin.
+        risen = has_risen(losses[: self._at_origin], losses[self._at_origin :])
+        if risen and self._origin.is_taken:
+            set_lr, used = self.search.set_lr, self.outcomes[-1].learning_rate
+            self._origin.restore()
+            base_lr.multiply(self._optimizer, self._scheduler, set_lr / used)
+            self.give_up(
+                f"at {used:.3g} the loss rose in {self._watched} steps, so the run went back to "
+                "where it began",
+                step,
+            )
+        self.phase = "done"
+        self.close()
+
+    def give_up(self, reason: str, global_step: int) -> None:
+        """End without an LR, and say why."""
+        set_lr = self.search.set_lr
+        self.phase = "done"
+        self._decide(Outcome(set_lr, set_lr, None, reason, global_step))
+        self.close()
+
+    def _decide(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        if self._agreement.is_rank_0 and not self._only_ask:
+            logger.warning("%s", outcome)
+
+    def state_dict(self) -> StateDict:
+        """Return the search and what the net has seen, as JSON; `agree` comes before it."""
+        return {
+            **self.search.state_dict(),
+            "phase": self.phase,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "losses": list(self._losses.agreed),
+            "at_origin": self._at_origin,
+            "watched": self._watched,
+            "last_lr": self._last_lr,
+            "longest": self._longest,
+            "is_new": self._is_new,
+            "warms_up": self._warms_up,
+        }
+
+    def load_state_dict(self, state: object) -> None:
+        """Continue from `state_dict()`; nothing is changed if this raises.
+
+        Raises:
+            StateError: the state is damaged.
+        """
+        if isinstance(state, Mapping) and "outcomes" not in state:
+            raise StateError(
+                "The saved calibration is of an earlier release of pulseopt_hf, where it worked "
+                "otherwise. Resume with that release, or start a new run."
+            )
+        phase = field(state, "phase", text)
+        if phase not in _PHASES:
+            raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {phase!r}.")
+        outcomes = field(state, "outcomes", list_of(outcome_from_json))
+        losses = field(state, "losses", list_of(number))
+        at_origin = field(state, "at_origin", integer)
+        watched = field(state, "watched", integer)
+        last_lr = field(state, "last_lr", number)
+        longest = field(state, "longest", integer)
+        warms_up = field(state, "warms_up", flag)
+        is_new = field(state, "is_new", flag)
+        if longest < SHORTEST_WATCH:
+            raise StateError(f"`longest` must be at least {SHORTEST_WATCH}, got {longest}.")
+        if at_origin > len(losses):
+            raise StateError(f"`at_origin` is {at_origin}, and there are {len(losses)} losses.")
+        self.search.load_state_dict(state)
+        factor = self.search.set_lr / max(self._set_lrs)
+        self._set_lrs = [lr * factor for lr in self._set_lrs]
+        self._losses.clear()
+        self._losses.agreed = losses
+        self.phase, self._at_origin, self.outcomes = phase, at_origin, outcomes
+        self._watched, self._last_lr = watched, last_lr
+        self._longest, self._warms_up, self._is_new = longest, warms_up, is_new
+        if not self.is_searching:
+            self.probe.close()
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write into a checkpoint what the state as JSON cannot hold."""
+        keeper: Probe | Snapshot = self.probe if self.is_searching else self._origin
+        try:
+            if self.is_searching or self._origin.is_taken:
+                keeper.save(folder / self._file(rank))
+        except TypeError as error:
+            logger.warning("A run resumed from %s starts its calibration anew: %s", folder, error)
+
+    def load(self, folder: Path | None, rank: int) -> None:
+        """Read what `save` wrote, after `load_state_dict`.
+
+        Raises:
+            StateError: the file is missing or damaged.
+        """
+        if self.is_done or (self.is_searching and not self.search.trials):
+            return
+        if folder is None:
+            raise StateError(
+                "The checkpoint's folder is not known, which holds a part of the state."
+            )
+        keeper: Probe | Snapshot = self.probe if self.is_searching else self._origin
+        keeper.load(folder / self._file(rank))
+
+    def _file(self, rank: int) -> str:
+        return f"pulse_{'calls' if self.is_searching else 'origin'}_{rank}.safetensors"
+
+
+def why_not_calibrate(optimizer: torch.optim.Optimizer, config: PulseOptConfig) -> str | None:
+    """Return what keeps an optimizer's LR from being calibrated, as far as it can be seen there."""
+    if max(base_lr.peaks(optimizer)) <= 0.0:
+        return "it is zero"
+    if config.calibration == "auto" and base_lr.finds_its_own(optimizer):
+        return f"{type(innermost(optimizer)).__name__} finds its own"
+    return None
+
+
+def has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether the later half of losses lies above those before by more than both scatter.
+
+    Args:
+        before: step losses at the origin, shape (n,).
+        after: step losses since then; one of `NOT_FINITE` counts as risen.
+    """
+    later = after[len(after) // 2 :]
+    if not before:
+        return False
+    if not later or max(later) >= NOT_FINITE:
+        return True
+    error = math.sqrt(_variance(before) / len(before) + _variance(later) / len(later))
+    return sum(later) / len(later) - sum(before) / len(before) > RISE * error
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+
+
+def _shown(trials: Sequence[Trial]) -> tuple[float, float, float]:
+    return trials[-1].learning_rate, trials[-1].movement, trials[-1].weight_movement

@@ -1,0 +1,241 @@
+"""The probe: forward calls of a model in training, replayed to see what a step changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from pulseopt_hf.aees.calibration import finite_movement
+from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.optim import trees
+from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.movement import Reading, movement, read
+from pulseopt_hf.optim.randomness import kept_random_state, seed_torch
+
+ROWS = 32  # over all ranks, after which no more calls are noted
+
+
+@dataclass(frozen=True)
+class Call:
+    """A noted forward call, with copies of what the module was given."""
+
+    module: int  # index among the probe's modules
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: bool
+    dtype: torch.dtype
+
+
+class Probe:
+    """Notes the first forward calls of a model in training, and replays them.
+
+    Only outermost calls under gradient are noted: a generation, a reference or a reward is none,
+    and neither is a submodule's. A call is replayed whole, since a loss may couple its rows, in
+    eval mode and without gradient. Random states, modes and gradients stay as they were.
+
+    A step is measured by calls of earlier steps, because it always does well on its own batch.
+    Before there are any, its own have to do.
+
+    Args:
+        model: the model as the training loop calls it, wrapped or not.
+        agreement: how ranks agree; all of them replay equally many calls.
+        device: device of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, agreement: Agreement, device: torch.device) -> None:
+        self._agreement = agreement
+        self._device = device
+        self._modules = list(_wrappers(model))
+        self._depth = 0
+        self._rows = 0
+        self._new: list[Call] = []  # of the step that runs
+        self._calls: list[Call] = []  # of the steps before
+        self._before: list[list[Reading]] = []  # of the calls that are replayed now
+        self._versions: list[int] = []  # of the buffers when `_before` was read
+        self._handles: list[RemovableHandle] = []
+        self.replayed_rows = 0  # in forward passes, for what they cost
+
+    def listen(self) -> None:
+        """Begin to note calls."""
+        untraced: Any = torch.compiler.disable
+        enter, leave = untraced(self._enter), untraced(self._leave)
+        for module in self._modules:
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def close(self) -> None:
+        """Take the hooks off the model and let go of the calls."""
+        self._stop()
+        self._new, self._calls, self._before = [], [], []
+
+    @property
+    def is_own_batch(self) -> bool:
+        """Whether the calls that are replayed now are those of the step that runs."""
+        return not self._calls
+
+    def begin(self) -> bool:
+        """Read what the calls compute before a trial; every rank must call it.
+
+        Returns:
+            Whether there is anything to measure on every rank.
+        """
+        del self._new[self._agreement.least(len(self._new)) :]
+        replayed = self._calls or self._new
+        versions = [buffer._version for buffer in self._modules[-1].buffers()]
+        if versions != self._versions:  # running statistics move with every batch
+            self._before, self._versions = [], versions
+        self._before += self._replay(replayed[len(self._before) :])
+        return self._agreement.least(sum(map(len, self._before))) > 0
+
+    def movement(self) -> float:
+        """Measure how far the outputs are from where `begin` read them; every rank must call it.
+
+        Returns:
+            The root mean square over positions and ranks, see `movement`; see `Trial.movement`.
+        """
+        total = count = 0.0
+        for before, after in zip(self._before, self._replay(self._calls or self._new), strict=True):
+            for one, other in zip(before, after, strict=True):
+                moved, positions = movement(one, other)
+                total, count = total + moved, count + positions
+        total, count = self._agreement.mean([total, count])
+        return finite_movement(math.sqrt(total / count) if count and total >= 0.0 else math.nan)
+
+    def end_step(self) -> None:
+        """Keep the calls of the step that ends, for the trials of later ones."""
+        self._calls += self._new
+        self._new = []
+        if self._has_enough:
+            self._stop()
+
+    def save(self, path: Path) -> None:
+        """Write the calls into a checkpoint.
+
+        Raises:
+            TypeError: a call was given something that JSON has no word for.
+        """
+        tensors: dict[str, Tensor] = {}
+        calls = [
+            (call.module, call.args, call.kwargs, call.autocast, str(call.dtype)[6:])
+            for call in self._calls
+        ]
+        rest = trees.take_apart(calls, "calls", tensors)
+        trees.save(path, tensors, {"calls": rest, "rows": self._rows})
+
+    def load(self, path: Path) -> None:
+        """Go on with the calls that `save` wrote.
+
+        Raises:
+            StateError: the file is missing or damaged.
+        """
+        tensors, rest = trees.load(path)
+        tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        try:
+            self._rows = int(rest["rows"])
+            calls = trees.put_together(rest["calls"], tensors)
+            self._calls = [
+                Call(module, args, kwargs, autocast, getattr(torch, dtype))
+                for module, args, kwargs, autocast, dtype in calls
+            ]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{path} holds no calls of a model: {error!r}") from error
+        self.end_step()
+
+    @property
+    def _has_enough(self) -> bool:
+        return self._rows * self._agreement.world_size >= ROWS
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled() or self._has_enough:
+            return
+        args, kwargs = trees.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
+        kind = self._device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self._new.append(Call(self._modules.index(module), args, kwargs, *autocast))
+        self._rows += _rows((args, kwargs))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+
+    def _replay(self, calls: list[Call]) -> list[list[Reading]]:
+        if not calls:
+            return []
+        found = []
+        config = getattr(self._modules[-1], "config", None)
+        kind = getattr(config, "problem_type", None)
+        with self._untouched(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for call in calls:
+                module = self._modules[call.module]
+                if isinstance(module, DistributedDataParallel):
+                    module = module.module  # the wrapper would send buffers to the other ranks
+                self.replayed_rows += _rows((call.args, call.kwargs))
+                # A forward may add to a mapping that it was given.
+                args, kwargs = trees.map_tensors((call.args, call.kwargs), lambda tensor: tensor)
+                with torch.autocast(self._device.type, call.dtype, enabled=call.autocast):
+                    output = module(*args, **kwargs)
+                labels = kind == "multi_label_classification"
+                given = args[0] if args and isinstance(args[0], dict) else kwargs
+                found.append(read(output, given, multi_label=labels))
+        return found
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Put modules into eval mode, and see to it that nothing else changes."""
+        training = [module for module in self._modules[0].modules() if module.training]
+        depth, self._depth = self._depth, 1  # so that replays are not noted
+        with kept_random_state(self._device):
+            for module in training:
+                module.training = False
+            try:
+                # A model that draws in eval mode has to draw the same before and after.
+                seed_torch(self._device, 0)
+                yield
+            finally:
+                self._depth = depth
+                for module in training:
+                    module.training = True
+                for module in self._modules[0].modules():
+                    # A forward without a backward leaves FSDP2 with whole parameters, and the
+                    # next one would not see what a step did to their shards.
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model and what it wraps, outermost first, as far as hooks do not disturb it.
+
+    A hook inside of a compiled module would be compiled, so the compiled one is the last.
+    """
+    yield model
+    inner = getattr(model, "module", None)
+    wraps = type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+    if wraps and isinstance(inner, nn.Module):
+        yield from _wrappers(inner)
+
+
+def _rows(tree: Any) -> int:
+    """Return the length of the first tensor that has one."""
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.extend(tensor.shape[:1])
+        return tensor
+
+    trees.map_tensors(tree, note)
+    return sizes[0] if sizes else 1

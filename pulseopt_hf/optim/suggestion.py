@@ -1,0 +1,118 @@
+"""The learning rate that a calibration suggests, asked for without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pulseopt_hf.aees.calibration import MOST_TRIALS, Trial, not_calibrated
+from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim.aees import AEES
+from pulseopt_hf.optim.calibrator import Calibrator, why_not_calibrate
+from pulseopt_hf.optim.randomness import kept_random_state
+from pulseopt_hf.optim.unwrap import device_of, innermost
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What `find_learning_rate` found.
+
+    Attributes:
+        learning_rate: what to train with; the LR that was set where nothing was found.
+        limited_by: what keeps it from being higher: `outputs` (one step would change too much of
+            what the model computes) or `weights`; `None` where nothing was found.
+        trials: the steps that were tried, see `Trial`.
+        set_lr: the LR that was set.
+        reason: why nothing was found, or `None`.
+        replayed_rows: rows that went forward, without gradient, to measure the trials.
+    """
+
+    learning_rate: float
+    limited_by: str | None
+    trials: list[Trial]
+    set_lr: float
+    reason: str | None = None
+    replayed_rows: int = 0
+
+    @classmethod
+    def of(cls, calibrator: Calibrator) -> Suggestion:
+        """Take the result of a calibration that has ended."""
+        trials, set_lr, outcome = (
+            calibrator.search.trials,
+            calibrator.search.set_lr,
+            calibrator.outcome,
+        )
+        rows = calibrator.probe.replayed_rows
+        if outcome is None:
+            reason = "the data ended before the search did"
+            return cls(set_lr, None, trials, set_lr, reason, rows)
+        found, limited_by = outcome.learning_rate, outcome.limited_by
+        return cls(found, limited_by, trials, set_lr, outcome.reason, rows)
+
+    def plot(self) -> Any:
+        """Return the picture of the trials, as in the report: a plotly figure.
+
+        Raises:
+            ImportError: the extra `report` is not installed.
+        """
+        from pulseopt_hf.report.figures import trials_figure
+
+        return trials_figure(self.trials, self.learning_rate, self.limited_by)
+
+
+def suggest(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> Suggestion:
+    """Find the LR for a loop of one's own; see `pulseopt_hf.find_learning_rate`."""
+    reason = why_not_calibrate(optimizer, PulseOptConfig(calibration="trust_region"))
+    if reason is not None:
+        raise ValueError(not_calibrated(reason))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = [(module, module.training) for module in model.modules()]
+    aees = AEES(optimizer)
+    calibrator = aees.calibrate(model, None, only_ask=True)
+    try:
+        with kept_random_state(device_of(innermost(optimizer))):
+            model.train()
+            for step, batch in enumerate(_again_and_again(batches, MOST_TRIALS + 1)):
+                if calibrator.is_done:
+                    break
+                for parameter in parameters:
+                    parameter.grad = None
+                aees.step_start(step)
+                value = loss(model, batch)
+                value.backward()  # type: ignore[no-untyped-call]
+                aees.step_end(value)
+    finally:
+        aees.remove()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for module, was_training in training:
+            module.training = was_training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return Suggestion.of(calibrator)
+
+
+def _again_and_again(batches: Iterable[Any], most: int) -> Iterator[Any]:
+    """Yield batches from the beginning again where there are fewer than are needed."""
+    count = 0
+    while count < most:
+        before = count
+        for batch in batches:
+            yield batch
+            count += 1
+            if count == most:
+                return
+        if count == before:
+            return

@@ -1,0 +1,46 @@
+"""Where calibration has no business: what keeps it from touching a Trainer's learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulseopt_hf.aees.calibration import SHORTEST_RUN
+from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim import calibrator
+from pulseopt_hf.trainer.upstream import searched_arguments
+
+# TRL's Trainers that learn from examples. Its others optimise a preference or a reward, or take
+# turns with a generation; their LRs are far below those of supervised training, for reasons that
+# one step does not show.
+_SUPERVISED = ("SFTTrainer", "RewardTrainer", "PRMTrainer")
+
+
+def why_not_calibrate(trainer: Any, config: PulseOptConfig, max_steps: int) -> str | None:
+    """Return why the LR of a run is not to be calibrated, or `None` where it is.
+
+    Args:
+        trainer: the Trainer, when training begins.
+        config: the knobs; a calibration that is asked for by name is left out only where it cannot
+            be done.
+        max_steps: optimizer steps of the run.
+    """
+    if max_steps < SHORTEST_RUN:
+        return f"{max_steps} steps are too few, {SHORTEST_RUN} are needed"
+    if config.calibration == "auto":
+        if "learning_rate" in searched_arguments(trainer):
+            return "a search over `learning_rate` is going on"
+        if (name := unsupervised(type(trainer))) is not None:
+            return (
+                f"{name} optimises a preference or a reward, for which this was never checked; "
+                "calibration='trust_region' asks for it by name"
+            )
+    return calibrator.why_not_calibrate(trainer.optimizer, config)
+
+
+def unsupervised(trainer_class: type) -> str | None:
+    """Return the name of a Trainer's TRL class, if that does not learn from examples."""
+    ours = [cls for cls in trainer_class.__mro__ if cls.__module__.partition(".")[0] == "trl"]
+    named = [cls.__name__ for cls in ours if cls.__name__.endswith("Trainer")]
+    if not named or any(name in _SUPERVISED for name in named):
+        return None
+    return next(name for name in named if not name.startswith("PulseOpt"))

@@ -1,0 +1,141 @@
+"""The learning rate of a Trainer, found without training it."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from pulseopt_hf.aees.calibration import SHORTEST_RUN
+from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim.randomness import kept_random_state
+from pulseopt_hf.optim.suggestion import Suggestion, suggest
+from pulseopt_hf.optim.unwrap import innermost
+from pulseopt_hf.trainer.callback import PulseOptCallback
+from pulseopt_hf.trainer.mixin import PulseOptMixin, connect, with_pulseopt
+from pulseopt_hf.trainer.session import LearningRateFound
+
+
+def find_learning_rate(
+    trainer: Trainer | None = None,
+    *,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Suggestion:
+    """Find the learning rate without training: take some trial steps, and put everything back.
+
+        suggestion = find_learning_rate(trainer)
+        suggestion = find_learning_rate(
+            model=model, optimizer=optimizer, batches=loader, loss=lambda model, batch: ...
+        )
+        suggestion.learning_rate
+
+    Parameters, optimizer, scheduler, global random states and the order of the data are as before,
+    bit for bit. Batches are taken as training would take them, at most twenty. A stream that cannot
+    be begun again loses those.
+
+    Args:
+        trainer: any Trainer, ours or not, before or after training; its callbacks rest meanwhile.
+        model: for a loop of one's own, the model as the loop calls it.
+        optimizer: its optimizer, with the LR to begin from.
+        batches: what the loop iterates over.
+        loss: returns the loss of a batch, shape (); it calls the model.
+
+    Raises:
+        TypeError: neither a Trainer nor all four of the others were given.
+        ValueError: the LR that is set is zero, or DeepSpeed's engine is used, which changes a model
+            for good.
+    """
+    if trainer is None:
+        if model is None or optimizer is None or batches is None or loss is None:
+            raise TypeError(
+                "`find_learning_rate` takes a Trainer, or `model`, `optimizer`, `batches` and "
+                "`loss` of a loop of your own."
+            )
+        return suggest(model, optimizer, batches, loss)
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Under DeepSpeed the learning rate cannot be found without training, since its engine "
+            "changes the model for good. Train with calibration='trust_region'."
+        )
+    made: Any = trainer
+    with ExitStack() as stack:
+        stack.enter_context(kept_random_state(trainer.args.device))
+        stack.enter_context(_as_before(made))
+        made.args = copy.copy(made.args)
+        made.args.max_steps = SHORTEST_RUN  # also where the data is less than that
+        made.args.eval_on_start = False
+        made.callback_handler.callbacks = []
+        named = PulseOptConfig(calibration="trust_region")
+        connect(made, PulseOptCallback(named), only_ask=True)
+        if not isinstance(made, PulseOptMixin):
+            made.__class__ = with_pulseopt(type(made))
+        with suppress(LearningRateFound):
+            made.train()
+        aees = made._pulse.latest
+        return Suggestion.of(aees.calibrator)
+
+
+@contextmanager
+def _as_before(trainer: Any) -> Iterator[None]:
+    """Put back all that a training which moves no parameter changes in a Trainer."""
+    kind, model, optimizer = type(trainer), trainer.model, innermost(trainer.optimizer)
+    accelerator = trainer.accelerator
+    changing = [trainer, trainer.control, trainer.callback_handler, accelerator]
+    changing += [accelerator.gradient_state, accelerator.scaler, trainer.lr_scheduler]
+    # Accelerate marks what it has prepared, and wraps `forward` for mixed precision.
+    kept = [*changing, trainer.optimizer, optimizer, model]
+    attributes = [(one, vars(one).copy()) for one in kept if one is not None]
+    groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # What training counts and collects goes into copies.
+    for one in changing:
+        if one is not None:
+            vars(one).update({name: _copied(value) for name, value in vars(one).items()})
+    try:
+        yield
+    finally:
+        handle = getattr(trainer, "neftune_hook_handle", None)
+        if handle is not None:
+            handle.remove()
+        trainer.__class__ = kind
+        for one, before in attributes:
+            vars(one).clear()
+            vars(one).update(before)
+        if optimizer is not None:
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(saved)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, was_training in training:
+            module.training = was_training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _copied(value: Any) -> Any:
+    """Copy tensors and nested containers, not the objects in them."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.clone()
+    if isinstance(value, dict):
+        result = copy.copy(value)
+        result.update({key: _copied(item) for key, item in value.items()})
+        return result
+    if isinstance(value, list | deque):
+        items = copy.copy(value)
+        items.clear()
+        items.extend(_copied(item) for item in value)
+        return items
+    return set(value) if isinstance(value, set) else value

@@ -1,0 +1,320 @@
+"""Models of every kind are calibrated, or left alone with a word why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.aees.calibration import TRUSTED
+
+NAMED = PulseOptConfig(calibration="trust_region")
+SET_LR = 1e-6
+SIZE: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def ids(rows: int = 200, length: int = 8) -> Tensor:
+    return torch.randint(2, 30, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def bert(**kwargs: Any) -> BertConfig:
+    return BertConfig(vocab_size=32, max_position_embeddings=16, **SIZE, **kwargs)
+
+
+def rows(**columns: Tensor) -> list[dict[str, Tensor]]:
+    length = len(next(iter(columns.values())))
+    return [{name: column[i] for name, column in columns.items()} for i in range(length)]
+
+
+def masked() -> list[dict[str, Tensor]]:
+    tokens = ids()
+    labels = torch.where(tokens % 4 == 0, tokens, -100)
+    return rows(input_ids=torch.where(tokens % 4 == 0, 1, tokens), labels=labels)
+
+
+class Bare(nn.Module):
+    """Returns a tensor, and leaves the loss to the Trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class BareTrainer(PulseOptTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return F.cross_entropy(model(inputs["x"]), inputs["labels"])
+
+
+class Encoder(PulseOptTrainer):
+    """Pulls the embeddings of neighbouring rows apart, as an encoder is trained."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = F.normalize(model(**inputs).last_hidden_state.mean(1), dim=-1)
+        return F.cross_entropy(20 * found @ found.T, torch.arange(len(found)))
+
+
+def pixels() -> list[dict[str, Tensor]]:
+    labels = torch.arange(200) % 3
+    return rows(pixel_values=torch.randn(200, 3, 8, 8) + labels.view(-1, 1, 1, 1), labels=labels)
+
+
+def numbers() -> Tensor:
+    return ids()[:, 0].float() / 10
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], Any]] = {
+    "encoder-decoder": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        lambda: rows(input_ids=ids(), labels=ids()[:, :4], decoder_input_ids=ids()[:, 1:5]),
+        PulseOptTrainer,
+    ),
+    "vision": (
+        lambda: ViTForImageClassification(
+            ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZE)
+        ),
+        pixels,
+        PulseOptTrainer,
+    ),
+    "classification": (
+        lambda: BertForSequenceClassification(bert(num_labels=3)),
+        lambda: rows(input_ids=ids(), labels=ids()[:, 0] % 3),
+        PulseOptTrainer,
+    ),
+    "regression": (
+        lambda: BertForSequenceClassification(bert(num_labels=1)),
+        lambda: rows(input_ids=ids(), labels=numbers()),
+        PulseOptTrainer,
+    ),
+    "multi-label": (
+        lambda: BertForSequenceClassification(
+            bert(num_labels=3, problem_type="multi_label_classification")
+        ),
+        lambda: rows(input_ids=ids(), labels=(ids()[:, :3] % 2).float()),
+        PulseOptTrainer,
+    ),
+    "token classification": (
+        lambda: BertForTokenClassification(bert(num_labels=4)),
+        lambda: rows(input_ids=ids(), labels=ids() % 4),
+        PulseOptTrainer,
+    ),
+    "masked lm": (lambda: BertForMaskedLM(bert()), masked, PulseOptTrainer),
+    "question answering": (
+        lambda: BertForQuestionAnswering(bert()),
+        lambda: rows(
+            input_ids=ids(), start_positions=ids()[:, 0] % 8, end_positions=ids()[:, 1] % 8
+        ),
+        PulseOptTrainer,
+    ),
+    "bare tensor": (
+        Bare,
+        lambda: rows(x=torch.randn(200, 4), labels=torch.arange(200) % 3),
+        BareTrainer,
+    ),
+    "encoder": (
+        lambda: BertModel(bert(), add_pooling_layer=False),
+        lambda: rows(input_ids=ids()),
+        Encoder,
+    ),
+}
+
+
+def train(name: str, arguments: Any, cls: Any = None, **extra: Any) -> Any:
+    set_seed(0)
+    model, data, trainer_class = MODELS[name]
+    settings = {"max_steps": 60, "learning_rate": SET_LR, "remove_unused_columns": False, **extra}
+    args = arguments(per_device_train_batch_size=8, **settings)
+    trainer = (cls or trainer_class)(model(), args, train_dataset=data(), pulse=NAMED)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_any_kind_is_calibrated(name: str, arguments: Any) -> None:
+    trainer = train(name, arguments)
+    search, outcome = trainer.aees.calibrator.search, trainer.aees.calibrator.outcome
+    assert len({trial.step for trial in search.trials}) >= TRUSTED + 1
+    assert outcome.reason is None, search.trials
+    assert 50 * SET_LR < outcome.learning_rate < 0.1
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-10:]) < sum(losses[:6]) / 6 * 10
+
+
+@pytest.mark.parametrize("name", ["classification", "encoder-decoder"])
+def test_label_smoothing_takes_the_labels_out_of_the_call(name: str, arguments: Any) -> None:
+    trainer = train(name, arguments, label_smoothing_factor=0.1, label_names=["labels"])
+    assert trainer.aees.calibrator.outcome.reason is None
+
+
+def test_the_unit_of_a_regression_does_not_change_the_lr(arguments: Any) -> None:
+    """Where the head is as new, an Adam step is as long in the unit of the outputs."""
+    found = []
+    for unit in (1.0, 100.0):
+        set_seed(0)
+        model: Any = nn.Module()
+        model.head = nn.Linear(8, 1)
+        nn.init.normal_(model.head.weight, std=unit / 10)
+
+        def forward(x: Tensor, labels: Tensor, model: Any = model) -> dict[str, Tensor]:
+            out = model.head(x)
+            return {"loss": F.mse_loss(out[:, 0], labels), "logits": out}
+
+        model.forward = forward
+        x = torch.randn(200, 8)
+        data = rows(x=x, labels=unit * x[:, 0])
+        args = arguments(max_steps=60, learning_rate=1e-3)
+        trainer = PulseOptTrainer(model, args, train_dataset=data, pulse=NAMED)
+        found.append(trainer.find_learning_rate().learning_rate / unit)
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+class Mute(nn.Module):
+    """Returns nothing that could be measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return type("Output", (), {"__slots__": ("value",)})
+
+    def loss(self, x: Tensor) -> Tensor:
+        loss: Tensor = (x @ self.weight).square().mean()
+        return loss
+
+
+class Deaf(Mute):
+    """Returns logits that do not depend on what is trained."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": torch.cat([x, -x], dim=-1)}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Mute, "the model returns no logits, embedding or loss that could be measured"),
+        (Deaf, "what the model computes did not answer to it in 18 trials"),
+    ],
+)
+def test_what_cannot_be_measured_leaves_the_lr_alone(
+    model: Any, reason: str, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Aside(PulseOptTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            model(**inputs)
+            return model.loss(**inputs)
+
+    args = arguments(max_steps=60, learning_rate=1e-3, lr_scheduler_type="constant")
+    trainer = Aside(model(), args, train_dataset=rows(x=torch.randn(100, 4)))
+    trainer.train()
+    assert trainer.aees is not None
+    assert trainer.aees.calibrator is not None
+    outcome = trainer.aees.calibrator.outcome
+    assert outcome is not None
+    assert outcome.learning_rate == 1e-3
+    assert trainer.aees.learning_rate == 1e-3
+    assert reason in caplog.text
+
+
+def test_events_alone_leave_a_model_alone_that_returns_no_loss(
+    arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Plain(Trainer):
+        compute_loss = BareTrainer.compute_loss
+
+    args = arguments(max_steps=60, learning_rate=1e-3, remove_unused_columns=False)
+    data = rows(x=torch.randn(100, 4), labels=torch.arange(100) % 3)
+    trainer = Plain(Bare(), args, train_dataset=data, callbacks=[PulseOptCallback()])
+    trainer.train()
+    assert "the model returns no loss to watch over" in caplog.text
+    assert trainer.lr_scheduler is not None
+    assert set(trainer.lr_scheduler.base_lrs) == {1e-3}
+
+
+class Replicated(nn.DataParallel):
+    """Splits a batch in two and joins what comes back, as on two devices."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        halves = [{k: v.chunk(2)[i] for k, v in kwargs.items()} for i in range(2)]
+        one, two = (self.module(**half) for half in halves)
+        return {
+            "loss": torch.stack([one["loss"], two["loss"]]),
+            "logits": torch.cat([one["logits"], two["logits"]]),
+        }
+
+
+def test_replicas_count_row_by_row() -> None:
+    """`nn.DataParallel` returns a loss for each replica; classes are still told apart."""
+    found = []
+    for wrap in (lambda model: model, Replicated):
+        set_seed(0)
+        inner = BertForSequenceClassification(bert(num_labels=3)).train()
+        for module in inner.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model = wrap(inner)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        aees = AEES(optimizer, model=model, calibration="auto", seed=0)
+        for step in range(TRUSTED + 1):
+            tokens = ids(8 * 10)[8 * step : 8 * step + 8]
+            aees.step_start(step)
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens[:, 0] % 3)["loss"].mean()
+            loss.backward()
+            aees.step_end(loss)
+        assert aees.calibrator is not None
+        found.append(aees.calibrator.search.learning_rate)
+    assert found[0] is not None
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_model_that_draws_in_eval_mode_is_measured_and_leaves_the_random_state(
+    arguments: Any,
+) -> None:
+    class Drawing(Bare):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1 * torch.randn_like(x))
+
+    states = []
+    for pulse in (PulseOptConfig(calibration="off"), NAMED):
+        set_seed(0)
+        args = arguments(max_steps=60, learning_rate=1e-3, remove_unused_columns=False)
+        data = rows(x=torch.randn(200, 4), labels=torch.arange(200) % 3)
+        trainer = BareTrainer(Drawing(), args, train_dataset=data, pulse=pulse)
+        trainer.train()
+        states.append(torch.get_rng_state())
+    assert trainer.aees is not None
+    assert trainer.aees.calibrator is not None
+    assert trainer.aees.calibrator.outcome is not None
+    assert trainer.aees.calibrator.outcome.reason is None
+    assert torch.equal(*states)
