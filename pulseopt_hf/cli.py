@@ -90,7 +90,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"pulseopt-hf {__version__}")
         return DONE
     commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
-    commands |= {"compare": _compare, "report": _report, "plot": _plot, "watch": _watch}
+    commands |= {"find-lr": _find_lr, "compare": _compare}
+    commands |= {"report": _report, "plot": _plot, "watch": _watch}
     command = words[0]
     if command.startswith("-"):
         raise UsageError(
@@ -191,6 +192,16 @@ def _train(words: list[str]) -> int:
             print(error, file=sys.stderr)
         return FAILED
     return DONE
+
+
+def _find_lr(words: list[str]) -> int:
+    from pulseopt_hf.recipes.find_lr import find_lr
+
+    lines, found = find_lr(words)
+    if _is_first_process():
+        for line in lines:
+            print(line)
+    return DONE if found else FAILED
 
 
 def _compare(words: list[str]) -> int:

@@ -15,6 +15,7 @@ COMMANDS = {
     "cp": "copy a recipe or launch profile, to change it",
     "validate": "check a recipe and what it names here, and show everything that is wrong",
     "train": "run a recipe",
+    "find-lr": "find the learning rate for a recipe by a few steps that are put back",
     "compare": "compare methods over base LRs and seeds, at equal cost",
     "report": "make a page on a run, or on several beside each other",
     "plot": "save the page's plots as SVG or PNG files",
@@ -35,7 +36,6 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, **settings: Any) -> None:
-        """See the class."""
         about = COMMANDS[command]
         super().__init__(
             prog=f"pulseopt-hf {command}",
@@ -56,7 +56,6 @@ class RecipeCommandParser(Parser):
     """The parser of a command that takes a recipe and, as further options, the recipe's keys."""
 
     def __init__(self, command: str) -> None:
-        """See the class."""
         super().__init__(command, usage="%(prog)s RECIPE [--OPTION ...] [--KEY VALUE ...]")
         self.epilog = (
             "A KEY overrides the recipe's line. `pulseopt-hf train --help` describes every key."

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a line for every trial step and every episode."""
+"""What a person watching a run sees: a line for every trial and every episode."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pulseopt_hf.optim import AEES
-from pulseopt_hf.report.wording import calibrated_line, episode_line, trial_line
+from pulseopt_hf.report.wording import episode_line, trial_line
 
 
 class EpisodeLines(TrainerCallback):
-    """Prints a line for a calibration's trial steps and when an episode ends.
+    """Prints a line for each trial of a calibration and for each episode that ends.
 
     Above a progress bar where there is one.
 
@@ -23,56 +23,42 @@ class EpisodeLines(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
-        """See the class."""
         self._trainer = trainer
         self._write = write
-        self._printed = 0
+        self._episodes = 0
         self._trials = 0
+        self._outcomes = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Pass over what a checkpoint that is resumed has seen."""
-        aees = self._aees()
-        self._printed = 0 if aees is None else len(aees.controller.records)
-        search = None if aees is None else aees.calibration
-        self._trials = 0 if search is None else len(search.trials)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Print the trial that was judged before this step, if one was."""
-        aees = self._aees()
-        search = None if aees is None else aees.calibration
-        if search is None or not state.is_world_process_zero:
-            return
-        for trial in search.trials[self._trials :]:
-            self._trials += 1
-            self._write(trial_line(self._trials, trial, args.learning_rate))
-            if search.is_done and self._trials == len(search.trials):
-                self._write(calibrated_line(search.scale, args.learning_rate, failed=search.failed))
+        self._news(lambda line: None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Print the episode that this step closed, if it closed one."""
-        self._print(state)
+        """Print what this step brought: trials, or an episode that it closed."""
+        self._news(self._write)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Print the last episode, which may be a partial one."""
-        self._print(state)
+        self._news(self._write)
 
-    def _print(self, state: TrainerState) -> None:
-        aees = self._aees()
-        if aees is None or not state.is_world_process_zero:
+    def _news(self, write: Callable[[str], object]) -> None:
+        aees: AEES | None = getattr(self._trainer, "aees", None)
+        if aees is None or not self._trainer.is_world_process_zero():
             return
+        if aees.calibrator is not None:
+            trials, outcomes = aees.calibrator.search.trials, aees.calibrator.outcomes
+            for number, trial in enumerate(trials[self._trials :], self._trials + 1):
+                write(trial_line(number, trial))
+            for outcome in outcomes[self._outcomes :]:
+                write(str(outcome))
+            self._trials, self._outcomes = len(trials), len(outcomes)
         records = aees.controller.records
-        while self._printed < len(records):
-            record = records[self._printed]
-            self._printed += 1
-            self._write(episode_line(self._printed, record, aees.learning_rate))
-
-    def _aees(self) -> AEES | None:
-        return getattr(self._trainer, "aees", None)
+        for number, record in enumerate(records[self._episodes :], self._episodes + 1):
+            write(episode_line(number, record))
+        self._episodes = len(records)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.recipes.errors import UsageError
 
@@ -41,8 +42,8 @@ def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
 
     Returns:
         What the file holds: the cell, `loss_before`, `loss_after` (`None` where it is not finite),
-        `steps`, `paid_steps`, `probes` (measured by calibration), `lr_scale` (that it found),
-        `seconds` and `peak_mib`.
+        `steps`, `paid_steps` (that the forward passes of a calibration cost), `lr_scale` (that it
+        found), `seconds` and `peak_mib`.
 
     Raises:
         UsageError: the recipe or the method cannot be run.
@@ -94,7 +95,7 @@ def _train(cell: Cell) -> dict[str, Any]:
     from pulseopt_hf.recipes import data, tasks
     from pulseopt_hf.recipes.lines import Lines
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import RunOptions, calm, make_trainer
+    from pulseopt_hf.recipes.running import RunOptions, calm, make_trainer, told_by_lines
 
     method = METHODS[cell.method]
     words = [*cell.options, *method.words, "--learning_rate", repr(cell.learning_rate)]
@@ -115,7 +116,7 @@ def _train(cell: Cell) -> dict[str, Any]:
         resolved = resolve(cell.recipe, [*words, *evaluating, "--output_dir", folder])
         training = resolved.training
         batch = training.train_batch_size * training.gradient_accumulation_steps
-        training.max_steps = cell.steps - method.paid_steps(batch)
+        training.max_steps = cell.steps
         calm(resolved, RunOptions(quiet=True))
         set_seed(training.seed)
         parts = data.load(resolved.recipe, training)
@@ -129,9 +130,11 @@ def _train(cell: Cell) -> dict[str, Any]:
             trainer.optimizer = method.optimizer(parameters)
         trainer.compute_metrics = None
         before = _loss(trainer)
+        if method.calibrates and training.calibration != "off" and cell.learning_rate > 0.0:
+            training.max_steps = steps_after_calibration(trainer, cell.steps, batch)
         start = time.perf_counter()
         # Too many skipped steps in a row end a run; what is left of it is not finite either.
-        with contextlib.suppress(RuntimeError):
+        with told_by_lines(), contextlib.suppress(RuntimeError):
             trainer.train()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -139,18 +142,34 @@ def _train(cell: Cell) -> dict[str, Any]:
             peak = torch.cuda.max_memory_allocated() / 2**20
         finished = trainer.state.global_step == training.max_steps
         aees = getattr(trainer, "aees", None)
-        search = None if aees is None else aees.calibration
+        calibrator = None if aees is None else aees.calibrator
+        outcome = None if calibrator is None else calibrator.outcome
         return {
             "cell": asdict(cell),
             "loss_before": before,
             "loss_after": _loss(trainer) if finished else None,
             "steps": trainer.state.global_step,
-            "paid_steps": method.paid_steps(batch),
-            "probes": 0 if search is None else search.probes,
-            "lr_scale": None if search is None else search.scale,
+            "paid_steps": cell.steps - training.max_steps,
+            "lr_scale": None if outcome is None else outcome.learning_rate / outcome.set_lr,
             "seconds": round(seconds, 3),
             "peak_mib": round(peak, 1),
         }
+
+
+def steps_after_calibration(trainer: Any, steps: int, batch: int) -> int:
+    """Return the optimizer steps that are left when a calibration is paid for, as it is measured.
+
+    A row that goes forward alone costs a third of one that goes forward and backward.
+
+    Args:
+        trainer: a Trainer of ours; it is asked, and left as it was.
+        steps: what a static run takes.
+        batch: rows of an optimizer step.
+    """
+    if steps < SHORTEST_RUN:
+        return steps  # too short to be calibrated
+    rows: int = trainer.find_learning_rate().replayed_rows
+    return max(SHORTEST_RUN, steps - math.ceil(rows / 3 / batch))
 
 
 def _loss(trainer: Any) -> float | None:

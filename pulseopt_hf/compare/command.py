@@ -75,16 +75,7 @@ def compare(words: Sequence[str]) -> Path:
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import check
 
-    resolved = resolve(recipe, rest)
-    check(resolved)
-    batch = resolved.training.train_batch_size * resolved.training.gradient_accumulation_steps
-    for name in methods:
-        paid = METHODS[name].paid_steps(batch)
-        if options.steps <= paid:
-            raise UsageError(
-                f"`--steps` must be more than {paid}, which `{name}` pays for the probes of its "
-                f"calibration; got {options.steps}."
-            )
+    check(resolve(recipe, rest))
     folder = Path(options.out or f"runs/compare-{recipe.replace('/', '-')}")
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     cells = [

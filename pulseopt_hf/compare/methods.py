@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pulseopt_hf.compare.published import published_trainer
 from pulseopt_hf.recipes.errors import UsageError
-from pulseopt_hf.trainer.calibration import PROBE_ROWS
-
-# A calibration measures its probe once before training and once a trial step; most take 8 to 11.
-_PROBES = 14
 
 
 @dataclass(frozen=True)
@@ -26,7 +21,7 @@ class Method:
         trainer: makes its own Trainer from the recipe's.
         ignores_lr: whether the base LR means nothing to it.
         evaluations: evaluations of the validation data that it steers by.
-        probes: probes of training rows that it measures, to be paid for.
+        calibrates: whether it may calibrate, and has to pay for what that takes.
     """
 
     words: tuple[str, ...]
@@ -35,17 +30,7 @@ class Method:
     trainer: Callable[[Any], Any] | None = None
     ignores_lr: bool = False
     evaluations: int = 0
-    probes: int = 0
-
-    def paid_steps(self, batch: int) -> int:
-        """Return the optimizer steps that its probes cost.
-
-        A row that goes forward alone costs a third of one that goes forward and backward.
-
-        Args:
-            batch: rows of an optimizer step.
-        """
-        return math.ceil(self.probes * PROBE_ROWS / 3 / batch)
+    calibrates: bool = False
 
 
 def _prodigy(parameters: Any) -> Any:
@@ -69,11 +54,11 @@ METHODS = {
         ("--calibration", "off", *_ARMS, "--control_mode", "random"), "arms 0.5, 1, 2 at random"
     ),
     "published": Method(_PUBLISHED, "arms 0.5, 1, 2 played by the bandit of pulseopt 0.3.0"),
-    "default": Method((), "the recipe as it stands", probes=_PROBES),
+    "default": Method((), "the recipe as it stands", calibrates=True),
     "scaled_ucb": Method(
         ("--calibration", "off", *_ARMS), "arms 0.5, 1, 2 played by the scaled bandit"
     ),
-    "default_arms": Method(_ARMS, "the default with arms 0.5, 1, 2", probes=_PROBES),
+    "default_arms": Method(_ARMS, "the default with arms 0.5, 1, 2", calibrates=True),
     "pulseopt": Method(
         _CONSTANT, "arms 0.5, 1, 2 by the package pulseopt itself", trainer=published_trainer
     ),

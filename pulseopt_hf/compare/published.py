@@ -36,7 +36,6 @@ class PublishedTrainer(Trainer):
         episode_length: int,
         **kwargs: Any,
     ) -> None:
-        """See the class."""
         super().__init__(*args, **kwargs)
         try:
             from pulseopt import AEES

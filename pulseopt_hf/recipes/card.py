@@ -1,4 +1,4 @@
-"""The model card of a run: its results, its arms and how to make it again."""
+"""The model card of a run: its results, what was done to the LR, and how to make it again."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PIPELINE = {
 _METRIC = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 
 
-def write_card(path: Path, resolved: Resolved, results: dict[str, Any], arms: str | None) -> None:
+def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: str | None) -> None:
     """Write `README.md` in the form that the hub reads.
 
     Args:
         path: the run folder.
         resolved: the recipe.
         results: what `all_results.json` holds.
-        arms: the section on what the method did, or `None` for a run without training.
+        rate: the section on what was done to the LR, or `None` where nothing was.
     """
     recipe = resolved.recipe
     base = recipe.model_name_or_path
@@ -47,19 +47,18 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], arms: st
         metrics=[_METRIC.get(metric, metric) for metric in recipe.metrics] or None,
         model_name=path.resolve().name if scores else None,
         pipeline_tag=_PIPELINE.get(recipe.task),
-        tags=list(TAGS),
+        tags=list(TAGS) if rate is not None else None,
     )
     source = "local files" if local else recipe.dataset_name
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {path.resolve().name}",
-        f"`{base or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on {source}, "
-        "with the learning rate adapted in episodes by AEES (`pulseopt_hf`).",
+        f"`{base or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on {source}.",
         "## Results",
         table(("result", "value"), _result_rows(results)),
     ]
-    if arms is not None:
-        sections.append(arms)
+    if rate is not None:
+        sections.append(rate)
     sections += [
         "## To run it again",
         f"`{folder.RECIPE}` in this folder is the whole recipe: "

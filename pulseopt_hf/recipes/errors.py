@@ -14,7 +14,6 @@ class UsageError(ValueError):
     """
 
     def __init__(self, *problems: str) -> None:
-        """See the class."""
         super().__init__("\n".join(problems))
         self.problems: Sequence[str] = problems
 

@@ -33,7 +33,6 @@ class Lines:
     """
 
     def __init__(self, *, quiet: bool, silent: bool) -> None:
-        """See the class."""
         self._quiet, self._silent = quiet, silent
         self.file: Path | None = None
 
@@ -63,7 +62,6 @@ class EpochLines(TrainerCallback):
     """
 
     def __init__(self, write: Callable[[str], object]) -> None:
-        """See the class."""
         self._write = write
         self._seen = 0  # entries of the log history
 
@@ -106,7 +104,6 @@ class Interruption(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, write: Callable[[str], object]) -> None:
-        """See the class."""
         self.happened = False  # the run has been ended
         self._trainer = trainer
         self._write = write

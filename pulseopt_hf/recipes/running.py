@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,10 +69,7 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
     calm(resolved, options)
     path, checkpoint = _choose_folder(resolved, options, write)
     training.output_dir = str(path)
-    set_seed(training.seed)
-    with training.main_process_first(desc="data"):
-        parts = data.load(resolved.recipe, training)
-        prepared = tasks.prepare(resolved.recipe, training, parts)
+    prepared = prepare(resolved)
     _check_episode_length(resolved, prepared)
     if training.process_index == 0:
         if options.overwrite:
@@ -91,8 +91,21 @@ def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         write_card(path, resolved, results, section(trainer))
     write(f"The run is in {path}: {folder.RECIPE} runs it again, README.md sums it up,")
-    write("episodes.json holds every arm with its losses and reward, all_results.json the scores.")
+    write("episodes.json holds every trial and episode, all_results.json the scores.")
     return results
+
+
+def prepare(resolved: Resolved) -> tasks.Prepared:
+    """Load the data, the tokenizer and the model of a recipe, with the random state of its seed.
+
+    Raises:
+        UsageError: something of these is wrong.
+    """
+    training = resolved.training
+    set_seed(training.seed)
+    with training.main_process_first(desc="data"):
+        parts = data.load(resolved.recipe, training)
+        return tasks.prepare(resolved.recipe, training, parts)
 
 
 def check(resolved: Resolved) -> None:
@@ -112,6 +125,18 @@ def check(resolved: Resolved) -> None:
             problems += error.problems
     if problems:
         raise UsageError(*problems)
+
+
+@contextmanager
+def told_by_lines() -> Iterator[None]:
+    """Keep the outcome of a calibration out of the log, where the run's own lines tell of it."""
+    logger = logging.getLogger("pulseopt_hf.calibration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def calm(resolved: Resolved, options: RunOptions) -> None:
@@ -217,7 +242,7 @@ def _train(
     write: Lines,
 ) -> None:
     path = Path(str(resolved.training.output_dir))
-    with Interruption(trainer, write) as interruption:
+    with told_by_lines(), Interruption(trainer, write) as interruption:
         trainer.add_callback(interruption)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.remove_callback(interruption)

@@ -38,7 +38,6 @@ class ArmStyles:
     """
 
     def __init__(self, episodes: Sequence[EpisodeRecord]) -> None:
-        """See the class."""
         self.keys = sorted({(record.lr_value, record.noise_value) for record in episodes})
         noises = sorted({noise for _, noise in self.keys})
         rates = sorted({lr for lr, _ in self.keys})

@@ -37,7 +37,8 @@ def comparison_table(runs: Sequence[RunData], names: Sequence[str]) -> Table:
     metrics = sorted({key for run in runs for key in run.metrics})
     metrics.sort(key=lambda key: key != "eval_loss")
     metrics = metrics[:_MOST_METRICS]
-    head = ["run", "status", "steps", "base LR", "calibrated LR", "episodes", "loss, last tenth"]
+    head = ["run", "status", "steps", "LR that was set", "calibrated LR", "episodes"]
+    head.append("loss, last tenth")
     rows = []
     for run, name in zip(runs, names, strict=True):
         cells = [

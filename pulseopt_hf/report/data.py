@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pulseopt_hf.aees.calibration import Trial, scale_found
+from pulseopt_hf.aees.calibration import Outcome, Trial
 from pulseopt_hf.aees.records import EpisodeRecord
 from pulseopt_hf.aees.run_record import Log
 
@@ -57,13 +57,14 @@ class RunData:
             so it was killed or waits.
         step: steps done, as far as is written down.
         max_steps: steps of the whole run.
-        base_lr: highest base LR of the schedule, or `None` where it is not known.
+        base_lr: highest base LR of the schedule, as it was set, or `None` where it is not known.
         knobs: the method's settings; empty for a run without AEES.
         versions: version of each package, by name; empty where the run has no record.
         resumed_from: step of the checkpoint that it went on from last, or `None`.
         logs: what Trainer logged, oldest first.
         episodes: closed episodes, oldest first.
-        trials: trial steps of the calibration, oldest first.
+        trials: trials of the calibration, oldest first.
+        outcome: what came of the calibration, or `None`.
         error: class of the exception that ended the run, or `None`.
         updated: when it was last written to, in seconds since 1970, or `None` if not known.
     """
@@ -80,6 +81,7 @@ class RunData:
     logs: list[Log]
     episodes: list[EpisodeRecord]
     trials: list[Trial]
+    outcome: Outcome | None
     error: str | None
     updated: float | None
 
@@ -119,8 +121,11 @@ class RunData:
 
     @property
     def effective_lrs(self) -> Series:
-        """LR that `optimizer.step()` used."""
-        return self.series("pulse/learning_rate")
+        """LR that `optimizer.step()` used; of a run that logged seldom, where episodes ended."""
+        if not self.logged_seldom:
+            return self.series("pulse/learning_rate")
+        ends = [(r.end_step + 1, r.learning_rate) for r in self.episodes]
+        return [(step, rate) for step, rate in ends if rate is not None]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -135,24 +140,10 @@ class RunData:
         return latest
 
     @property
-    def scale_found(self) -> float | None:
-        """Factor on the base LR that calibration chose; `None` before it has, and without one."""
-        return scale_found(self.trials)
-
-    @property
-    def lr_scale(self) -> float | None:
-        """Factor on the base LR that calibration chose, or has reached; `None` without one."""
-        # What is logged right after the choice is still smaller: the LR rises to it.
-        if self.scale_found is not None:
-            return self.scale_found
-        logged = self.series("pulse/lr_scale")
-        return logged[-1][1] if logged else None
-
-    @property
     def calibrated_lr(self) -> float | None:
-        """Base LR times `lr_scale`; `None` without a calibration."""
-        scale = self.lr_scale
-        return None if scale is None or self.base_lr is None else scale * self.base_lr
+        """The LR that a calibration found; `None` before it has, without one, and if it failed."""
+        found = self.outcome
+        return None if found is None or found.reason is not None else found.learning_rate
 
     @property
     def skipped_steps(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pulseopt_hf.aees.calibration import LOSS_RADIUS, WEIGHT_RADIUS, Trial
+from pulseopt_hf.aees.calibration import OUTPUT_RADIUS, WEIGHT_RADIUS, Trial
 from pulseopt_hf.report.arms import ArmStyles, shown
 from pulseopt_hf.report.data import RunData, Series
 from pulseopt_hf.report.drawing import (
@@ -24,6 +24,7 @@ from pulseopt_hf.report.drawing import (
     rounded,
 )
 from pulseopt_hf.report.tables import notes_on
+from pulseopt_hf.report.wording import moved
 
 # Numbers with a sign are written in Python: plotly 6 shows them unrounded if asked for `+.4f`.
 _EPISODE = (
@@ -32,13 +33,11 @@ _EPISODE = (
     "reward %{customdata[6]}%{customdata[7]}<extra></extra>"
 )
 _TRIAL = (
-    "<b>Trial %{customdata[0]}</b>, step %{customdata[1]}, %{customdata[5]}<br>"
-    "LR %{x:.3e}, %{customdata[2]:.3g} of the base LR<br>"
-    "losses moved by %{customdata[3]:.2%}, weights by %{customdata[4]:.2%}<extra></extra>"
+    "<b>Trial %{customdata[0]}</b>, step %{customdata[1]}<br>LR %{x:.3e}<br>"
+    "outputs moved by %{customdata[2]}, weights by %{customdata[3]}<extra></extra>"
 )
 _MOST_MARKERS = 2000  # a browser takes seconds to draw more
-_MOVEMENT = {"losses": "loss_movement", "weights": "weight_movement"}
-_FATE = {True: "kept", False: "undone"}
+_MOVEMENT = {"outputs": "movement", "weights": "weight_movement"}
 
 
 def plots_of_run(run: RunData) -> list[Plot]:
@@ -86,13 +85,13 @@ def loss_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     if run.logged_seldom:
         parts.append(
             "Too little was logged for a curve of means: these are the first and the last step "
-            "loss of each episode. Smaller `logging_steps` give such a curve, and one of the LR."
+            "loss of each episode. Smaller `logging_steps` give such a curve."
         )
     if run.episodes:
         count = len(run.episodes)
         parts.append(f"Behind it {_count(count, 'episode')} are shaded by arm.")
         if run.trials:
-            parts.append("Steps without a shade are the calibration's.")
+            parts.append("Before the first, the LR was calibrated and watched.")
     return Plot("loss", "Loss", " ".join(filter(None, parts)), figure)
 
 
@@ -106,12 +105,13 @@ def learning_rate_plot(run: RunData, styles: ArmStyles) -> Plot | None:
     figure.update_yaxes(log_axis(value for _, value in base + effective))
     add_line(figure, effective, "effective LR", ACCENT, format=".3e")
     add_line(figure, base, "base LR", INK, dash="dot", format=".3e")
-    text = "Both on a logarithmic axis."
+    text = "Both on a logarithmic axis." if base and effective else "On a logarithmic axis."
     if effective:
         values = [value for _, value in effective]
         text = f"The effective LR lay between {min(values):.3g} and {max(values):.3g}. " + text
     if run.base_lr is not None:
-        text = f"The highest base LR was {run.base_lr:.3g}. " + text
+        found = "" if run.calibrated_lr is None else f" and calibrated to {run.calibrated_lr:.3g}"
+        text = f"The LR was set to {run.base_lr:.3g}{found}. " + text
     return Plot("learning-rate", "Learning rate", text, figure)
 
 
@@ -223,47 +223,67 @@ def mean_reward_plot(run: RunData, styles: ArmStyles) -> Plot | None:
 
 
 def calibration_plot(run: RunData, styles: ArmStyles) -> Plot | None:
-    """How far each trial step of the calibration went, and the LR that was chosen."""
-    if not run.trials or run.base_lr is None:
+    """How far each trial of the calibration went, and the LR that was found."""
+    if not run.trials:
         return None
+    limited_by = None if run.outcome is None else run.outcome.limited_by
+    figure = trials_figure(run.trials, run.calibrated_lr, limited_by)
+    text = (
+        f"{_count(len(run.trials), 'trial')}. The LR found is where the first of the two movements "
+        f"reaches 1: {OUTPUT_RADIUS:.0%} of what the model computes, {WEIGHT_RADIUS:.0%} of the "
+        "weights."
+    )
+    return Plot("calibration", "Calibration", f"{text} {run.outcome or ''}".strip(), figure)
+
+
+def trials_figure(
+    trials: Sequence[Trial], found: float | None, limited_by: str | None
+) -> go.Figure:
+    """Draw how far each trial went, over its LR.
+
+    Args:
+        trials: the trials.
+        found: the LR that was found, which is marked where its limit is reached, or `None`.
+        limited_by: which limit that is, `outputs` or `weights`; `None` where nothing was found, and
+            then nothing is marked.
+    """
     figure = new_figure("movement, share of what is allowed", "learning rate of the trial")
     figure.update_layout(hovermode="closest")
     for name, role, radius in (
-        ("losses", "accent", LOSS_RADIUS),
+        ("outputs", "accent", OUTPUT_RADIUS),
         ("weights", "second", WEIGHT_RADIUS),
     ):
-        figure.add_trace(_movements(run.trials, run.base_lr, name, role, radius))
-    figure.update_xaxes(log_axis(x for trace in figure.data for x in trace.x))
+        figure.add_trace(_movements(trials, name, role, radius))
+    figure.update_xaxes(log_axis(x for trace in figure.data for x in trace.x or [1.0]))
     figure.update_yaxes(log_axis([1.0, *(y for trace in figure.data for y in trace.y if y)]))
     figure.add_hline(1.0, line={"color": "#82889a", "width": 1})
-    text = (
-        f"{_count(len(run.trials), 'trial step')}. The LR allowed is where the first of the two "
-        f"movements reaches 1: {LOSS_RADIUS:.0%} of the mean loss of training rows (of classes: of "
-        f"ln 2 at most), {WEIGHT_RADIUS:.0%} of the weights."
-    )
-    if run.calibrated_lr:
-        figure.add_vline(run.calibrated_lr, line={"color": "#82889a", "dash": "dash", "width": 2})
-        text += (
-            f" The LR chosen is {run.calibrated_lr:.3g}, {run.lr_scale:.3g} times the base LR; the "
-            "dashed line marks it."
+    if found is not None and limited_by is not None:
+        figure.add_trace(
+            go.Scatter(
+                x=[rounded(found)],
+                y=[1.0],
+                name=f"found: {found:.3g}, limited by the {limited_by}",
+                mode="markers",
+                marker={"symbol": "star", "size": 16, "color": "#c9453d"},
+                hovertemplate="LR found %{x:.3e}<extra></extra>",
+            )
         )
-    return Plot("calibration", "Calibration", text, figure)
+        figure.add_vline(found, line={"color": "#82889a", "dash": "dash", "width": 2})
+    return figure
 
 
-def _movements(
-    trials: Sequence[Trial], base_lr: float, name: str, role: str, radius: float
-) -> go.Scatter:
+def _movements(trials: Sequence[Trial], name: str, role: str, radius: float) -> go.Scatter:
     return go.Scatter(
-        x=[rounded(trial.scale * base_lr) for trial in trials],
-        y=[rounded(_bounded(getattr(trial, _MOVEMENT[name]) / radius)) or None for trial in trials],
+        x=[rounded(trial.learning_rate) for trial in trials],
+        y=[rounded(_visible(getattr(trial, _MOVEMENT[name]) / radius)) or None for trial in trials],
         customdata=[
-            [number, t.step, t.scale, t.loss_movement, t.weight_movement, _FATE[t.kept]]
+            [number, t.step, moved(t.movement), moved(t.weight_movement)]
             for number, t in enumerate(trials, 1)
         ],
         name=f"{name} moved",
         mode="markers",
         marker={
-            "symbol": "circle" if name == "losses" else "diamond",
+            "symbol": "circle" if name == "outputs" else "diamond",
             "size": 11,
             "color": ACCENT if role == "accent" else SECOND,
         },
@@ -394,6 +414,6 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-def _bounded(loss: float) -> float:
-    """Keep a probe loss that was not finite, which is a huge number, within sight."""
-    return min(loss, 1e3)
+def _visible(share: float) -> float:
+    """Keep within sight how far a step went whose outputs are not finite, a huge number."""
+    return min(share, 1e3)

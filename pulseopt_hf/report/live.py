@@ -18,7 +18,7 @@ from pulseopt_hf.report.arms import ArmStyles, shown
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.tables import progress, status_line
 from pulseopt_hf.report.watch import ENDED, News, silence
-from pulseopt_hf.report.wording import described, printable
+from pulseopt_hf.report.wording import described, moved, printable
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 _BESIDE = 100  # columns from which on the two tables stand beside each other
@@ -29,7 +29,6 @@ class LiveView:
     """Keeps a picture of a run at the end of the terminal's text, and leaves the last one there."""
 
     def __init__(self) -> None:
-        """See the class."""
         self._console = Console(highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._drawn: object = None  # state of the run and size of the terminal in the last picture
@@ -72,7 +71,6 @@ class Sparkline:
     """
 
     def __init__(self, values: list[float]) -> None:
-        """See the class."""
         self._values = values
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
@@ -127,11 +125,11 @@ def _progress(run: RunData) -> Table:
 
 
 def _facts(run: RunData) -> RenderableType:
-    facts = [] if run.base_lr is None else [("base LR", shown(run.base_lr))]
+    facts = [] if run.base_lr is None else [("LR that was set", shown(run.base_lr))]
     for name, series in (("base LR now", run.base_lrs), ("effective LR", run.effective_lrs)):
         if series:
             facts.append((name, shown(series[-1][1])))
-    if run.scale_found is not None:
+    if run.calibrated_lr is not None:
         facts.append(("calibrated LR", shown(run.calibrated_lr)))
     multipliers = run.series("pulse/lr_multiplier")
     if multipliers and run.status == "running":
@@ -161,21 +159,21 @@ def _arms(run: RunData) -> Table | None:
 
 
 def _trials(run: RunData) -> Table | None:
-    if not run.trials or run.base_lr is None:
+    if not run.trials:
         return None
     table = Table("trial", title="Calibration", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("LR", "losses moved", "weights moved"):
+    for name in ("LR", "outputs moved", "weights moved"):
         table.add_column(name, justify="right")
     for number, trial in enumerate(run.trials, 1):
         table.add_row(
             str(number),
-            f"{trial.scale * run.base_lr:.2e}",
-            f"{trial.loss_movement:.2%}",
-            f"{trial.weight_movement:.2%}",
+            f"{trial.learning_rate:.2e}",
+            moved(trial.movement),
+            moved(trial.weight_movement),
         )
-    if run.calibrated_lr is not None and run.scale_found is not None:
+    if run.calibrated_lr is not None:
         table.add_section()
-        table.add_row("chosen", Text(f"{run.calibrated_lr:.2e}", "bold"), "", "")
+        table.add_row("found", Text(f"{run.calibrated_lr:.2e}", "bold"), "", "")
     return table
 
 

@@ -30,6 +30,7 @@ _SYMBOLS = {
     "circle": "o",
     "diamond": "D",
     "square": "s",
+    "star": "*",
     "triangle-up-open": "^",
     "square-open": "s",
     "x-thin-open": "x",
@@ -67,24 +68,34 @@ def write_pictures(
         return []
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A letter that matplotlib's font lacks: an SVG has it as text, a PNG shows a box.
-        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
-        for plot in plots:
-            files.append(folder / f"{plot.name.removeprefix('all-')}.{format}")
-            _save(draw(plot), files[-1], format)
+    for plot in plots:
+        files.append(folder / f"{plot.name.removeprefix('all-')}.{format}")
+        write_picture(plot, files[-1])
     return files
 
 
-def _save(figure: Figure, file: Path, format: str) -> None:
+def write_picture(plot: Plot, file: Path) -> None:
+    """Save one plot, whole or not at all.
+
+    Args:
+        plot: the plot.
+        file: where to; its ending is one of `FORMATS`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    format = file.suffix.lower().removeprefix(".")
     beside = file.with_name(file.name + ".new")
     extra: dict[str, Any] = {"metadata": {"Date": None}} if format == "svg" else {}
-    try:
-        figure.savefig(beside, format=format, dpi=160, **extra)
-        os.replace(beside, file)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A letter that matplotlib's font lacks: an SVG has it as text, a PNG shows a box.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        try:
+            draw(plot).savefig(beside, format=format, dpi=160, **extra)
+            os.replace(beside, file)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def draw(plot: Plot) -> Figure:

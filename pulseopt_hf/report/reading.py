@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pulseopt_hf.aees.calibration import Trial, trial_from_json
+from pulseopt_hf.aees.calibration import Outcome, Trial, outcome_from_json, trial_from_json
 from pulseopt_hf.aees.records import EpisodeRecord, records_from_json, records_from_logs
 from pulseopt_hf.aees.run_record import FILE_NAME, Log, loggable
 from pulseopt_hf.aees.state import StateError, field, integer, list_of
@@ -123,6 +123,7 @@ def _from_states(path: Path, states: list[tuple[Path, dict[str, Any]]]) -> RunDa
         logs=logs,
         episodes=episodes,
         trials=trials,
+        outcome=_saved_outcome(state),
         error=None,
         updated=None,
     )
@@ -167,6 +168,12 @@ def _saved_episodes(path: Path, state: object) -> tuple[list[EpisodeRecord], lis
     search = saved.get("calibration")
     trials = [] if search is None else field(search, "trials", list_of(trial_from_json))
     return records, trials
+
+
+def _saved_outcome(state: object) -> Outcome | None:
+    saved = (_saved_state(state) or {}).get("calibration")
+    outcomes = [] if saved is None else field(saved, "outcomes", list_of(outcome_from_json))
+    return outcomes[-1] if outcomes else None
 
 
 def _saved_knobs(state: object) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from pulseopt_hf.aees.calibration import Trial
+from pulseopt_hf.aees.calibration import Outcome, Trial
 from pulseopt_hf.aees.records import EpisodeRecord
 from pulseopt_hf.aees.run_record import (
     FILE_NAME,
@@ -41,7 +41,6 @@ class RecordFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        """See the class."""
         self._folder = folder
         self._file = folder / FILE_NAME
         self.replaced = 0
@@ -56,6 +55,7 @@ class RecordFile:
         self._logs: list[Log] = []
         self._episodes: dict[int, EpisodeRecord] = {}
         self._trials: dict[int, Trial] = {}
+        self._outcome: Outcome | None = None
         self._step = 0
         self._updated: float | None = None
         self._last: float | None = None  # time of the last line that has one
@@ -118,6 +118,7 @@ class RecordFile:
             logs=list(self._logs),
             episodes=[self._episodes[number] for number in sorted(self._episodes)],
             trials=[self._trials[number] for number in sorted(self._trials)],
+            outcome=self._outcome,
             error=None if end is None else end.error,
             updated=self._updated,
         )
@@ -160,6 +161,8 @@ class RecordFile:
             self._step = max(self._step, line.record.end_step + 1)
         elif isinstance(line, NumberedTrial):
             self._trials[line.number] = line.trial
+        elif isinstance(line, Outcome):
+            self._outcome = line
         else:
             self.end = line
 

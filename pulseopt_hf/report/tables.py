@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pulseopt_hf.report.arms import label, shown
 from pulseopt_hf.report.data import RunData
+from pulseopt_hf.report.wording import moved
 
 _LOGGED = {
     "loss": "loss",
@@ -64,7 +65,7 @@ def facts(run: RunData) -> list[tuple[str, str]]:
         ("episodes", f"{len(run.episodes):,}"),
     ]
     if run.base_lr is not None:
-        found.append(("base LR", shown(run.base_lr)))
+        found.append(("LR that was set", shown(run.base_lr)))
     if run.calibrated_lr is not None:
         found.append(("calibrated LR", shown(run.calibrated_lr)))
     if loss:
@@ -145,20 +146,15 @@ def notes_on(run: RunData, index: int, skipped: int) -> list[str]:
 
 
 def _trials(run: RunData) -> Table:
-    head = [
-        *("trial", "step", "LR scale", "losses moved", "weights moved"),
-        *("probe before", "probe after", "kept"),
-    ]
+    head = ["trial", "step", "LR", "outputs moved", "weights moved", "measured on"]
     rows = [
         (
             str(number),
             str(trial.step),
-            shown(trial.scale),
-            f"{trial.loss_movement:.2%}",
-            f"{trial.weight_movement:.2%}",
-            shown(trial.probe_before),
-            shown(trial.probe_after),
-            "yes" if trial.kept else "no",
+            shown(trial.learning_rate),
+            moved(trial.movement),
+            moved(trial.weight_movement),
+            "its own batch" if trial.own_batch else "other batches",
         )
         for number, trial in enumerate(run.trials, 1)
     ]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from pulseopt_hf.aees.calibration import search_failed
+from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.recipes.errors import UsageError
@@ -21,7 +21,6 @@ from pulseopt_hf.report.reading import read_run, require_folder
 from pulseopt_hf.report.record_file import RecordFile
 from pulseopt_hf.report.tables import clock, progress, status_line
 from pulseopt_hf.report.wording import (
-    calibrated_line,
     described,
     episode_line,
     printable,
@@ -94,12 +93,9 @@ class PlainView:
     """Prints one line for each piece of news, without escape codes."""
 
     def __init__(self) -> None:
-        """See the class."""
         self._waiting = False
         self._replaced: int | None = None  # of the record that was shown last
-        self._trials = 0  # told of, or taken over
         self._silent = False
-        self._calibrated = False
 
     def wait(self, line: str) -> None:
         """Say once what is waited for."""
@@ -111,7 +107,7 @@ class PlainView:
         """Print the news."""
         if self._replaced != replaced:
             again = self._replaced is not None
-            self._replaced, self._trials, self._calibrated = replaced, 0, False
+            self._replaced = replaced
             _print([_begun(run, again)])
             # What a resumed run took over from its checkpoint has no time, and was told before.
             told = [line for line, at in news if at is None] if again else []
@@ -130,23 +126,14 @@ class PlainView:
             _print([silence(run)] if self._silent else ["It goes on."])
 
     def _lines(self, run: RunData, news: Iterable[Line]) -> list[str]:
-        lines, rates = [], dict(run.effective_lrs)
+        lines = []
         for line in news:
-            if isinstance(line, NumberedTrial) and run.base_lr is not None:
-                # The last trial is written again where training goes on from its end.
-                if line.number > self._trials:
-                    lines.append(trial_line(line.number, line.trial, run.base_lr))
-                    self._trials = line.number
-                scale = run.scale_found
-                if self._trials == len(run.trials) and scale is not None and not self._calibrated:
-                    self._calibrated = True
-                    lines.append(
-                        calibrated_line(scale, run.base_lr, failed=search_failed(run.trials))
-                    )
+            if isinstance(line, NumberedTrial):
+                lines.append(trial_line(line.number, line.trial))
+            elif isinstance(line, Outcome):
+                lines.append(str(line))
             elif isinstance(line, NumberedEpisode):
-                # A log of another step has another LR, and the run's own line would not agree.
-                rate = rates.get(line.record.end_step + 1)
-                lines.append(episode_line(line.number, line.record, rate))
+                lines.append(episode_line(line.number, line.record))
             elif isinstance(line, Log) and "eval_loss" in line.values:
                 lines.append(f"step {line.step}  {described(evaluated(line))}")
         return lines
@@ -157,7 +144,7 @@ def _latest(lines: list[str]) -> list[str]:
     if before <= 0:
         return lines
     left_out = f"{before:,} lines before these are left out; `pulseopt-hf report` has all."
-    found = [line for line in lines[:before] if line.startswith("calibrated")]
+    found = [line for line in lines[:before] if "calibrated: " in line]
     return [left_out, *found, *lines[before:]]
 
 
@@ -179,7 +166,7 @@ def _begun(run: RunData, again: bool) -> str:
     first = "run" if not again else "the record was begun anew: run"
     line = f"{first} {printable(run.name)}: {run.max_steps:,} steps"
     if run.base_lr is not None:
-        line += f", base LR {shown(run.base_lr)}"
+        line += f", LR set to {shown(run.base_lr)}"
     if run.resumed_from is not None:
         line += f", resumed from step {run.resumed_from:,}"
     return line

@@ -4,39 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pulseopt_hf.aees.calibration import Trial
+from pulseopt_hf.aees.calibration import NOT_FINITE, Trial
 from pulseopt_hf.aees.records import EpisodeRecord
 
 _COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")
 _CLOCKS = ("epoch", "model_preparation_time")
 
 
-def trial_line(number: int, trial: Trial, base_lr: float) -> str:
-    """Tell of one trial step of the calibration, by its number from 1."""
+def trial_line(number: int, trial: Trial) -> str:
+    """Tell of one trial of the calibration, by its number from 1."""
     return (
-        f"trial {number:>2}  step {trial.step:>3}  "
-        f"LR x{trial.scale:<7.3g} = {trial.scale * base_lr:.2e}  "
-        f"moved losses by {trial.loss_movement:.2%}, weights by {trial.weight_movement:.2%}"
+        f"trial {number:>2}  step {trial.step:>3}  LR {trial.learning_rate:.2e}  "
+        f"moved outputs by {moved(trial.movement)}, weights by {moved(trial.weight_movement)}"
     )
 
 
-def calibrated_line(scale: float, base_lr: float, *, failed: bool) -> str:
-    """Tell what the calibration found; if it failed, that is the base LR."""
-    return (
-        f"{'not calibrated' if failed else 'calibrated'}: learning rate {scale * base_lr:.2e}, "
-        f"{scale:.3g} times the base LR of {base_lr:.2e}"
-    )
+def moved(movement: float) -> str:
+    """Write how far a trial moved something."""
+    return f"{movement:.2%}" if movement < NOT_FINITE else "inf or NaN"
 
 
-def episode_line(number: int, record: EpisodeRecord, learning_rate: float | None) -> str:
-    """Tell of one episode.
-
-    Args:
-        number: its number, from 1.
-        record: the episode.
-        learning_rate: effective LR of its last step, or `None` where it is not known.
-    """
-    shown = "" if learning_rate is None else f" = {learning_rate:.2e}"
+def episode_line(number: int, record: EpisodeRecord) -> str:
+    """Tell of one episode, by its number from 1."""
+    shown = "" if record.learning_rate is None else f" = {record.learning_rate:.2e}"
     noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
     return (
         f"episode {number:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "

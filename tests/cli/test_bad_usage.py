@@ -203,7 +203,7 @@ def test_lengths_that_do_not_fit_are_named(
         ("model_type: gpt2\nlearning_rat: 1\n", "did you mean `learning_rate`?"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "validate"])
+@pytest.mark.parametrize("command", ["train", "validate", "find-lr"])
 def test_a_file_that_is_no_recipe_is_named(
     command: str, text: str, says: str, say: Say, tmp_path: Path
 ) -> None:
@@ -237,7 +237,7 @@ def test_a_runs_folder_is_no_recipe_and_the_recipe_in_it_is_named(say: Say, tmp_
     run = tmp_path / "quickstart-lm"
     run.mkdir()
     (run / "recipe.yaml").touch()
-    for command in ("train", "validate", "show", "compare"):
+    for command in ("train", "validate", "show", "find-lr", "compare"):
         assert f"is a folder; did you mean `{run / 'recipe.yaml'}`?" in say(command, str(run))
 
 

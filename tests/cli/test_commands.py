@@ -158,6 +158,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
         assert process.poll() is None, process.communicate()[1]
         assert time.time() < deadline
         time.sleep(0.02)
+    assert "Learning rate calibrated: " in log.read_text()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1

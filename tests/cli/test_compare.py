@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pulseopt_hf.cli import main
+from pulseopt_hf.compare.cells import steps_after_calibration
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import DIVERGED, score
-from pulseopt_hf.trainer.calibration import PROBE_ROWS
 from tests.recipes.tiny import files_of
 
 
@@ -70,10 +71,26 @@ def test_seeds_that_end_alike_are_drawn(tmp_path: Path) -> None:
     assert draw({"alike": (cells, score(cells))}, tmp_path / "alike.svg")
 
 
-def test_probes_are_paid_for() -> None:
-    assert METHODS["static"].paid_steps(16) == 0
-    assert METHODS["default"].paid_steps(16) == 10
-    assert METHODS["default"].paid_steps(32) == 5
+class Asked:
+    """A Trainer whose calibration takes so many rows forward."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def find_learning_rate(self) -> Any:
+        return SimpleNamespace(replayed_rows=self.rows)
+
+
+def test_what_a_calibration_takes_is_paid_for() -> None:
+    """Three rows that go forward cost as much as one that is trained on."""
+    assert steps_after_calibration(Asked(480), 600, batch=16) == 590
+    assert steps_after_calibration(Asked(481), 600, batch=16) == 589
+    assert steps_after_calibration(Asked(480), 600, batch=32) == 595
+    # A run that is too short to be calibrated pays nothing, and no other becomes so.
+    assert steps_after_calibration(Asked(480), 49, batch=16) == 49
+    assert steps_after_calibration(Asked(480), 55, batch=16) == 50
+    calibrating = [name for name, method in METHODS.items() if method.calibrates]
+    assert calibrating == ["default", "default_arms"]
 
 
 def test_a_comparison_is_run_kept_and_written(
@@ -91,11 +108,17 @@ def test_a_comparison_is_run_kept_and_written(
     content = json.loads((tmp_path / "out/compare.json").read_text())
     assert [row["method"] for row in content["scores"]["scores"]] == ["static", *methods.split(",")]
     for result in content["cells"]:
-        # Probes are paid for in steps.
-        probes = result["probes"]
-        assert (probes > 0) == (result["cell"]["method"] == "default")
-        assert result["steps"] == 70 - (10 if probes else 0)
-        assert probes * PROBE_ROWS / 3 / 16 <= 10
+        # What a calibration takes is paid for in steps.
+        calibrated = result["cell"]["method"] == "default"
+        assert (0 < result["paid_steps"] <= 20) == calibrated
+        assert (result["lr_scale"] is not None) == calibrated
+        assert result["steps"] == 70 - result["paid_steps"]
+    found = {
+        cell["lr_scale"] * cell["cell"]["learning_rate"]
+        for cell in content["cells"]
+        if cell["cell"]["method"] == "default"
+    }
+    assert max(found) < 2 * min(found)  # whatever LR was set
     # The package itself and its twin of this project end in the same place.
     losses = {
         method: [c["loss_after"] for c in content["cells"] if c["cell"]["method"] == method]
@@ -121,6 +144,19 @@ def test_a_comparison_is_run_kept_and_written(
         assert one["loss_after"] == other["loss_after"]
 
 
+def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(bert: str, tmp_path: Path) -> None:
+    files = files_of("cola", tmp_path)
+    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
+    words = ["compare", "glue/cola", "--model_name_or_path", bert, *files]
+    words += ["--use_cpu", "--steps", "50", "--seeds", "0", "--learning_rates", "0,1e-3"]
+    assert main([*words, "--methods", "default", "--out", str(tmp_path / "out")]) == 0
+    cells = json.loads((tmp_path / "out/compare.json").read_text())["cells"]
+    zero, other = (cell for cell in cells if cell["cell"]["method"] == "default")
+    assert (zero["lr_scale"], zero["paid_steps"], zero["steps"]) == (None, 0, 50)
+    assert zero["loss_after"] == zero["loss_before"]
+    assert other["lr_scale"] > 0.0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -131,10 +167,6 @@ def test_a_comparison_is_run_kept_and_written(
         (["glue/cola", "--learning_rates", "-1e-4"], "takes numbers >= 0"),
         (["glue/cola", "--learning_rates", "nan"], "`--learning_rates` takes numbers"),
         (["glue/cola", "--steps", "0"], "`--steps` must be at least 1"),
-        (
-            ["quickstart/lm", "--steps", "10"],
-            "`--steps` must be more than 10, which `default` pays",
-        ),
         (["glue/cola", "--steps", "x"], "invalid int value"),
         (["glue/colla"], "colla"),
         (["glue/cola", "--train_file", "gone.csv"], "gone.csv: there is no such file"),

@@ -19,6 +19,7 @@ from tests.recipes.tiny import files_of, results
 
 STEPS = ["--use_cpu", "--max_steps", "30", "--per_device_train_batch_size", "8"]
 STEPS += ["--save_strategy", "steps", "--save_steps", "10", "--save_total_limit", "5"]
+STEPS += ["--lr_candidates", "0.5", "1.0", "2.0"]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +52,46 @@ def test_the_folder_says_what_was_run_on_what(run: Path) -> None:
     assert command["processes"] == 1
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["max_steps"] == 30
-    assert recipe["lr_candidates"] == [1.0]
+    assert recipe["lr_candidates"] == [0.5, 1.0, 2.0]
     for name in ("train", "eval", "all"):
         assert json.loads((run / f"{name}_results.json").read_text())
     card = (run / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     logs = json.loads((run / "episodes.json").read_text())
+    assert set(logs["selected_lr_values"]) == {0.5, 1.0, 2.0}
     for multiplier in set(logs["selected_lr_values"]):
         plays = logs["selected_lr_values"].count(multiplier)
         assert f"| x{multiplier:g} | 0 | {plays} | {5 * plays} |" in card
+
+
+def test_a_calibrated_run_keeps_the_lr_that_was_set_and_says_what_was_used(
+    options: list[str], tmp_path: Path
+) -> None:
+    words = ["--quiet", "--output_dir", str(tmp_path), *options, "--max_steps", "60"]
+    assert main(["train", "glue/cola", *words, "--lr_candidates", "1.0"]) == 0
+    record = read_run(tmp_path)
+    assert record.calibrated_lr is not None
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["learning_rate"] == 1e-3
+    card = (tmp_path / "README.md").read_text()
+    assert "| Learning rate that was set | 0.001 |" in card
+    assert f"| Calibrated learning rate | {record.calibrated_lr:.4g}, found in " in card
+    log = (tmp_path / "train.log").read_text().splitlines()
+    assert str(record.outcome) in log
+    assert len([line for line in log if line.startswith("trial ")]) == len(record.trials) > 5
+    logs = json.loads((tmp_path / "episodes.json").read_text())
+    assert len(logs["calibration_trials"]) == len(record.trials)
+
+
+def test_a_card_of_a_run_whose_lr_was_left_alone_does_not_claim_otherwise(
+    options: list[str], tmp_path: Path
+) -> None:
+    words = ["--quiet", "--output_dir", str(tmp_path), *options, "--max_steps", "10"]
+    words += ["--lr_candidates", "1.0", "--calibration", "off"]
+    assert main(["train", "glue/cola", *words]) == 0
+    card = (tmp_path / "README.md").read_text()
+    assert "## Results" in card
+    assert "earning rate" not in card
+    assert "aees" not in card
 
 
 def test_the_resolved_recipe_runs_again_to_the_same_numbers(run: Path, tmp_path: Path) -> None:

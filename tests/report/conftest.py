@@ -76,9 +76,10 @@ def train(_gpt2: Any, tiny_data: Any) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def calibrated(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run with a calibration and, after it, episodes of three arms."""
+    """Return a run that was set far too low, was calibrated, and had episodes of three arms."""
     knobs = {"lr_candidates": [0.5, 1.0, 2.0], "calibration": "trust_region", "episode_length": 5}
-    return train(tmp_path_factory.mktemp("runs") / "calibrated", knobs, max_steps=60)
+    folder = tmp_path_factory.mktemp("runs") / "calibrated"
+    return train(folder, knobs, max_steps=100, learning_rate=1e-4)
 
 
 @pytest.fixture(scope="session")

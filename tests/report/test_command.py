@@ -103,10 +103,10 @@ def test_a_neutral_run_is_shown_from_its_checkpoint(train: Any, tmp_path: Path) 
 def test_a_run_with_no_finished_episode_is_refused(copy: Path, say: Callable[..., str]) -> None:
     head_and_logs(copy, ("head", "log"))
     line = say(copy)
-    assert "has no finished episode at step 60 of 60" in line
+    assert "has no finished episode at step 100 of 100" in line
     assert "`logging_steps`" in line
     head_and_logs(copy, ("head",))
-    assert "has no finished episode at step 0 of 60" in say(copy)
+    assert "has no finished episode at step 0 of 100" in say(copy)
 
 
 def test_a_run_in_its_calibration_has_trials_to_show(copy: Path) -> None:
@@ -125,7 +125,7 @@ def test_folders_and_files_that_are_no_run_are_refused(
     assert "A run was named twice" in say(copy, copy)
     record = copy / "pulse.jsonl"
     text = record.read_text()
-    record.write_text(text.replace('"version": 1', '"version": 99', 1))
+    record.write_text(text.replace('"version": 2', '"version": 99', 1))
     assert "has format version 99, and this release" in say(copy)
     record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
     assert "is not valid JSON" in say(copy)

@@ -10,13 +10,21 @@ from typing import Any
 
 import pytest
 
-from pulseopt_hf.aees.run_record import Log
+from pulseopt_hf.aees.calibration import NOT_FINITE, Outcome, Trial
+from pulseopt_hf.aees.run_record import FILE_NAME, Log, encode
 from pulseopt_hf.report.arms import ArmStyles
 from pulseopt_hf.report.drawing import thinned
-from pulseopt_hf.report.figures import learning_rate_plot, loss_plot, plots_of_run
+from pulseopt_hf.report.figures import (
+    calibration_plot,
+    learning_rate_plot,
+    loss_plot,
+    plots_of_run,
+    trials_figure,
+)
 from pulseopt_hf.report.pictures import draw
 from pulseopt_hf.report.reading import read_run
-from pulseopt_hf.report.tables import tables_of_run
+from pulseopt_hf.report.tables import facts, tables_of_run
+from pulseopt_hf.report.wording import trial_line
 from tests.report.conftest import edit_record
 
 
@@ -68,7 +76,7 @@ def test_a_logarithmic_axis_has_ticks_however_close_its_values_are(
     lowest: float, calibrated: Path
 ) -> None:
     rates = [Log(1, {"learning_rate": 5e-5}), Log(2, {"learning_rate": lowest})]
-    run = replace(read_run(calibrated), logs=rates)
+    run = replace(read_run(calibrated), logs=rates, episodes=[])
     plot = learning_rate_plot(run, ArmStyles(run.episodes))
     assert plot is not None
     # With `dtick` 1 plotly sets ticks at powers of ten alone.
@@ -77,6 +85,61 @@ def test_a_logarithmic_axis_has_ticks_however_close_its_values_are(
     figure.savefig(io.BytesIO(), format="png")
     ticks = [t for which in ("major", "minor") for t in figure.axes[0].get_yticklabels(which=which)]
     assert [t for t in ticks if t.get_text() and low <= t.get_position()[1] <= high]
+
+
+def test_the_lr_that_was_found_is_marked_where_its_movement_reaches_what_is_allowed(
+    calibrated: Path,
+) -> None:
+    run = read_run(calibrated)
+    plot = calibration_plot(run, ArmStyles(run.episodes))
+    assert plot is not None
+    outputs, weights, star = plot.figure.data
+    assert run.outcome is not None
+    assert star.name == f"found: {run.calibrated_lr:.3g}, limited by the {run.outcome.limited_by}"
+    assert (*star.x, *star.y) == (pytest.approx(run.calibrated_lr, rel=1e-5), 1.0)
+    assert list(outputs.y) == pytest.approx([t.movement / 0.03 for t in run.trials], rel=1e-5)
+    assert list(weights.y) == pytest.approx(
+        [t.weight_movement / 0.25 for t in run.trials], rel=1e-5
+    )
+    assert plot.text.endswith(str(run.outcome))
+    rate = learning_rate_plot(run, ArmStyles(run.episodes))
+    assert rate is not None
+    assert rate.text.startswith(
+        f"The LR was set to 0.0001 and calibrated to {run.calibrated_lr:.3g}."
+    )
+    assert dict(facts(run))["LR that was set"] == "0.0001"
+    assert float(dict(facts(run))["calibrated LR"]) == pytest.approx(run.calibrated_lr, rel=1e-3)
+
+
+def test_a_calibration_that_was_taken_back_has_no_lr_and_says_why(finished: Path) -> None:
+    """The last outcome of the record counts."""
+    found = read_run(finished).outcome
+    assert found is not None
+    reason = "the loss rose"
+    back = Outcome(found.set_lr, found.set_lr, None, reason, found.step + 20)
+    with (finished / FILE_NAME).open("ab") as file:
+        file.write(encode(back, 0.0))
+    run = read_run(finished)
+    assert run.outcome == back
+    assert run.calibrated_lr is None
+    assert "calibrated LR" not in dict(facts(run))
+    plot = calibration_plot(run, ArmStyles(run.episodes))
+    assert plot is not None
+    assert [trace.name for trace in plot.figure.data] == ["outputs moved", "weights moved"]
+    assert reason in plot.text
+
+
+def test_a_trial_that_broke_the_model_is_within_sight_and_no_percentage() -> None:
+    broken = Trial(1.0, NOT_FINITE, NOT_FINITE, True, 0)
+    figure = trials_figure([Trial(1e-3, 0.03, 0.01, True, 0), broken], None, None)
+    assert list(figure.data[0].y) == [1.0, 1000.0]
+    assert figure.data[0].customdata[1][2] == "inf or NaN"
+    assert trial_line(2, broken).endswith("moved outputs by inf or NaN, weights by inf or NaN")
+
+
+def test_no_trials_and_no_lr_make_an_empty_figure() -> None:
+    figure = trials_figure([], 1e-3, None)
+    assert [list(trace.x) for trace in figure.data] == [[], []]
 
 
 def test_every_arm_has_a_colour_of_its_own(calibrated: Path) -> None:

@@ -47,7 +47,7 @@ def test_every_plot_of_the_page_is_a_file(
     written = capsys.readouterr().out.split()
     assert written == [str(out / f"{name}.svg") for name in names]
     assert marks(out / "reward.svg") == len(run.episodes)
-    assert marks(out / "calibration.svg") == 2 * len(run.trials)
+    assert marks(out / "calibration.svg") == 2 * len(run.trials) + 1  # the LR that was found
     (strip,) = groups(out / "loss.svg", "episodes")
     assert len(list(strip.iter(f"{SVG}path"))) >= len(run.episodes)
     text = (out / "learning-rate.svg").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
 from pulseopt_hf.aees.run_record import FILE_NAME, FORMAT_VERSION
+from pulseopt_hf.optim.calibrator import SHORTEST_WATCH
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run
 from pulseopt_hf.trainer.record import RunRecorder
@@ -39,7 +39,8 @@ def comparable(run: RunData) -> Any:
         for log in run.logs
         if "train_runtime" not in log.values
     ]
-    return logs, run.episodes, run.trials, run.step, run.status, run.knobs, run.base_lr
+    calibration = run.trials, run.outcome
+    return logs, run.episodes, calibration, run.step, run.status, run.knobs, run.base_lr
 
 
 def test_the_record_holds_what_was_logged_and_every_episode(
@@ -193,11 +194,13 @@ def test_trials_are_recorded_and_not_again_by_a_resumed_run(
     trainer.train()
     folder = trainer.args.output_dir
     assert trainer.aees is not None
-    assert trainer.aees.calibration is not None
+    assert trainer.aees.calibrator is not None
     run = read_run(folder)
-    assert run.trials == trainer.aees.calibration.trials
-    assert run.lr_scale == trainer.aees.calibration.scale
-    assert run.calibrated_lr == pytest.approx(run.lr_scale * 3e-3)  # type: ignore[operator]
+    assert run.trials == trainer.aees.calibrator.search.trials != []
+    assert run.outcome == trainer.aees.calibrator.outcome
+    assert run.base_lr == pytest.approx(3e-3)  # as it was set
+    assert run.calibrated_lr == trainer.aees.calibrator.search.learning_rate is not None
+    assert run.base_lrs[40][1] == pytest.approx(run.calibrated_lr * (1 - 40 / 160))
     whole = comparable(run)
     resumed = make(
         tiny_model, arguments(output_dir=folder, **{**settings, "save_strategy": "no"}), tiny_data,
@@ -239,7 +242,9 @@ def test_a_full_disk_does_not_end_training_and_warns_once(
     assert 8 <= seen[0] < 44
     run = read_run(args.output_dir)
     assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
-    assert len(run.episodes) == math.ceil((60 - len(run.trials)) / 5)
+    assert run.outcome is not None
+    begun = run.outcome.step + SHORTEST_WATCH
+    assert [record.start_step for record in run.episodes] == list(range(begun, 60, 5))
     assert run.status == "finished"
 
 

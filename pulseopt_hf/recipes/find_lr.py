@@ -1,0 +1,157 @@
+"""The command `pulseopt-hf find-lr`: the learning rate for a recipe, without training."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pulseopt_hf.aees.calibration import (
+    NOT_FINITE,
+    OUTPUT_RADIUS,
+    READABLE,
+    SHORTEST_RUN,
+    WEIGHT_RADIUS,
+    Trial,
+)
+from pulseopt_hf.command_line import RecipeCommandParser
+from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.report.wording import moved
+
+if TYPE_CHECKING:
+    from pulseopt_hf.optim.suggestion import Suggestion
+
+_ENDINGS = (".svg", ".png")
+
+
+def find_lr(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Find the learning rate of a recipe. Nothing is written but the picture, if it is asked for.
+
+    Args:
+        words: the recipe and the option `--plot`; options that are not known are the recipe's keys.
+
+    Returns:
+        What to print, and whether a learning rate was found. The last line is the number alone:
+        the one that was found, or else the one that is set.
+
+    Raises:
+        UsageError: an option, the recipe or what it names is wrong, or nothing can be tried.
+    """
+    parser = RecipeCommandParser("find-lr")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="save the picture of the trials, as .svg or .png"
+    )
+    options, keys = parser.parse(words)
+    catalogue.find(options.recipe)  # a misspelt name need not wait for the imports below
+    if options.plot is not None:
+        _check_picture(options.plot)
+    suggestion, is_first = _ask(options.recipe, keys)
+    lines = [*_table(suggestion.trials), ""] if suggestion.trials else []
+    if options.plot is not None and not suggestion.trials:
+        lines.append("No trial was taken, so there is no picture.")
+    elif options.plot is not None:
+        if is_first:
+            _save(suggestion, options.plot)
+        lines.append(f"The picture is in {options.plot}.")
+    shown = f"{suggestion.learning_rate:.3g}"
+    return [*lines, *_advice(suggestion, shown), shown], suggestion.reason is None
+
+
+def _check_picture(file: Path) -> None:
+    """Refuse a picture that could not be saved, before anything is loaded."""
+    if file.suffix.lower() not in _ENDINGS:
+        raise UsageError(f"`--plot`: {file} must end in {' or '.join(_ENDINGS)}.")
+    if file.is_dir():
+        raise UsageError(f"`--plot`: {file} is a folder; name a file in it.")
+    if not file.parent.is_dir():
+        raise UsageError(f"`--plot`: {file.parent}: there is no such folder.")
+    try:
+        import pulseopt_hf.report.pictures  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"`--plot` needs {error.name}, which is not installed: "
+            "pip install 'pulseopt-hf[report]'."
+        ) from error
+
+
+def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
+    """Build the Trainer of a recipe as `train` does, and ask it.
+
+    Returns:
+        What it found, and whether this is the first process.
+    """
+    from pulseopt_hf.recipes.lines import Lines
+    from pulseopt_hf.recipes.parsing import resolve
+    from pulseopt_hf.recipes.running import RunOptions, calm, check, make_trainer, prepare
+
+    resolved = resolve(name, keys)
+    check(resolved)
+    training = resolved.training
+    if not training.do_train:
+        raise UsageError("`do_train` is off; `find-lr` tries steps of a training.")
+    if training.resume_from_checkpoint is not None:
+        raise UsageError("`resume_from_checkpoint`: `find-lr` begins where a new run does.")
+    if training.learning_rate <= 0.0:
+        raise UsageError("`learning_rate` must be > 0, so that the search has a place to begin.")
+    training.report_to, training.push_to_hub = [], False
+    calm(resolved, RunOptions())
+    with tempfile.TemporaryDirectory() as folder:
+        training.output_dir = folder  # Trainer makes it
+        trainer = make_trainer(resolved, prepare(resolved), Lines(quiet=True, silent=True))
+        if trainer.is_deepspeed_enabled:
+            raise UsageError(
+                "DeepSpeed's engine changes the model for good, so `find-lr` cannot put it back. "
+                "Run it without DeepSpeed, or train with `--calibration trust_region`."
+            )
+        return trainer.find_learning_rate(), trainer.is_world_process_zero()
+
+
+def _save(suggestion: Suggestion, file: Path) -> None:
+    from pulseopt_hf.report.drawing import Plot
+    from pulseopt_hf.report.pictures import write_picture
+
+    try:
+        write_picture(Plot("calibration", "Calibration", "", suggestion.plot()), file)
+    except OSError as error:
+        raise UsageError(
+            f"`--plot`: {file} cannot be written: {error.strerror or error}."
+        ) from error
+
+
+def _table(trials: Sequence[Trial]) -> list[str]:
+    """Return a row for each trial, aligned, with a head."""
+    rows = [("trial", "LR", "outputs moved", "weights moved", "one such step")]
+    for number, trial in enumerate(trials, 1):
+        movements = moved(trial.movement), moved(trial.weight_movement)
+        rows.append((str(number), f"{trial.learning_rate:.2e}", *movements, _verdict(trial)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    ]
+
+
+def _verdict(trial: Trial) -> str:
+    """Say in words how far a trial went."""
+    outputs, weights = trial.movement / OUTPUT_RADIUS, trial.weight_movement / WEIGHT_RADIUS
+    if trial.movement >= NOT_FINITE:
+        return "breaks the model"
+    if trial.share > 1.0:
+        return f"moves the {'outputs' if outputs >= weights else 'weights'} too far"
+    return "is small enough" if trial.share >= READABLE else "hardly moves the model"
+
+
+def _advice(suggestion: Suggestion, shown: str) -> list[str]:
+    """Say what the number is, and what to do with it."""
+    if suggestion.reason is not None:
+        return [f"No learning rate was found: {suggestion.reason}. This one is set:"]
+    return [
+        f"{shown} is the highest learning rate at which one step moves the outputs, which are what",
+        f"the model computes, by at most {OUTPUT_RADIUS:.0%}, and the weights by at most "
+        f"{WEIGHT_RADIUS:.0%}. The {suggestion.limited_by} are what limits it.",
+        "",
+        f"To train with it, set `learning_rate: {shown}` and `calibration: off`. Without these",
+        f"lines, a run of at least {SHORTEST_RUN} steps finds its learning rate by itself.",
+    ]
