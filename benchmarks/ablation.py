@@ -57,20 +57,12 @@ class Variant:
 _COLD = ("--warmup_steps", "0")
 _ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
 _FROM_SCRATCH = ("wikitext2", "sentences", "digits")
-_OF_CLASSES = ("sst2", "six_classes", "digits")
 VARIANTS = {
-    "losses": Variant(
-        "trust region of the losses only", {"WEIGHT_RADIUS": math.inf}, tasks=_FROM_SCRATCH
+    "outputs": Variant(
+        "trust region of the outputs only", {"WEIGHT_RADIUS": math.inf}, tasks=_FROM_SCRATCH
     ),
-    "weights": Variant(
-        "trust region of the weights only", {"LOSS_RADIUS": math.inf}, tasks=_OF_CLASSES
-    ),
-    "shares": Variant(
-        "shares of the loss as it is, of classes too", {"COIN_TOSS": math.inf}, tasks=_OF_CLASSES
-    ),
-    "one_trial": Variant("one trial near the edge instead of six", {"TRUSTED": 1}),
-    "ramp": Variant("ramp of 5 % instead of the schedule's warm-up", options=_COLD),
-    "no_ramp": Variant("neither ramp nor warm-up", {"RAMP": 0.0}, _COLD),
+    "one_trial": Variant("one batch near the edge instead of five", {"TRUSTED": 1}),
+    "cold": Variant("no warm-up", options=_COLD),
     "arms": Variant("arms of 0.5, 1 and 2", options=_ARMS),
     "random": Variant("the same arms at random", options=(*_ARMS, "--control_mode", "random")),
 }

@@ -112,10 +112,12 @@ def take_over(result: dict[str, Any], data: Path, out: Path) -> None:
             method, seed = row["method"], row["seed"]
             if METHODS[method].ignores_lr and (method, seed) in taken:
                 continue  # one run stands for all base LRs
+            if METHODS[method].calibrates and "paid_steps" not in row:
+                continue  # by a calibration of an earlier kind
             taken.add((method, seed))
             cell = Cell(recipe, words, method, row["learning_rate"], seed, row["steps"])
             measured = {key: row.get(key) for key in ("loss_before", "loss_after", "seconds")}
-            found = {"probes": row.get("probes"), "lr_scale": row.get("lr_scale")}
+            found = {"lr_scale": row.get("lr_scale"), "paid_steps": row.get("paid_steps", 0)}
             found["peak_mib"] = row.get("peak_mib", 0.0)
             file = folder / f"{cell.name}.json"
             if not file.exists():  # what was run since is newer
@@ -140,13 +142,18 @@ def summarise(folder: Path) -> dict[str, Any]:
             {
                 **{key: cell["cell"][key] for key in ("method", "learning_rate", "seed", "steps")},
                 **{key: cell[key] for key in ("loss_before", "loss_after", "seconds", "peak_mib")},
-                **{key: cell[key] for key in ("probes", "lr_scale") if cell[key] is not None},
+                **{key: cell[key] for key in _found(cell["cell"]["method"])},
             }
             for cell in cells
         ]
         tasks[task] = {"commands": _commands(task, rows), **asdict(score(cells)), "cells": rows}
     packages = {name: version for name, version in versions().items() if name != "platform"}
     return {"versions": packages, "tasks": tasks}
+
+
+def _found(method: str) -> tuple[str, ...]:
+    """Return what a run says of its calibration, where the method may calibrate."""
+    return ("lr_scale", "paid_steps") if METHODS[method].calibrates else ()
 
 
 def _cells(folder: Path) -> list[dict[str, Any]]:

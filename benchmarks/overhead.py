@@ -11,8 +11,9 @@ ratio within a round. On one thread, the default, they are processor times, to w
 add nothing; on more they are times by the clock, and need a machine that does nothing else. Memory
 is the peak of a process that trains one variant, less that of the vanilla Trainer's.
 
-Calibration is paid for once a run. Runs of 50 steps are trained with it and without, in turn, and
-the difference is quoted in optimizer steps.
+Calibration is paid for once a run, in two ways. Runs of 50 steps are trained with it and without,
+in turn, and the difference in time is quoted in optimizer steps and in seconds: its forward passes
+and copies. Besides, the batches that trials are taken on, but for the last, train nothing.
 """
 
 from __future__ import annotations
@@ -146,10 +147,12 @@ def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
     return times
 
 
-def measure_calibration(options: argparse.Namespace) -> float:
-    """Return what calibration takes, in optimizer steps of the same model: a median over rounds."""
+def measure_calibration(options: argparse.Namespace) -> dict[str, float]:
+    """Return what calibration takes, in optimizer steps of the same model: medians over rounds."""
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    extra = []
+    extra: list[float] = []
+    taken: list[float] = []
+    lost: list[float] = []
     for _ in range(options.calibration_rounds):
         seconds = {}
         for calibration in ("off", "trust_region"):
@@ -168,9 +171,18 @@ def measure_calibration(options: argparse.Namespace) -> float:
                 start = clock()
                 trainer.train()
                 seconds[calibration] = clock() - start
+        assert trainer.aees is not None
+        assert trainer.aees.calibrator is not None
+        steps = {trial.step for trial in trainer.aees.calibrator.search.trials}
+        lost.append(len(steps) - 1)
+        taken.append(seconds["trust_region"] - seconds["off"])
         extra.append((seconds["trust_region"] / seconds["off"] - 1.0) * SHORTEST_RUN)
-        print(f"calibration: {extra[-1]:.1f} steps", file=sys.stderr)
-    return statistics.median(extra)
+        print(f"calibration: {extra[-1]:.1f} steps, {lost[-1]} batches", file=sys.stderr)
+    return {
+        "calibration_steps": statistics.median(extra),
+        "calibration_seconds": statistics.median(taken),
+        "calibration_batches": statistics.median(lost),
+    }
 
 
 def peak_memory() -> float:
@@ -233,7 +245,7 @@ def main() -> None:
             name: version(name) for name in ("torch", "transformers", "pulseopt", "pulseopt-hf")
         },
         "machine": platform.machine(),
-        "calibration_steps": calibration,
+        **calibration,
         "variants": {
             variant: {
                 "step_ratio": statistics.median(
@@ -249,9 +261,10 @@ def main() -> None:
     print(f"{'variant':<20} {'step time':>10} {'extra peak memory':>18}")
     for variant, row in result["variants"].items():
         print(f"{variant:<20} {row['step_ratio']:>8.3f} x {row['extra_peak_mib']:>14.0f} MiB")
+    steps, batches = calibration["calibration_steps"], calibration["calibration_batches"]
     print(
-        f"calibration takes {calibration:.1f} optimizer steps, once a run: "
-        f"{1.0 + calibration / LONG_RUN:.3f} x in one of {LONG_RUN:,} steps"
+        f"calibration takes the time of {steps:.1f} optimizer steps and {batches:.0f} batches, "
+        f"once a run: {1.0 + (steps + batches) / LONG_RUN:.3f} x in one of {LONG_RUN:,} steps"
     )
     if options.out:
         with open(options.out, "w") as file:

@@ -32,6 +32,7 @@ except ImportError:
     import compare_tasks
 
 from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf.compare.cells import steps_after_calibration
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import score
 from pulseopt_hf.recipes.folder import versions
@@ -123,20 +124,19 @@ def load(task: Task) -> tuple[Rows, Rows, Callable[[], Model]]:
 def run(name: str, method: str, learning_rate: float, seed: int, steps: int) -> dict[str, Any]:
     """Train once; return what `compare.scores.score` asks for."""
     train, validation, new_model = load(TASKS[name])
-    taken = steps - METHODS[method].paid_steps(BATCH)
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             learning_rate=learning_rate,
-            max_steps=taken,
+            max_steps=steps,
             warmup_steps=WARMUP,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=64,
             seed=seed,
             label_names=["labels"],
             save_strategy="no",
-            logging_steps=taken,
+            logging_strategy="no",
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -144,6 +144,8 @@ def run(name: str, method: str, learning_rate: float, seed: int, steps: int) -> 
         trainer = TRAINERS[method](
             model=new_model(), args=arguments, train_dataset=train, eval_dataset=validation
         )
+        if METHODS[method].calibrates:
+            arguments.max_steps = steps_after_calibration(trainer, steps, BATCH)
         before = trainer.evaluate()["eval_loss"]
         begin = time.perf_counter()
         trainer.train()
@@ -154,7 +156,8 @@ def run(name: str, method: str, learning_rate: float, seed: int, steps: int) -> 
         "loss_before": before,
         "loss_after": after if math.isfinite(after) else None,
         "seconds": seconds,
-        "steps": taken,
+        "steps": trainer.state.global_step,
+        "paid_steps": steps - arguments.max_steps,
         "peak_mib": 0.0,
     }
 
@@ -179,7 +182,7 @@ def main() -> None:
             for rate in rates
             for seed in seeds
         ]
-        kept = ("loss_before", "loss_after", "seconds")
+        kept = ("loss_before", "loss_after", "seconds", "paid_steps")
         rows = [{**cell["cell"], **{key: cell[key] for key in kept}} for cell in cells]
         tasks[name] = {**asdict(score(cells)), "cells": rows}
     result = {"versions": packages, "tasks": tasks}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 try:
     from benchmarks import ablation, compare_tasks, planted_bandit, small_models, trust_region
@@ -32,32 +34,35 @@ def put(text: str, mark: str, table: str) -> str:
     return before + begin + table + end + rest.split(end)[1]
 
 
-def pages() -> dict[Path, str]:
-    """Return the pages as they should be."""
-    tasks, small, bandits, region, parts = (
-        json.loads(module.RESULT.read_text(encoding="utf-8"))
-        for module in (compare_tasks, small_models, planted_bandit, trust_region, ablation)
-    )
-    method = METHOD.read_text(encoding="utf-8")
-    method = put(method, "planted bandit", planted_bandit.to_markdown(bandits))
-    method = put(method, "trust region", trust_region.to_markdown(region))
-    method = put(method, "ablation", ablation.to_markdown(parts))
-    benchmark = BENCHMARK.read_text(encoding="utf-8")
-    benchmark = put(benchmark, "tasks", compare_tasks.to_markdown(tasks))
-    benchmark = put(benchmark, "small models", compare_tasks.to_markdown(small))
-    readme = README.read_text(encoding="utf-8")
-    readme = put(readme, "tasks", compare_tasks.to_short_markdown(tasks))
-    return {METHOD: method, BENCHMARK: benchmark, README: readme}
+# The page of each table, its mark there, the file of its result, and what makes it of that.
+TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
+    (METHOD, "planted bandit", planted_bandit.RESULT, planted_bandit.to_markdown),
+    (METHOD, "trust region", trust_region.RESULT, trust_region.to_markdown),
+    (METHOD, "ablation", ablation.RESULT, ablation.to_markdown),
+    (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
+    (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
+    (README, "tasks", compare_tasks.RESULT, compare_tasks.to_short_markdown),
+]
+
+
+def with_table(page: Path, mark: str, result: Path, to_markdown: Callable[[Any], str]) -> str:
+    """Return a page with one of its tables as it should be."""
+    table = to_markdown(json.loads(result.read_text(encoding="utf-8")))
+    return put(page.read_text(encoding="utf-8"), mark, table)
 
 
 def main() -> int:
-    changed = [path for path, text in pages().items() if path.read_text("utf-8") != text]
+    changed = []
+    for page, mark, *source in TABLES:
+        text = with_table(page, mark, *source)
+        if text != page.read_text(encoding="utf-8"):
+            changed.append(f"{page}, {mark}")
+            if "--write" in sys.argv:
+                page.write_text(text, encoding="utf-8")
     if "--write" in sys.argv:
-        for path, text in pages().items():
-            path.write_text(text, encoding="utf-8")
         return 0
-    for path in changed:
-        print(f"{path} is not up to date; run `make readme`.")
+    for place in changed:
+        print(f"{place}: not up to date; run `make readme`.")
     return bool(changed)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/trust_region.py --data FOLDER [--tasks sst2,...] [--seeds 0,1,2] [--write]
 
 Every task is trained for 50 steps from a base LR of 1e-4, enough for the calibration. The LR that
-its trial steps allow by the losses alone, by the weights alone, and by both is set beside the LR at
+its trials allow by the outputs alone, by the weights alone, and by both is set beside the LR at
 which static runs end best (`benchmarks/results/compare-tasks.json`). `--write` puts the result into
 `benchmarks/results/trust-region.json`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -23,15 +24,15 @@ except ImportError:
     import compare_tasks
 
 from pulseopt_hf import cli
-from pulseopt_hf.aees.calibration import LOSS_RADIUS, READABLE, WEIGHT_RADIUS
+from pulseopt_hf.aees.calibration import FAINT, OUTPUT_RADIUS, WEIGHT_RADIUS
 
 RESULT = Path(__file__).parent / "results" / "trust-region.json"
 BASE_LR, STEPS = 1e-4, 50
-RADII = {"loss_movement": LOSS_RADIUS, "weight_movement": WEIGHT_RADIUS}
+RADII = {"movement": OUTPUT_RADIUS, "weight_movement": WEIGHT_RADIUS}
 COLUMNS = {
-    "losses": ["loss_movement"],
+    "outputs": ["movement"],
     "weights": ["weight_movement"],
-    "both": ["loss_movement", "weight_movement"],
+    "both": ["movement", "weight_movement"],
 }
 
 
@@ -51,12 +52,21 @@ def trials(task: str, data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def allowed(found: list[dict[str, Any]], *movements: str) -> float | None:
-    """Return the smallest LR that a trial allows by these movements."""
-    shares = [
-        (trial["scale"] * BASE_LR, max(trial[name] / RADII[name] for name in movements))
+    """Return the LR that trials on batches of their own allow by these movements."""
+    trusted = [
+        trial
         for trial in found
+        if not trial["own_batch"] and trial["movement"] >= FAINT * OUTPUT_RADIUS
     ]
-    return min((lr / share for lr, share in shares if share >= READABLE), default=None)
+    if not trusted:
+        return None
+    return min(
+        RADII[name]
+        / math.sqrt(
+            statistics.fmean((trial[name] / trial["learning_rate"]) ** 2 for trial in trusted)
+        )
+        for name in movements
+    )
 
 
 def main() -> None:
@@ -86,7 +96,7 @@ def main() -> None:
 
 def to_markdown(result: dict[str, dict[str, float | None]]) -> str:
     """Return a table with a row for each task."""
-    lines = ["| task | tuned | by losses | by weights | both |", "|---|---|---|---|---|"]
+    lines = ["| task | tuned | by outputs | by weights | both |", "|---|---|---|---|---|"]
     for task, row in result.items():
         cells = ["beyond reach" if row[k] is None else f"{row[k]:.1e}" for k in COLUMNS]
         lines.append(f"| {task} | {row['tuned']:g} | " + " | ".join(cells) + " |")

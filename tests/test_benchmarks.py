@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from benchmarks import compare_tasks, planted_bandit, tables
-from pulseopt_hf.compare.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "`scaled_ucb`, `slope`"
@@ -63,15 +62,23 @@ def test_the_readmes_figures_are_those_of_the_committed_result() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert 1.0 + result["calibration_steps"] / 1500 <= 1.05
-    assert f"calibration takes {result['calibration_steps']:.1f} optimizer steps" in readme
+    taken = rf"calibration takes (the time of )?{result['calibration_steps']:.1f} optimizer steps"
+    assert re.search(taken, readme)
     for name, row in result["variants"].items():
         pattern = rf"^{re.escape(name)} +{row['step_ratio']:.3f} x +{row['extra_peak_mib']:.0f} MiB"
         assert re.search(pattern, readme, re.MULTILINE), name
 
 
-def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
-    for path, text in tables.pages().items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make readme`"
+@pytest.mark.parametrize("table", tables.TABLES, ids=lambda table: f"{table[0].stem} {table[1]}")
+def test_the_tables_of_the_documentation_are_those_of_the_results(
+    table: Any, request: pytest.FixtureRequest
+) -> None:
+    page, mark, result, _ = table
+    if mark == "trust region" and "losses" in next(iter(json.loads(result.read_text()).values())):
+        reason = "the result is of an earlier trust region, over losses"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=KeyError, strict=True))
+    text = tables.with_table(*table)
+    assert page.read_text(encoding="utf-8") == text, f"{page.name}, {mark}: run `make readme`"
 
 
 def test_the_scores_are_those_of_the_cells() -> None:
@@ -84,8 +91,10 @@ def test_the_scores_are_those_of_the_cells() -> None:
             assert (row.robustness, row.worst, row.harm) == pytest.approx(
                 (other["robustness"], other["worst"], other["harm"])
             )
-        paid = METHODS["default"].probes
-        assert all(cell["probes"] <= paid for cell in cells if cell["method"] == "default")
+        # A calibration is paid for in steps; by the earlier kind, with a fixed number of them.
+        default = [cell for cell in cells if cell["method"] == "default"]
+        assert all(0 < cell.get("paid_steps", cell.get("probes")) < 30 for cell in default)
+        assert all(cell["lr_scale"] is None or cell["lr_scale"] > 0.0 for cell in default)
 
 
 def test_the_committed_result_bears_out_what_the_readme_says() -> None:
@@ -140,18 +149,19 @@ def test_the_planted_bandit_and_the_trust_region_are_measured_anew(tmp_path: Pat
 
 
 def test_the_ablation_trains_without_the_part(tmp_path: Path) -> None:
-    """Without the ramp the loss differs from that of the same run with it."""
+    """Without the limit on the weights, which holds here, the LR that is found is higher."""
     done = run(
         *("ablation.py", "--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "sentences"),
-        *("--variants", "ramp,no_ramp", "--seeds", "0", "--steps", "60"),
+        *("--variants", "outputs,one_trial,cold", "--seeds", "0", "--steps", "60"),
     )
     found = {
         name: json.loads(next((tmp_path / name / "sentences").glob("*.json")).read_text())
-        for name in ("ramp", "no_ramp")
+        for name in ("outputs", "one_trial", "cold")
     }
-    assert found["ramp"]["lr_scale"] == found["no_ramp"]["lr_scale"]
-    assert found["ramp"]["loss_after"] != found["no_ramp"]["loss_after"]
-    assert re.search(r"^\| neither ramp nor warm-up \| \d\.\d{3} \|$", done.stdout, re.M)
+    assert found["outputs"]["lr_scale"] > 1.1 * found["cold"]["lr_scale"]
+    assert found["one_trial"]["paid_steps"] < found["cold"]["paid_steps"]
+    assert len({row["loss_after"] for row in found.values()}) == 3
+    assert re.search(r"^\| no warm-up \| -?\d\.\d{3} \|$", done.stdout, re.M)
 
 
 def test_small_models_are_trained_from_a_wrong_lr() -> None:
@@ -208,7 +218,7 @@ def keep(folder: Path, runs: Sequence[tuple[str, float, int]]) -> None:
     for method, rate, seed in runs:
         cell = {"method": method, "learning_rate": rate, "seed": seed, "steps": 10}
         measured = {"loss_before": 7.0, "loss_after": 4.0 - 100 * rate, "seconds": 1.0}
-        cost = {"steps": 10, "probes": 0, "lr_scale": None, "peak_mib": 1.0}
+        cost = {"steps": 10, "paid_steps": 0, "lr_scale": None, "peak_mib": 1.0}
         (folder / f"{method}-{rate}-{seed}.json").write_text(
             json.dumps({"cell": cell, **measured, **cost})
         )
@@ -230,3 +240,17 @@ def test_methods_of_a_comparison_may_have_seeds_of_their_own(tmp_path: Path) -> 
     assert "| prodigy | 1 | 0.225 | 0.225 to 0.225 | 0.225 | +0.225 |" in table
     compare_tasks.take_over({"tasks": {"sentences": task}}, tmp_path, tmp_path / "again")
     assert compare_tasks.summarise(tmp_path / "again")["tasks"]["sentences"] == task
+
+
+def test_a_run_of_an_earlier_calibration_is_run_again(tmp_path: Path) -> None:
+    """Its row does not say what it paid."""
+    rows = [
+        {"method": method, "learning_rate": 1e-3, "seed": 0, "steps": 10, "lr_scale": 2.0, **paid}
+        for method, paid in (("static", {}), ("default", {}), ("default_arms", {"paid_steps": 3}))
+    ]
+    compare_tasks.take_over({"tasks": {"sentences": {"cells": rows}}}, tmp_path, tmp_path)
+    files = (tmp_path / "sentences" / "cells").iterdir()
+    assert sorted(file.name for file in files) == [
+        "default_arms-0.001-0.json",
+        "static-0.001-0.json",
+    ]
