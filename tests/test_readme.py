@@ -23,6 +23,7 @@ RUN_BY = {
     ".venv/bin/python examples/trainer.py": "tests/test_examples.py",
     ".venv/bin/python examples/callback.py": "tests/test_examples.py",
     ".venv/bin/python examples/accelerate_loop.py": "tests/test_examples.py",
+    ".venv/bin/python examples/find_learning_rate.py": "tests/test_examples.py",
     "make benchmark": "tests/test_benchmarks.py",
     ".venv/bin/pulseopt-hf list": "tests/cli/test_commands.py",
     ".venv/bin/pulseopt-hf compare quickstart/lm --methods static,default "
@@ -58,17 +59,26 @@ def test_the_scripts_of_the_readme_run(
     tiny = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     BertForSequenceClassification(tiny).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    data = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(tiny_data)]
+    rows = 6 * tiny_data  # 159 steps, enough to calibrate
+    data = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(rows)]
     scripts = blocks("python")
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     namespace: dict[str, Any] = {"train_data": data}
     exec(scripts[0].replace("distilbert-base-uncased", str(tmp_path / "model")), namespace)
-    assert set(namespace["trainer"].aees.get_logs()["selected_lr_values"]) == {1.0}
+    aees = namespace["trainer"].aees
+    assert len(aees.calibrator.search.trials) > 5
+    assert aees.calibrator.outcome.learning_rate > 1e-4  # 2e-5 was set
+    assert set(aees.get_logs()["selected_lr_values"]) == {1.0}
     from transformers import Trainer, TrainingArguments
 
-    vanilla = Trainer(tiny_model(), TrainingArguments("out", max_steps=15), train_dataset=tiny_data)
-    exec(scripts[1], {"trainer": vanilla})
-    assert len(vanilla.aees.get_logs()["episode_rewards"]) == 3  # type: ignore[attr-defined]
+    vanilla = Trainer(tiny_model(), TrainingArguments("out", max_steps=80), train_dataset=tiny_data)
+    asked: dict[str, Any] = {"trainer": vanilla}
+    exec(scripts[1], asked)
+    assert asked["suggestion"].learning_rate > 1e-4
+    exec(scripts[2], {"trainer": vanilla})
+    aees = vanilla.aees  # type: ignore[attr-defined]
+    assert aees.calibrator.outcome.learning_rate == asked["suggestion"].learning_rate
+    assert set(aees.get_logs()["selected_lr_values"]) == {0.5, 1.0, 2.0}
 
 
 def test_the_recipe_of_the_readme_is_a_right_one(tmp_path: Path) -> None:

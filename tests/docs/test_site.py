@@ -75,7 +75,8 @@ def pages(site: Path) -> dict[str, Loaded]:
 
 
 def test_there_is_a_page_for_every_subject(pages: dict[str, Loaded]) -> None:
-    subjects = "index method benchmark knobs recipes library launching guarantees report migrating"
+    subjects = "index find-lr method benchmark knobs recipes library launching guarantees report"
+    subjects += " migrating"
     assert set(pages) == {f"{name}.html" for name in [*subjects.split(), "examples", "api", "404"]}
 
 
