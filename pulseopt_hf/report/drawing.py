@@ -141,5 +141,5 @@ def log_axis(values: Iterable[float]) -> dict[str, Any]:
 
 
 def rounded(value: float) -> float:
-    """Round to six figures, which is more than can be seen and less than a float takes."""
-    return float(f"{value:.6g}")
+    """Round to eight figures: rounded once more to be shown, six would be seen to be off."""
+    return float(f"{value:.8g}")

@@ -66,7 +66,7 @@ def test_a_run_that_logged_nothing_shows_the_losses_of_its_episodes(finished: Pa
     (loss,) = [trace for trace in plot.figure.data if trace.name == "training loss"]
     assert len(loss.x) == 2 * len(run.episodes)
     # Of every step the log of the whole run has its loss.
-    logged = {step: float(f"{value:.6g}") for step, value in whole.loss}
+    logged = {step: float(f"{value:.8g}") for step, value in whole.loss}
     assert list(loss.y) == pytest.approx([logged[step] for step in loss.x], rel=1e-3)
     assert "the first and the last step loss of each episode" in plot.text
 
@@ -158,7 +158,7 @@ def test_a_long_runs_curves_are_thinned_and_its_table_says_so(long: Path) -> Non
     plots: dict[str, Any] = {plot.name: plot.figure for plot in plots_of_run(run)}
     (loss,) = [trace for trace in plots["loss"].data if trace.name == "training loss"]
     assert 3000 < len(loss.x) <= 6000
-    assert max(loss.y) == float(f"{max(value for _, value in run.loss):.6g}")
+    assert max(loss.y) == float(f"{max(value for _, value in run.loss):.8g}")
     (table,) = [table for table in tables_of_run(run) if table.name == "logged"]
     assert table.title == "Logged values, one row in 2"
     assert len(table.rows) == 10_000

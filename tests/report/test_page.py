@@ -124,7 +124,7 @@ def test_hover_shows_an_episodes_numbers(calibrated: Path, page_of: Any, open_pa
     said = hover(opened, "run1-reward", ".scatterlayer path.point", 0)
     record = run.episodes[numbers[0] - 1]
     assert f"Episode {numbers[0]}, steps {record.start_step} to {record.end_step}" in said
-    assert losses_in(said) == pytest.approx([record.start_loss, record.end_loss], abs=5.6e-5)
+    assert losses_in(said) == pytest.approx([record.start_loss, record.end_loss], abs=5.1e-5)
     assert f"reward {record.reward:+.4f}" in said
     said = hover(opened, "run1-mean-reward", ".scatterlayer path.point", 0)
     assert f"mean {first.mean:+.4f}, standard deviation" in said
@@ -133,7 +133,7 @@ def test_hover_shows_an_episodes_numbers(calibrated: Path, page_of: Any, open_pa
     number = int(said.split("Episode ")[1].split(",")[0])
     record = run.episodes[number - 1]
     assert f"steps {record.start_step} to {record.end_step}" in said
-    assert losses_in(said) == pytest.approx([record.start_loss, record.end_loss], abs=5.6e-5)
+    assert losses_in(said) == pytest.approx([record.start_loss, record.end_loss], abs=5.1e-5)
     said = hover(opened, "run1-calibration", ".scatterlayer path.point", 0)
     assert "Trial " in said
     assert "outputs moved by" in said
