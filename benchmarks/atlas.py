@@ -110,7 +110,7 @@ SETTINGS = {
     "rte_3_passes": Setting("rte", _RTE, 6, 3e-5, 468, 16),
     "subj_10_passes": Setting("subj", _SUBJ, 2, 1e-4, 312, 16, 500),
     "mpqa_5_passes": Setting("mpqa", _MPQA, 2, 1e-4, 312, 16, 1000),
-    "six_classes_3_passes": Setting("six_classes", SIX, 2, 1e-4, 700, 32),
+    "six_classes_3_passes": Setting("six_classes", SIX, 2, 1e-4, 281, 32, 3000),
     "wikitext2_8_passes": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, 600),
     # Language models.
     "wikitext2_64": Setting("wikitext2", _WIKI, 0, 1e-2, 600, 16, None, _gpt(64)),

@@ -82,6 +82,7 @@ class Calibrator:
         hooks: what runs a step at a LR of its own.
         agreement: how ranks agree.
         max_steps: optimizer steps of the run, or `None` where that is not known.
+        passes: of the run over its data.
         only_ask: whether to leave the base LR as it is.
     """
 
@@ -93,6 +94,7 @@ class Calibrator:
         hooks: ArmHooks,
         agreement: Agreement,
         max_steps: int | None = None,
+        passes: float = 1.0,
         *,
         only_ask: bool = False,
     ) -> None:
@@ -101,7 +103,7 @@ class Calibrator:
         self._only_ask = only_ask
         self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
         self._set_lrs = base_lr.peaks(optimizer)
-        self.search = Calibration(max(self._set_lrs))
+        self.search = Calibration(max(self._set_lrs), passes)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.probe = Probe(model, agreement, device)
         self._buffers = list(model.buffers())
@@ -259,7 +261,7 @@ class Calibrator:
                 f"what the model computes did not answer to it in {len(search.trials)} trials", step
             )
             return
-        outcome = Outcome(search.set_lr, found, search.limited_by, None, step)
+        outcome = Outcome(search.set_lr, found, search.limited_by, None, step, search.divisor)
         if self._only_ask:
             self.outcomes.append(outcome)
             self.phase = "done"

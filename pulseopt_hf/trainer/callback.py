@@ -84,7 +84,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
             trainer = TrainerOfEvents(args, state, **parts)
             self.session = PulseSession(trainer, self.config, unattached=True)
             self.session.trainer = trainer
-        self.session.begin(state, saved)
+        self.session.begin(state, saved, kwargs["train_dataloader"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
