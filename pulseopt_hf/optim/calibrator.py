@@ -307,6 +307,19 @@ class Calibrator:
         if self._agreement.is_rank_0 and not self._only_ask:
             logger.warning("%s", outcome)
 
+    def undo(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Set the LR that was set before, for another training with the same optimizer.
+
+        Args:
+            optimizer: that training's; another one, or one with another LR by now, is left alone.
+            scheduler: its scheduler.
+        """
+        if self.outcome is None or innermost(optimizer) is not innermost(self._optimizer):
+            return
+        used, set_lr = self.outcome.learning_rate, self.search.set_lr
+        if math.isclose(max(base_lr.peaks(optimizer)), used, rel_tol=1e-6):
+            base_lr.multiply(optimizer, scheduler, set_lr / used)
+
     def state_dict(self) -> StateDict:
         """Return the search and what the net has seen, as JSON; `agree` comes before it."""
         return {

@@ -82,7 +82,9 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         if self.session is None or self.session.is_unattached:
             parts = {key: kwargs[key] for key in ("model", "optimizer", "lr_scheduler")}
             trainer = TrainerOfEvents(args, state, **parts)
+            latest = self.aees
             self.session = PulseSession(trainer, self.config, unattached=True)
+            self.session.latest = latest
             self.session.trainer = trainer
         self.session.begin(state, saved, kwargs["train_dataloader"])
 

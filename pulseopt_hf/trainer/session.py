@@ -153,6 +153,10 @@ class PulseSession:
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
             deepspeed.check_knobs(config, engine)
         shard = 0 if engine is None else deepspeed.shard_number(engine)
+        before = None if self.latest is None else self.latest.calibrator
+        if before is not None and not resuming:
+            # Trainer keeps its optimizer for another training, and where memory ran out.
+            before.undo(trainer.optimizer, trainer.lr_scheduler)
         aees = AEES.from_config(
             trainer.optimizer, config, shard=shard, buffers=trainer.model.buffers()
         )
@@ -180,7 +184,8 @@ class PulseSession:
         if resuming and saved is None:
             logger.warning(
                 "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
-                "Its weights are resumed and the bandits start afresh.",
+                "Its weights and its learning rate are resumed; nothing is calibrated, and arms, if "
+                "there are any, start afresh.",
                 state.global_step,
             )
         self._aees = self.latest = trainer.aees = aees
