@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
+from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.report.wording import episode_line, trial_line
 
@@ -25,40 +26,36 @@ class EpisodeLines(TrainerCallback):
     def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
         self._trainer = trainer
         self._write = write
-        self._episodes = 0
-        self._trials = 0
-        self._outcomes = 0
+        self._told: dict[Callable[..., str], int] = {}  # how many of each kind of line
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Pass over what a checkpoint that is resumed has seen."""
-        self._news(lambda line: None)
+    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
+        """Skip what was printed before the checkpoint that is resumed."""
+        self._news()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Print what this step brought: trials, or an episode that it closed."""
-        self._news(self._write)
+    def on_step_end(self, *event: Any, **kwargs: Any) -> None:
+        """Print what happened in this step: trials, or the end of an episode."""
+        for line in self._news():
+            self._write(line)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **kwargs: Any) -> None:
         """Print the last episode, which may be a partial one."""
-        self._news(self._write)
+        self.on_step_end()
 
-    def _news(self, write: Callable[[str], object]) -> None:
+    def _news(self) -> list[str]:
         aees: AEES | None = getattr(self._trainer, "aees", None)
         if aees is None or not self._trainer.is_world_process_zero():
-            return
+            return []
+        kinds: list[tuple[Callable[..., str], Sequence[Any]]] = []
         if aees.calibrator is not None:
-            trials, outcomes = aees.calibrator.search.trials, aees.calibrator.outcomes
-            for number, trial in enumerate(trials[self._trials :], self._trials + 1):
-                write(trial_line(number, trial))
-            for outcome in outcomes[self._outcomes :]:
-                write(str(outcome))
-            self._trials, self._outcomes = len(trials), len(outcomes)
-        records = aees.controller.records
-        for number, record in enumerate(records[self._episodes :], self._episodes + 1):
-            write(episode_line(number, record))
-        self._episodes = len(records)
+            kinds += [(trial_line, aees.calibrator.search.trials)]
+            kinds += [(_outcome_line, aees.calibrator.outcomes)]
+        lines = []
+        for to_line, seen in [*kinds, (episode_line, aees.controller.records)]:
+            told = self._told.get(to_line, 0)
+            lines += [to_line(number, one) for number, one in enumerate(seen[told:], told + 1)]
+            self._told[to_line] = len(seen)
+        return lines
+
+
+def _outcome_line(number: int, outcome: Outcome) -> str:
+    return str(outcome)

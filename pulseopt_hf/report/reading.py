@@ -16,7 +16,7 @@ from pulseopt_hf.aees.run_record import FILE_NAME, Log, loggable
 from pulseopt_hf.aees.state import StateError, field, integer, list_of
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.catalogue import RECIPE
-from pulseopt_hf.recipes.reading import read_yaml
+from pulseopt_hf.recipes.yaml_file import read_yaml
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.record_file import RecordFile
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pulseopt_hf.cli import main
-from pulseopt_hf.recipes import fields
+from pulseopt_hf.recipes import keys
 from tests.recipes.tiny import write_glue
 
 Say = Callable[..., str]
@@ -131,7 +131,7 @@ def test_what_train_refuses_validate_refuses_too(
 def test_a_tracker_that_is_not_installed_is_named(
     say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fields, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(keys, "get_available_reporting_integrations", lambda: ["wandb"])
     line = say("train", "quickstart/lm", "--report_to", "wandb", "mlflow")
     assert line.endswith("`report_to`: `mlflow` is not installed.")
 
@@ -198,9 +198,9 @@ def test_lengths_that_do_not_fit_are_named(
     [
         ("- a\n", "a recipe is a mapping"),
         ("task: causal-lm\ntask: masked-lm\n", "`task` is set twice"),
-        ("a: &a [*a, *a]\n", "anchors and aliases"),
+        ("a: &a [*a, *a]\n", "aliases such as `*a` are not allowed"),
         ("# filler\n" * 1_200_000, "10,800,000 bytes long"),
-        ("model_type: gpt2\nlearning_rat: 1\n", "did you mean `learning_rate`?"),
+        ("model_name_or_path: x\nlearning_rat: 1\n", "did you mean `learning_rate`?"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "validate", "find-lr"])
@@ -216,7 +216,7 @@ def test_a_file_that_is_no_recipe_is_named(
     ("words", "says"),
     [
         (["tran", "glue/sst2"], "did you mean `train`?"),
-        (["-v"], "Unknown option `-v`; without a command there are `--help` and `--version`"),
+        (["-v"], "Unknown option `-v`. `pulseopt-hf --help` lists the commands"),
         (["train", "glue/sst2", "-v"], "unexpected `-v`, which belongs to no option"),
         (["train", "glue/sst22"], "did you mean `glue/sst2`?"),
         (["train", "gone.yaml"], "gone.yaml: there is no such file"),
@@ -245,7 +245,7 @@ def test_validate_tells_every_error_of_a_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("model_type: gpt2\nmax_step: 1\nlr_candidates: []\nseed: -1\n")
+    path.write_text("model_name_or_path: x\nmax_step: 1\nlr_candidates: []\nseed: -1\n")
     assert main(["validate", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
 

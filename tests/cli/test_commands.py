@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pulseopt_hf import __version__
 from pulseopt_hf.cli import main
 from pulseopt_hf.command_line import COMMANDS
 from pulseopt_hf.compare.methods import METHODS
@@ -73,11 +74,18 @@ def test_a_copied_recipe_is_one_to_change_and_validate(
     assert "did you mean `max_length`?" in done.stderr
 
 
+def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in COMMANDS)
-    assert main(["--version"]) == 0
+    said = shown(["--help"], capsys)
+    assert all(f"\n    {name} " in said for name in COMMANDS)
+    assert shown(["--version"], capsys) == f"pulseopt-hf {__version__}\n"
+    assert main([]) == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -85,10 +93,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_help_of_its_own(
     name: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as done:
-        main([name, *words])
-    assert done.value.code == 0
-    said = capsys.readouterr().out
+    said = shown([name, *words], capsys)
     assert said.startswith(f"usage: pulseopt-hf {name} ")
     assert COMMANDS[name][1:] in said
     assert ("--lr_candidates" in said) == (name == "train")
@@ -97,9 +102,8 @@ def test_every_command_has_help_of_its_own(
 
 
 def test_the_help_of_compare_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["compare", "--help"])
-    _, methods, _ = re.split(r"^methods:$|^A KEY", capsys.readouterr().out, flags=re.M)
+    said = shown(["compare", "--help"], capsys)
+    _, methods, _ = re.split(r"^methods:$|^A KEY", said, flags=re.M)
     assert re.findall(r"^  (\w+)", methods, re.M) == list(METHODS)
 
 

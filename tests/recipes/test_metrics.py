@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
-from pulseopt_hf.recipes.metrics import METRIC_OF_NAME, compute
+from pulseopt_hf.recipes.metrics import METRICS, compute, load
 
 PAIRS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
 
@@ -60,7 +60,7 @@ def test_rouge_of_a_known_pair() -> None:
     assert found["rouge2"] == pytest.approx(100 * 2 * 1.0 * 0.4 / 1.4)
 
 
-@pytest.mark.parametrize("name", METRIC_OF_NAME)
+@pytest.mark.parametrize("name", METRICS)
 def test_a_metric_is_an_evaluate_module_and_opens_no_connection(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +68,7 @@ def test_a_metric_is_an_evaluate_module_and_opens_no_connection(
         raise AssertionError("a metric went to the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    metric = METRIC_OF_NAME[name]()
+    metric = load(name)
     assert isinstance(metric, evaluate.Metric)
     values = ["a b", "b c"] if name == "rouge" else [0, 1]
     metric.add_batch(predictions=values, references=values)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.recipes.parsing import RecipeParser, Resolved, resolve, to_yaml_values
+from pulseopt_hf.recipes.parsing import KEYS, Resolved, recipe_parser, resolve, to_yaml_values
 
+TOKENIZER = "tokenizer_name: embedded:bpe\n"
 BASE = "task: text-classification\nmodel_name_or_path: some/model\n"
 
 
@@ -62,7 +63,7 @@ def test_values_of_all_kinds_reach_their_fields(
 ) -> None:
     if key == "model_config":
         path = tmp_path / "mine.yaml"
-        path.write_text("model_type: gpt2\nmodel_config: {n_embd: 8, a: [1, 2]}\n")
+        path.write_text("model_type: gpt2\nmodel_config: {n_embd: 8, a: [1, 2]}\n" + TOKENIZER)
         assert resolve(str(path), []).recipe.model_config == {"n_embd": 8, "a": [1, 2]}
         return
     run = resolved(tmp_path, text)
@@ -157,8 +158,8 @@ def test_what_trainer_writes_into_a_mapping_is_not_in_the_resolved_recipe(tmp_pa
 
 
 def test_every_key_has_help() -> None:
-    actions = RecipeParser()._option_string_actions
-    own = [key for key in RecipeParser().keys if f"--{key}" in actions]
+    actions = recipe_parser()._option_string_actions
+    own = [key for key in KEYS if f"--{key}" in actions]
     assert len(own) > 150
     for key in ("task", "train_file", "class_names", "lr_candidates", "learning_rate"):
         assert actions[f"--{key}"].help

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from pulseopt_hf.recipes.data import Parts
-from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
+from datasets import Dataset
+
+from pulseopt_hf.recipes import models
+from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.splits import Split
 from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq
-from pulseopt_hf.recipes.tasks.prepared import Prepared
+from pulseopt_hf.recipes.tasks.task import Task
 
-_Prepare = Callable[[RecipeArguments, RecipeTrainingArguments, Parts], Prepared]
-_PREPARE: dict[str, _Prepare] = {
+_TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split]], Task]] = {
     "text-classification": classification.prepare,
     "text-regression": classification.prepare,
     "causal-lm": language.prepare,
@@ -20,13 +24,31 @@ _PREPARE: dict[str, _Prepare] = {
 }
 
 
-def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: Parts) -> Prepared:
+@dataclass
+class Prepared:
+    """A task, its model with weights, and the examples to train on, to evaluate and to predict."""
+
+    task: Task
+    model: Any
+    train: Dataset | None
+    validation: list[Dataset]
+    test: list[Dataset]
+
+
+def prepare(
+    recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
+) -> Prepared:
     """Check the rows, make examples of them, and load the model, in this order.
 
     Raises:
         UsageError: the rows, the tokenizer or the model do not fit the task.
     """
-    return _PREPARE[recipe.task](recipe, training, parts)
+    task = _TASKS[recipe.task](recipe, training, splits)
+    of: dict[str, list[Dataset]] = {"train": [], "validation": [], "test": []}
+    for split in splits:
+        of[split.role].append(task.examples(split))
+    model = models.load_model(recipe, task.config)
+    return Prepared(task, model, next(iter(of["train"]), None), of["validation"], of["test"])
 
 
 __all__ = ["Prepared", "prepare"]

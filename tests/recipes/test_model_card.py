@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from pulseopt_hf.recipes.card import write_card
+from pulseopt_hf.recipes.model_card import write_card
 from pulseopt_hf.recipes.parsing import resolve
 
 
