@@ -165,12 +165,11 @@ def _train(words: list[str]) -> int:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")
     catalogue.find(options.recipe)
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import Interrupted, RunOptions, run
+    from pulseopt_hf.recipes.running import Interrupted, run
 
-    resolved = resolve(options.recipe, keys)
-    command = ("pulseopt-hf", "train", *words)
+    asked = {flag: getattr(options, flag) for flag in ("resume", "overwrite", "quiet")}
     try:
-        run(resolved, RunOptions(options.resume, options.overwrite, options.quiet, command))
+        run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
     except Interrupted as error:
         if _is_first_process():
             print(error, file=sys.stderr)

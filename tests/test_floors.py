@@ -14,7 +14,7 @@ FORBIDDEN = {
     "pulseopt_hf.aees": ["torch", "numpy", "transformers", "pulseopt_hf.optim"],
     "pulseopt_hf.optim": ["transformers", "accelerate", "pulseopt_hf.trainer"],
     "pulseopt_hf.trainer": [
-        *("pulseopt_hf.quickstart", "pulseopt_hf.progress", "pulseopt_hf.cli"),
+        *("pulseopt_hf.quickstart", "pulseopt_hf.cli"),
         "pulseopt_hf.report",
     ],
     "pulseopt_hf.report.reading": ["torch", "transformers", "numpy", "plotly", "jinja2"],

@@ -35,14 +35,10 @@ def find_lr(words: Sequence[str]) -> tuple[list[str], bool]:
     Returns:
         What to print, and whether a learning rate was found. The last line is the number alone:
         the one that was found, or else the one that is set.
-
-    Raises:
-        UsageError: an option, the recipe or what it names is wrong, or nothing can be tried.
     """
     parser = Parser("find-lr", takes_recipe=True)
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="save the picture of the trials, as .svg or .png"
-    )
+    about = "save the picture of the trials, as .svg or .png"
+    parser.add_argument("--plot", metavar="FILE", type=Path, help=about)
     options, keys = parser.parse_recipe(words)
     catalogue.find(options.recipe)  # before the slow imports, for a misspelt name
     if options.plot is not None:
@@ -77,11 +73,7 @@ def _check_picture(file: Path) -> None:
 
 
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
-    """Build the Trainer of a recipe as `train` does, and ask it.
-
-    Returns:
-        What it found, and whether this is the first process.
-    """
+    """Build the Trainer of a recipe as `train` does; return what it finds, and if it is rank 0."""
     from pulseopt_hf.recipes.lines import Lines, quiet_libraries
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import check, make_trainer, prepare

@@ -30,56 +30,33 @@ _PACKAGES = (
 )
 
 
-def choose(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
-    """Return the run folder, which need not exist yet. Nothing is written.
+def choose(
+    resolved: Resolved, *, resume: bool, overwrite: bool
+) -> tuple[Path, Path | None, list[str]]:
+    """Choose the run folder, and the checkpoint to continue from. Nothing is written.
 
-    It is the one that the user named, or the first free one of `runs/NAME`, `runs/NAME-2`, ...;
-    to resume or overwrite, the last one that is taken.
+    The folder is the one that the user named, or the first free one of `runs/NAME`,
+    `runs/NAME-2`, ...; to resume or overwrite, the last one that is taken.
 
-    Raises:
-        UsageError: the named folder holds a run already, or is not a folder.
-    """
-    named = resolved.training.output_dir
-    if named is not None:
-        path = Path(named)
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"`output_dir`: {path} is a file.")
-        holds_run = (path / RECIPE).exists() or checkpoints(path)
-        if holds_run and not (resume or overwrite):
-            raise UsageError(
-                f"`output_dir`: {path} holds a run already. Continue it with `--resume`, replace "
-                "it with `--overwrite`, or name another folder."
-            )
-        return path
-    stem = resolved.path.parent.name if resolved.path.name == RECIPE else resolved.path.stem
-    if resolved.path != Path(resolved.name):
-        stem = resolved.name.replace("/", "-")
-    candidates = [Path("runs") / stem]
-    while candidates[-1].exists():
-        candidates.append(Path("runs") / f"{stem}-{len(candidates) + 1}")
-    taken = candidates[:-1]
-    if resume and taken:
-        return next((path for path in reversed(taken) if checkpoints(path)), taken[-1])
-    return taken[-1] if overwrite and taken else candidates[-1]
-
-
-def checkpoint_of(path: Path, resolved: Resolved, *, resume: bool) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to continue from, if any, and a line for each one passed over.
+    Returns:
+        The folder, which need not exist yet; the checkpoint, if any; and a line for each later
+        checkpoint that was passed over.
 
     Raises:
-        UsageError: there is none, or settings differ from the run's that the user did not name.
+        UsageError: the folder holds another run, or there is nothing to resume.
     """
+    path = _folder(resolved, resume=resume, overwrite=overwrite)
     named = resolved.training.resume_from_checkpoint
     if not resume:
         if named is not None and not (Path(named) / "trainer_state.json").is_file():
             raise UsageError(f"`resume_from_checkpoint`: {named} is not a checkpoint.")
-        return Path(named) if named is not None else None, []
+        return path, None if named is None else Path(named), []
     checkpoint, passed_over = newest_whole_checkpoint(path)
     if checkpoint is None:
         why = f" ({'; '.join(passed_over)})" if passed_over else ""
         raise UsageError(
-            f"`--resume`: there is no whole checkpoint in {path}{why}. Leave it out to start a "
-            "new run."
+            f"`--resume`: there is no whole checkpoint in {path}{why}. Leave it out to start a new "
+            "run."
         )
     if (path / RECIPE).is_file():
         before, now = read_yaml(path / RECIPE), to_yaml_values(resolved)
@@ -91,7 +68,31 @@ def checkpoint_of(path: Path, resolved: Resolved, *, resume: bool) -> tuple[Path
         ]
         if problems:
             raise UsageError(*problems)
-    return checkpoint, passed_over
+    return path, checkpoint, passed_over
+
+
+def _folder(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
+    named = resolved.training.output_dir
+    if named is not None:
+        path = Path(named)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"`output_dir`: {path} is a file.")
+        if not (resume or overwrite) and ((path / RECIPE).exists() or checkpoints(path)):
+            raise UsageError(
+                f"`output_dir`: {path} holds a run already. Continue it with `--resume`, replace "
+                "it with `--overwrite`, or name another folder."
+            )
+        return path
+    stem = resolved.path.parent.name if resolved.path.name == RECIPE else resolved.path.stem
+    if resolved.path != Path(resolved.name):
+        stem = resolved.name.replace("/", "-")
+    path, taken = Path("runs") / stem, []
+    while path.exists():
+        taken.append(path)
+        path = Path("runs") / f"{stem}-{len(taken) + 1}"
+    if resume and taken:
+        return next((old for old in reversed(taken) if checkpoints(old)), taken[-1])
+    return taken[-1] if overwrite and taken else path
 
 
 def command_to_go_on(path: Path, resolved: Resolved, command: Sequence[str]) -> str:
@@ -116,20 +117,18 @@ def clear(path: Path) -> None:
             file.unlink()
 
 
-def write_recipe(path: Path, resolved: Resolved) -> None:
-    """Write the recipe that repeats the run."""
+def write_start(
+    path: Path, resolved: Resolved, command: Sequence[str], resumed: Path | None
+) -> None:
+    """Write the recipe that repeats the run, and add this command to the record of the folder."""
+    path.mkdir(parents=True, exist_ok=True)
     header = (
         f"# The resolved recipe of the run in this folder. To run it again, in another folder:\n"
         f"#   pulseopt-hf train {path / RECIPE}\n"
     )
     values = yaml.safe_dump(to_yaml_values(resolved), sort_keys=False, allow_unicode=True)
     write_whole(path / RECIPE, header + values)
-
-
-def write_run(path: Path, resolved: Resolved, command: Sequence[str], resumed: Path | None) -> None:
-    """Add this command to the record of what was run here, on what."""
-    file, training = path / RUN, resolved.training
-    commands = []
+    file, commands = path / RUN, []
     if resumed is not None and file.exists():
         commands = json.loads(file.read_text(encoding="utf-8"))["commands"]
     commands.append(
@@ -139,8 +138,8 @@ def write_run(path: Path, resolved: Resolved, command: Sequence[str], resumed: P
             "resumed_from": None if resumed is None else resumed.name,
             "git_commit": _git_commit(),
             "versions": versions(),
-            "device": str(training.device),
-            "processes": training.world_size,
+            "device": str(resolved.training.device),
+            "processes": resolved.training.world_size,
         }
     )
     write_whole(file, json.dumps({"commands": commands}, indent=1) + "\n")

@@ -67,7 +67,7 @@ class Interruption(TrainerCallback):
             control.should_evaluate = False
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Leave out what would follow an epoch: it has not ended."""
         if self.happened:

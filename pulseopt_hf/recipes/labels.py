@@ -1,4 +1,7 @@
-"""Labels and texts as they lie in files, turned into what a model is trained on."""
+"""Labels and texts as they lie in files, turned into what a model is trained on.
+
+A row that does not fit is named in a `UsageError`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,7 @@ from pulseopt_hf.recipes.splits import Split
 
 
 def class_names(recipe: RecipeArguments, splits: list[Split]) -> list[str]:
-    """Return the names of the classes: the recipe's, the data set's, or the labels in the files.
-
-    Returns:
-        One name per class, in the order of their indices; empty if nothing tells them.
-    """
+    """Return the names of the classes: the recipe's, the data set's, or the labels in the files."""
     if recipe.class_names:
         return recipe.class_names
     for split in splits:
@@ -33,11 +32,7 @@ def class_names(recipe: RecipeArguments, splits: list[Split]) -> list[str]:
 
 
 def class_indices(recipe: RecipeArguments, split: Split, names: list[str]) -> list[int]:
-    """Return each row's class as an index into `names`.
-
-    Raises:
-        UsageError: a label is neither an index nor a name; the first such row is named.
-    """
+    """Return each row's class as an index into `names`, or name the first row that has none."""
     indices = range(len(names))
     index_of: dict[Any, int] = {str(index): index for index in indices}
     index_of |= {name: index for index, name in enumerate(names)}
@@ -53,11 +48,7 @@ def class_indices(recipe: RecipeArguments, split: Split, names: list[str]) -> li
 
 
 def label_values(recipe: RecipeArguments, split: Split) -> list[float]:
-    """Return each row's label of a regression.
-
-    Raises:
-        UsageError: a label is not a number or out of range; the first such row is named.
-    """
+    """Return each row's label of a regression, or name the first that is not in range."""
     low, high = recipe.label_range or (-math.inf, math.inf)
     bounds = f" from {low:g} to {high:g}" if recipe.label_range else ""
     result = []
@@ -81,11 +72,7 @@ def _bad_label(recipe: RecipeArguments, split: Split, row: int, allowed: str) ->
 
 
 def texts(split: Split, column: str) -> list[str]:
-    """Return a column of texts.
-
-    Raises:
-        UsageError: a row has none.
-    """
+    """Return a column of texts, or name the first row that has none."""
     values = list(split.rows[column])
     for row, value in enumerate(values):
         if value is None or isinstance(value, dict | list):

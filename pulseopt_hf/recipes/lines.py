@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,18 @@ from typing import Any
 import datasets
 import transformers
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
+from pulseopt_hf.aees.calibration import Outcome
+from pulseopt_hf.optim import AEES
 from pulseopt_hf.recipes.parsing import Resolved
-from pulseopt_hf.report.wording import described
+from pulseopt_hf.report.wording import described, episode_line, trial_line
 
 
 class Lines:
@@ -82,13 +90,50 @@ class EpochLines(TrainerCallback):
         self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
 
 
-def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:
-    """Leave the screen to the run's own lines, unless the recipe asks for more.
+class EpisodeLines(TrainerCallback):
+    """Writes a line for each trial of a calibration and for each episode that ends.
 
     Args:
-        resolved: the recipe.
-        quiet: show no progress bar either.
+        trainer: a Trainer with AEES.
+        write: takes each line.
     """
+
+    def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
+        self._trainer = trainer
+        self._write = write
+        self._told: dict[Callable[..., str], int] = {}  # how many of each kind of line
+
+    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
+        """Skip what was printed before the checkpoint that is resumed."""
+        self._news()
+
+    def on_step_end(self, *event: Any, **kwargs: Any) -> None:
+        """Print what happened in this step: trials, or the end of an episode."""
+        for line in self._news():
+            self._write(line)
+
+    def on_train_end(self, *event: Any, **kwargs: Any) -> None:
+        """Print the last episode, which may be a partial one."""
+        self.on_step_end()
+
+    def _news(self) -> list[str]:
+        aees: AEES | None = getattr(self._trainer, "aees", None)
+        if aees is None or not self._trainer.is_world_process_zero():
+            return []
+        kinds: list[tuple[Callable[..., str], Sequence[Any]]] = []
+        if aees.calibrator is not None:
+            kinds += [(trial_line, aees.calibrator.search.trials)]
+            kinds += [(_outcome_line, aees.calibrator.outcomes)]
+        lines = []
+        for to_line, seen in [*kinds, (episode_line, aees.controller.records)]:
+            told = self._told.get(to_line, 0)
+            lines += [to_line(number, one) for number, one in enumerate(seen[told:], told + 1)]
+            self._told[to_line] = len(seen)
+        return lines
+
+
+def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:
+    """Leave the screen to the run's own lines; `quiet` shows no progress bar either."""
     training = resolved.training
     if "log_level" not in resolved.given:
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -110,3 +155,7 @@ def without_calibration_log() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _outcome_line(number: int, outcome: Outcome) -> str:
+    return str(outcome)

@@ -21,6 +21,7 @@ def _library(key: str, function: str, **settings: Any) -> _Compute:
     """Return a metric that a library computes, which is imported when it is needed."""
 
     def compute(predictions: Any, references: Any) -> dict[str, float]:
+        """As the library computes it."""
         value = pkgutil.resolve_name(function)(references, predictions, **settings)
         return {key: float(getattr(value, "statistic", value))}
 
@@ -28,18 +29,24 @@ def _library(key: str, function: str, **settings: Any) -> _Compute:
 
 
 def _f1(predictions: Any, references: Any) -> dict[str, float]:
+    """F1 of label 1 for two labels; for more, the mean over all labels."""
     average = "binary" if {*predictions, *references} <= {0, 1} else "macro"
     f1 = _library("f1", "sklearn.metrics:f1_score", average=average, zero_division=0)
     return f1(predictions, references)
 
 
 def _perplexity(losses: Any, tokens: Any) -> dict[str, float]:
+    """Exponential of the mean loss per token.
+
+    Predictions are the sum of token losses of each example, references its number of tokens.
+    """
     count = math.fsum(tokens)
     mean = math.fsum(losses) / count if count else math.nan
     return {"perplexity": math.inf if mean >= 700 else math.exp(mean)}
 
 
 def _rouge(predictions: Any, references: Any) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L: F-measures with stemming, in percent."""
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")
@@ -48,28 +55,15 @@ def _rouge(predictions: Any, references: Any) -> dict[str, float]:
     return {k: 100 * math.fsum(s[k].fmeasure for s in scores) / len(scores) for k in names}
 
 
-# What computes it, of what kind of value, and what `evaluate` shows about it.
-METRICS: dict[str, tuple[_Compute, str, str]] = {
-    "accuracy": (
-        _library("accuracy", "sklearn.metrics:accuracy_score"),
-        "int64",
-        "Share of correct predictions.",
-    ),
-    "f1": (_f1, "int64", "F1 of label 1 for two labels; for more, the mean over all labels."),
-    "matthews": (
-        _library("matthews_correlation", "sklearn.metrics:matthews_corrcoef"),
-        "int64",
-        "Matthews's correlation coefficient.",
-    ),
-    "pearson": (_library("pearson", "scipy.stats:pearsonr"), "float64", "Pearson's correlation."),
-    "spearman": (_library("spearmanr", "scipy.stats:spearmanr"), "float64", "Rank correlation."),
-    "perplexity": (
-        _perplexity,
-        "float64",
-        "Exponential of the mean loss per token. Predictions are the sum of token losses of each "
-        "example, references its number of tokens.",
-    ),
-    "rouge": (_rouge, "string", "ROUGE-1, -2 and -L: F-measures with stemming, in percent."),
+# What computes each, of what kind of value.
+METRICS: dict[str, tuple[_Compute, str]] = {
+    "accuracy": (_library("accuracy", "sklearn.metrics:accuracy_score"), "int64"),
+    "f1": (_f1, "int64"),
+    "matthews": (_library("matthews_correlation", "sklearn.metrics:matthews_corrcoef"), "int64"),
+    "pearson": (_library("pearson", "scipy.stats:pearsonr"), "float64"),
+    "spearman": (_library("spearmanr", "scipy.stats:spearmanr"), "float64"),
+    "perplexity": (_perplexity, "float64"),
+    "rouge": (_rouge, "string"),
 }
 
 
@@ -77,7 +71,7 @@ class _Offline(evaluate.Metric):  # type: ignore[misc]
     """A metric that keeps its inputs in memory."""
 
     def __init__(self, name: str) -> None:
-        self._function, self._kind, self._about = METRICS[name]
+        self._function, self._kind = METRICS[name]
         super().__init__(keep_in_memory=True, seed=0)
 
     def _build_data_dir(self) -> str:
@@ -85,9 +79,8 @@ class _Offline(evaluate.Metric):  # type: ignore[misc]
 
     def _info(self) -> evaluate.MetricInfo:
         features = Features({key: Value(self._kind) for key in ("predictions", "references")})
-        return evaluate.MetricInfo(
-            description=self._about, citation="", inputs_description="", features=features
-        )
+        about = str(self._function.__doc__)
+        return evaluate.MetricInfo(about, citation="", features=features)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return self._function(predictions, references)

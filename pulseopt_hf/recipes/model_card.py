@@ -30,7 +30,7 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
         path: the run folder.
         resolved: the recipe.
         results: the content of `all_results.json`.
-        rate: the section on what was done to the LR, or `None` if nothing was.
+        rate: the section on what was done to the LR, if anything was.
     """
     recipe = resolved.recipe
     model, dataset = recipe.model_name_or_path, recipe.dataset_name
@@ -50,16 +50,13 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
         pipeline_tag=_PIPELINE.get(recipe.task),
         tags=list(TAGS) if rate is not None else None,
     )
-    rows = [
-        (key, f"{value:.4g}" if isinstance(value, float) else str(value))
-        for key, value in sorted(results.items())
-    ]
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in results.items()}
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         f"`{model or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on "
         f"{'local files' if is_local else dataset}.",
-        f"## Results\n\n{table(('result', 'value'), rows)}",
+        f"## Results\n\n{table(('result', 'value'), sorted(shown.items()))}",
         *([rate] if rate is not None else []),
         "## To run it again",
         f"`{folder.RECIPE}` in this folder is the whole recipe: "

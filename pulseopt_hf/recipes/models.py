@@ -1,4 +1,7 @@
-"""Models and tokenizers of a recipe, checked against its task before a run begins."""
+"""Models and tokenizers of a recipe, checked against its task before a run begins.
+
+What is missing or does not fit is named in a `UsageError`.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,7 @@ _MODELS = {
 
 
 def model_folder(recipe: RecipeArguments) -> str | None:
-    """Return where the pretrained model lies: a hub name or a folder.
-
-    Raises:
-        UsageError: it is an embedded model that does not exist or is not installed.
-    """
+    """Return where the pretrained model lies: a hub name or a folder."""
     name = recipe.model_name_or_path
     if name is None or not name.startswith("embedded:"):
         return name
@@ -44,11 +43,7 @@ def model_folder(recipe: RecipeArguments) -> str | None:
 
 
 def check(recipe: RecipeArguments) -> None:
-    """Check a model that is not on the hub, without loading its weights.
-
-    Raises:
-        UsageError: there is no such model, or its type cannot do the task.
-    """
+    """Check a model that is not on the hub, without loading its weights."""
     folder = model_folder(recipe)
     if folder is None or Path(folder).is_dir():
         load_config(recipe)
@@ -60,9 +55,6 @@ def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
     Args:
         recipe: the recipe.
         **settings: what the task sets in it, such as `num_labels`.
-
-    Raises:
-        UsageError: there is no such model, or its type cannot do the task.
     """
     folder, kind = model_folder(recipe), str(recipe.model_type)
     if folder is None:
@@ -80,11 +72,7 @@ def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
 
 
 def load_model(recipe: RecipeArguments, config: Any) -> Any:
-    """Load the weights, or initialise new ones, and add LoRA if the recipe has it.
-
-    Raises:
-        UsageError: the weights are missing, or LoRA does not fit.
-    """
+    """Load the weights, or initialise new ones, and add LoRA if the recipe has it."""
     auto = getattr(transformers, _MODELS[recipe.task][0])
     folder = model_folder(recipe)
     if folder is None:
@@ -96,11 +84,7 @@ def load_model(recipe: RecipeArguments, config: Any) -> Any:
 
 
 def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or train the embedded one, with the recipe's pad token.
-
-    Raises:
-        UsageError: it is missing, or the pad token is not in its vocabulary.
-    """
+    """Load the tokenizer, or train the embedded one, with the recipe's pad token."""
     name = recipe.tokenizer_name or model_folder(recipe)
     if name == "embedded:bpe":
         return embedded.train_tokenizer()

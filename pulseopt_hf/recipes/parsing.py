@@ -96,8 +96,8 @@ def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None =
     path = catalogue.find(name)
     if name in catalogue.profiles():
         raise UsageError(
-            f"`{name}` is a launch profile: `accelerate launch --config_file FILE`, with the FILE "
-            f"that `pulseopt-hf cp {name} FILE` writes."
+            f"`{name}` is a launch profile. Copy it with `pulseopt-hf cp {name} FILE`, and use it "
+            "with `accelerate launch --config_file FILE`."
         )
     parser = parser or recipe_parser()
     wrong: list[str] = []
@@ -113,8 +113,7 @@ def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None =
             wrong += [line for line in str(error).splitlines() if line.strip()]
         except ArithmeticError as error:  # Trainer's own checks compute with what they are given
             wrong.append(f"a number is out of range: {error}.")
-        if cls is RecipeArguments:
-            wrong += problems(built[0], given)
+    wrong += problems(built[0], given)
     if wrong:
         raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(wrong)))
     recipe, training = built

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptSeq2SeqTrainer, PulseOptTrainer
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.progress import EpisodeLines
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
 from pulseopt_hf.recipes.lines import (
     Bar,
+    EpisodeLines,
     EpochLines,
     Lines,
     quiet_libraries,
@@ -35,29 +35,8 @@ class Interrupted(Exception):
     """A signal ended the run, with a checkpoint; the message says how to continue."""
 
 
-@dataclass
-class RunOptions:
-    """What a command says about a run beyond the recipe.
-
-    Attributes:
-        resume: continue from the last whole checkpoint.
-        overwrite: replace the run in the run folder.
-        quiet: write nothing to the screen.
-        command: the words of the command line, for the record.
-    """
-
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
-    command: tuple[str, ...] = ()
-
-
 def check(resolved: Resolved) -> None:
-    """Check what needs neither the hub, nor rows, nor weights.
-
-    Raises:
-        UsageError: with a line for each problem.
-    """
+    """Refuse what can be found wrong without the hub, rows or weights."""
     problems = Problems()
     with problems:
         splits.check(resolved.recipe, resolved.training)
@@ -66,30 +45,26 @@ def check(resolved: Resolved) -> None:
     problems.raise_any()
 
 
-def prepare(resolved: Resolved) -> tasks.Prepared:
-    """Load the data, the tokenizer and the model of a recipe, with the random state of its seed.
-
-    Raises:
-        UsageError: one of these is wrong.
-    """
+def prepare(resolved: Resolved) -> tasks.Task:
+    """Load the data, the tokenizer and the model of a recipe, with the random state of its seed."""
     recipe, training = resolved.recipe, resolved.training
     set_seed(training.seed)
     with training.main_process_first(desc="data"):
         return tasks.prepare(recipe, training, splits.load(recipe, training))
 
 
-def make_trainer(resolved: Resolved, prepared: tasks.Prepared, write: Lines) -> PulseOptTrainer:
+def make_trainer(resolved: Resolved, task: tasks.Task, write: Lines) -> PulseOptTrainer:
     """Build the Trainer of a recipe, with callbacks that report its progress."""
     cls: Any = PulseOptSeq2SeqTrainer if resolved.recipe.task == "seq2seq" else PulseOptTrainer
     trainer: PulseOptTrainer = cls(
-        prepared.model,
+        task.model,
         resolved.training,
-        data_collator=prepared.task.collator(prepared.model),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.validation[0] if prepared.validation else None,
-        processing_class=prepared.task.processing_class,
-        compute_metrics=prepared.task.compute_metrics,
-        preprocess_logits_for_metrics=prepared.task.preprocess_logits,
+        data_collator=task.collator(task.model),
+        train_dataset=next(iter(task.sets["train"]), None),
+        eval_dataset=next(iter(task.sets["validation"]), None),
+        processing_class=task.processing_class,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -100,61 +75,39 @@ def make_trainer(resolved: Resolved, prepared: tasks.Prepared, write: Lines) -> 
     return trainer
 
 
-def run(resolved: Resolved, options: RunOptions) -> dict[str, Any]:
+def run(
+    resolved: Resolved,
+    command: Sequence[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
     """Train, evaluate and predict as a recipe says, and write the run folder.
 
     Nothing is written before recipe, data, tokenizer and model have been checked.
 
-    Returns:
-        The content of `all_results.json`.
+    Args:
+        resolved: the recipe.
+        command: the words of the command line, for the record.
+        resume: continue from the last whole checkpoint.
+        overwrite: replace the run in the run folder.
+        quiet: write nothing to the screen.
 
     Raises:
         UsageError: one of these is wrong.
         Interrupted: Ctrl-C or SIGTERM.
     """
     training = resolved.training
-    write = Lines(quiet=options.quiet, silent=training.process_index != 0)
-    quiet_libraries(resolved, quiet=options.quiet)
-    path, checkpoint = _choose_folder(resolved, options, write)
-    training.output_dir = str(path)
-    prepared = prepare(resolved)
-    _check_episode_length(resolved, prepared)
-    if training.process_index == 0:
-        if options.overwrite:
-            folder.clear(path)
-        path.mkdir(parents=True, exist_ok=True)
-        folder.write_recipe(path, resolved)
-        folder.write_run(path, resolved, options.command, checkpoint)
-        write.file = path / folder.LOG
-    trainer = make_trainer(resolved, prepared, write)
-    if training.do_train:
-        _train(trainer, resolved, options, checkpoint, write)
-    if training.do_eval:
-        _evaluate(trainer, resolved, prepared, write)
-    if training.do_predict:
-        _predict(trainer, resolved, prepared)
-    results: dict[str, Any] = {}
-    if trainer.is_world_process_zero():
-        file = path / "all_results.json"
-        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        write_card(path, resolved, results, section(trainer))
-    write(f"The run is in {path}: {folder.RECIPE} repeats it, README.md summarises it,")
-    write("episodes.json holds every trial and episode, all_results.json the scores.")
-    return results
-
-
-def _choose_folder(
-    resolved: Resolved, options: RunOptions, write: Lines
-) -> tuple[Path, Path | None]:
-    """Choose the run folder and the checkpoint on rank 0, before anything is written there."""
+    write = Lines(quiet=quiet, silent=training.process_index != 0)
+    quiet_libraries(resolved, quiet=quiet)
     chosen: list[Any] = [None]
-    if resolved.training.process_index == 0:
+    if training.process_index == 0:
         try:
-            path = folder.choose(resolved, resume=options.resume, overwrite=options.overwrite)
-            chosen = [(path, *folder.checkpoint_of(path, resolved, resume=options.resume))]
+            chosen = [folder.choose(resolved, resume=resume, overwrite=overwrite)]
         except UsageError as error:
             chosen = [error]
-    if resolved.training.world_size > 1:
+    if training.world_size > 1:
         broadcast_object_list(chosen)
     if isinstance(chosen[0], UsageError):
         raise chosen[0]
@@ -163,18 +116,42 @@ def _choose_folder(
         write(line)
     if checkpoint is not None:
         write(f"going on from {checkpoint}")
-    return path, checkpoint
+    training.output_dir = str(path)
+    task = prepare(resolved)
+    _check_episode_length(resolved, task)
+    if training.process_index == 0:
+        if overwrite:
+            folder.clear(path)
+        folder.write_start(path, resolved, command, checkpoint)
+        write.file = path / folder.LOG
+    trainer = make_trainer(resolved, task, write)
+    if training.do_train and not _train(trainer, checkpoint, write):
+        step = trainer.state.global_step
+        raise Interrupted(
+            f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. "
+            f"Continue with:\n{folder.command_to_go_on(path, resolved, command)}"
+        )
+    if training.do_eval:
+        _evaluate(trainer, resolved, task, write)
+    if training.do_predict:
+        _predict(trainer, resolved, task)
+    if trainer.is_world_process_zero():
+        file = path / "all_results.json"
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        write_card(path, resolved, results, section(trainer))
+    write(f"The run is in {path}: {folder.RECIPE} repeats it, README.md summarises it,")
+    write("episodes.json holds every trial and episode, all_results.json the scores.")
 
 
-def _check_episode_length(resolved: Resolved, prepared: tasks.Prepared) -> None:
+def _check_episode_length(resolved: Resolved, task: tasks.Task) -> None:
     """Refuse an episode that is longer than the run before anything is written."""
     training = resolved.training
     length, steps = training.episode_length, training.max_steps
-    if not training.do_train or length is None or prepared.train is None:
+    if not training.do_train or length is None:
         return
     if steps < 0:
         batch = training.train_batch_size * training.world_size
-        batches = math.ceil(len(prepared.train) / batch)
+        batches = math.ceil(len(task.sets["train"][0]) / batch)
         per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
         steps = math.ceil(per_epoch * training.num_train_epochs)
     if length > steps:
@@ -184,43 +161,33 @@ def _check_episode_length(resolved: Resolved, prepared: tasks.Prepared) -> None:
         )
 
 
-def _train(
-    trainer: PulseOptTrainer,
-    resolved: Resolved,
-    options: RunOptions,
-    checkpoint: Path | None,
-    write: Lines,
-) -> None:
-    path = Path(str(resolved.training.output_dir))
+def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> bool:
+    """Train and save the model; return whether training went to its end."""
     with without_calibration_log(), Interruption(trainer, write) as interruption:
         trainer.add_callback(interruption)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.remove_callback(interruption)
     if interruption.happened:
-        step = trainer.state.global_step
-        raise Interrupted(
-            f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. "
-            f"Continue with:\n{folder.command_to_go_on(path, resolved, options.command)}"
-        )
-    train_data: Any = trainer.train_dataset
+        return False
+    data: Any = trainer.train_dataset
     trainer.save_model()
-    trainer.save_metrics("train", {**result.metrics, "train_samples": len(train_data)})
+    trainer.save_metrics("train", {**result.metrics, "train_samples": len(data)})
     trainer.save_state()
     assert trainer.aees is not None
     logs = trainer.aees.get_logs()
     if trainer.is_world_process_zero():
-        (path / "episodes.json").write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
+        file = Path(str(trainer.args.output_dir)) / "episodes.json"
+        file.write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
     if trainer.aees.config.arms > 1:
         plays = sorted(Counter(logs["selected_lr_values"]).items())
         write("plays of each LR multiplier: " + ", ".join(f"x{k:g} {n}" for k, n in plays))
+    return True
 
 
-def _evaluate(
-    trainer: PulseOptTrainer, resolved: Resolved, prepared: tasks.Prepared, write: Lines
-) -> None:
+def _evaluate(trainer: PulseOptTrainer, resolved: Resolved, task: tasks.Task, write: Lines) -> None:
     metrics: dict[str, Any] = {}
     trainer.remove_callback(EpochLines)  # the line below says it
-    for index, rows in enumerate(prepared.validation):
+    for index, rows in enumerate(task.sets["validation"]):
         values = {**trainer.evaluate(rows), "eval_samples": len(rows)}
         suffix = resolved.recipe.suffix(index)
         metrics |= {f"{key}{suffix}": value for key, value in values.items()}
@@ -232,13 +199,13 @@ def _evaluate(
     write(described(metrics))
 
 
-def _predict(trainer: PulseOptTrainer, resolved: Resolved, prepared: tasks.Prepared) -> None:
+def _predict(trainer: PulseOptTrainer, resolved: Resolved, task: tasks.Task) -> None:
     """Write predictions as GLUE wants submissions: tab-separated `index` and `prediction`."""
-    to_lines = prepared.task.to_lines
+    to_lines = task.to_lines
     assert to_lines is not None  # tasks that predict nothing refuse `do_predict`
     trainer.compute_metrics = None  # GLUE's test sets have no true labels
     names = resolved.recipe.prediction_files
-    for index, rows in enumerate(prepared.test):
+    for index, rows in enumerate(task.sets["test"]):
         name = names[index] if index < len(names) else f"predictions{index or ''}.tsv"
         lines = to_lines(trainer.predict(rows, metric_key_prefix="predict").predictions)
         if trainer.is_world_process_zero():

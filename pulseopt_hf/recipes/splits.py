@@ -1,4 +1,7 @@
-"""The rows of a run: from the hub, from local files, or embedded in this package."""
+"""The rows of a run: from the hub, from local files, or embedded in this package.
+
+What is missing or cannot be read is named in a `UsageError`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "embedded:digits": embedded.digits,
 }
 # What rows are for: the key that asks for them, and the key of their highest number.
-_ROLES = {
+ROLES = {
     "train": ("do_train", "max_train_samples"),
     "validation": ("do_eval", "max_eval_samples"),
     "test": ("do_predict", "max_predict_samples"),
@@ -66,11 +69,7 @@ class Split:
 
 
 def check(recipe: RecipeArguments, training: RecipeTrainingArguments) -> None:
-    """Check that the data is named and that local files exist, without reading any.
-
-    Raises:
-        UsageError: with a line for each problem.
-    """
+    """Check that the data is named and that local files exist, without reading any."""
     name = recipe.dataset_name
     problems = []
     if _is_local(recipe):
@@ -90,15 +89,9 @@ def check(recipe: RecipeArguments, training: RecipeTrainingArguments) -> None:
 
 
 def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Split]:
-    """Load the rows that the run uses, cut to the recipe's limits.
+    """Load the training, validation and test rows that the run uses, cut to the recipe's limits.
 
     Local files replace the data set as a whole: a run never mixes the two.
-
-    Returns:
-        The splits: training, validation, test.
-
-    Raises:
-        UsageError: a file, data set or split is missing, unreadable or empty.
     """
     check(recipe, training)
     splits = (_from_files if _is_local(recipe) else _from_data_set)(recipe, training)
@@ -109,7 +102,7 @@ def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Spl
     for split in splits:
         if not len(split.rows):
             raise UsageError(f"{split.origin}: has no rows.")
-        most = getattr(recipe, _ROLES[split.role][1])
+        most = getattr(recipe, ROLES[split.role][1])
         if most is not None and most < len(split.rows):
             split.rows = split.rows.select(range(most))
     return splits
@@ -124,7 +117,7 @@ def _names(
 ) -> dict[str, list[str]]:
     """Return what the recipe names for each role that the run uses, of the kind file or split."""
     result = {}
-    for role, (flag, _) in _ROLES.items():
+    for role, (flag, _) in ROLES.items():
         named = getattr(recipe, f"{role}_{kind}") or []
         if getattr(training, flag):
             result[role] = [named] if isinstance(named, str) else named
@@ -139,7 +132,7 @@ def _problems_of_files(recipe: RecipeArguments, training: RecipeTrainingArgument
             or_share = ", set `validation_percentage`" if is_validation else ""
             yield (
                 f"{key} is not set, but other local files are; set it{or_share}, or turn off "
-                f"`{_ROLES[role][0]}`."
+                f"`{ROLES[role][0]}`."
             )
         for path in map(Path, names):
             if not path.exists():

@@ -170,7 +170,7 @@ def say(work: Path, capsys: pytest.CaptureFixture[str]) -> Say:
         (["glue/cola", "--plot"], "expected one argument"),
         (["quickstart/lm", "--no_do_train"], "`do_train` is off"),
         (["quickstart/lm", "--learning_rate", "0"], "`learning_rate` must be > 0"),
-        (["quickstart/lm", "--resume_from_checkpoint", "x"], "begins where a new run does"),
+        (["quickstart/lm", "--resume_from_checkpoint", "x"], "starts where a new run does"),
     ],
 )
 def test_bad_usage_is_one_line(words: list[str], says: str, say: Say) -> None:

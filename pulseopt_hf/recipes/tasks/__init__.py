@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from datasets import Dataset
 
 from pulseopt_hf.recipes import models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
@@ -24,31 +20,15 @@ _TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split
 }
 
 
-@dataclass
-class Prepared:
-    """A task, its model with weights, and the examples to train on, to evaluate and to predict."""
-
-    task: Task
-    model: Any
-    train: Dataset | None
-    validation: list[Dataset]
-    test: list[Dataset]
-
-
 def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
-) -> Prepared:
-    """Check the rows, make examples of them, and load the model, in this order.
-
-    Raises:
-        UsageError: the rows, the tokenizer or the model do not fit the task.
-    """
+) -> Task:
+    """Check the rows, make examples of them, and load the model, in this order."""
     task = _TASKS[recipe.task](recipe, training, splits)
-    of: dict[str, list[Dataset]] = {"train": [], "validation": [], "test": []}
     for split in splits:
-        of[split.role].append(task.examples(split))
-    model = models.load_model(recipe, task.config)
-    return Prepared(task, model, next(iter(of["train"]), None), of["validation"], of["test"])
+        task.sets[split.role].append(task.examples(split))
+    task.model = models.load_model(recipe, task.config)
+    return task
 
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Task", "prepare"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoImageProcessor
 
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
@@ -26,7 +27,13 @@ def prepare(
         split.need(column, None if split.role == "test" else recipe.label_column)
     names = labels.class_names(recipe, splits)
     config = models.load_config(recipe, **head_settings(recipe, names))
-    processor = None if recipe.model_type else _load_processor(recipe)
+    processor: Any = None
+    if recipe.model_type is None:
+        folder = models.model_folder(recipe)
+        with usage_error(f"`model_name_or_path`: {folder} has no image processor"):
+            processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, revision=recipe.model_revision
+            )
     with usage_error("`image_size` must be set for this model"):
         convert = _Converter(recipe, processor, getattr(config, "num_channels", 3))
 
@@ -60,13 +67,7 @@ def prepare(
 
 
 class _Converter:
-    """Scales an image to a square and its values to mean 0 and deviation 1.
-
-    Args:
-        recipe: says how large images are.
-        processor: the pretrained model's, which says the same, and knows mean and deviation.
-        channels: 1 or 3.
-    """
+    """Scales an image to the recipe's size, or the processor's, and normalises its values."""
 
     def __init__(self, recipe: RecipeArguments, processor: Any, channels: int) -> None:
         mean, deviation = [0.5], [0.5]
@@ -109,13 +110,3 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     if "labels" in examples[0]:
         batch["labels"] = torch.tensor([example["labels"] for example in examples])
     return batch
-
-
-def _load_processor(recipe: RecipeArguments) -> Any:
-    from transformers import AutoImageProcessor
-
-    folder = models.model_folder(recipe)
-    with usage_error(f"`model_name_or_path`: {folder} has no image processor"):
-        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            folder, revision=recipe.model_revision
-        )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 
 from pulseopt_hf.recipes.keys import RecipeArguments
-from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.splits import ROLES, Split
 
 
 @dataclass
@@ -25,6 +25,8 @@ class Task:
         preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
         to_lines: turns the predictions for a test set into lines, one per example; `None` if the
             task predicts nothing.
+        model: the model with its weights, once it is loaded.
+        sets: the sets of examples of each role, once they are made.
     """
 
     config: Any
@@ -34,6 +36,8 @@ class Task:
     compute_metrics: Callable[[Any], dict[str, float]] | None
     preprocess_logits: Callable[[Any, Any], Any] | None = None
     to_lines: Callable[[Any], list[str]] | None = None
+    model: Any = None
+    sets: dict[str, list[Dataset]] = field(default_factory=lambda: {role: [] for role in ROLES})
 
 
 def head_settings(recipe: RecipeArguments, names: list[str]) -> dict[str, Any]:
