@@ -165,16 +165,13 @@ def _train(words: list[str]) -> int:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")
     catalogue.find(options.recipe)
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import Interrupted, run
+    from pulseopt_hf.recipes.running import run
 
     asked = {flag: getattr(options, flag) for flag in ("resume", "overwrite", "quiet")}
-    try:
-        run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
-    except Interrupted as error:
-        if _is_first_process():
-            print(error, file=sys.stderr)
-        return FAILED
-    return DONE
+    stopped = run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
+    if stopped is not None and _is_first_process():
+        print(stopped, file=sys.stderr)
+    return DONE if stopped is None else FAILED
 
 
 def _find_lr(words: list[str]) -> int:

@@ -219,7 +219,7 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
         ("do_predict", predicts, ("causal-lm", "masked-lm")),
     ):
         if is_set and task in tasks:
-            yield f"`{key}` does not go with `task: {task}`; leave it out."
+            yield f"`{key}` cannot be used with `task: {task}`; leave it out."
     yield from _problems_of_trackers(given.get("report_to") or [])
 
 

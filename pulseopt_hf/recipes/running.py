@@ -31,10 +31,6 @@ from pulseopt_hf.report.wording import described
 from pulseopt_hf.trainer.card import section
 
 
-class Interrupted(Exception):
-    """A signal ended the run, with a checkpoint; the message says how to continue."""
-
-
 def check(resolved: Resolved) -> None:
     """Refuse what can be found wrong without the hub, rows or weights."""
     problems = Problems()
@@ -82,7 +78,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> None:
+) -> str | None:
     """Train, evaluate and predict as a recipe says, and write the run folder.
 
     Nothing is written before recipe, data, tokenizer and model have been checked.
@@ -94,9 +90,8 @@ def run(
         overwrite: replace the run in the run folder.
         quiet: write nothing to the screen.
 
-    Raises:
-        UsageError: one of these is wrong.
-        Interrupted: Ctrl-C or SIGTERM.
+    Returns:
+        If Ctrl-C or SIGTERM ended the run: how to continue it from its checkpoint.
     """
     training = resolved.training
     write = Lines(quiet=quiet, silent=training.process_index != 0)
@@ -127,7 +122,7 @@ def run(
     trainer = make_trainer(resolved, task, write)
     if training.do_train and not _train(trainer, checkpoint, write):
         step = trainer.state.global_step
-        raise Interrupted(
+        return (
             f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. "
             f"Continue with:\n{folder.command_to_go_on(path, resolved, command)}"
         )
@@ -141,6 +136,7 @@ def run(
         write_card(path, resolved, results, section(trainer))
     write(f"The run is in {path}: {folder.RECIPE} repeats it, README.md summarises it,")
     write("episodes.json holds every trial and episode, all_results.json the scores.")
+    return None
 
 
 def _check_episode_length(resolved: Resolved, task: tasks.Task) -> None:

@@ -12,32 +12,12 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import keys
 from tests.recipes.tiny import write_glue
 
-Say = Callable[..., str]
+Refused = Callable[..., str]
+Local = Callable[..., list[str]]
 
 
 @pytest.fixture
-def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run a command that must be refused, in an empty folder, and return the one line it says."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-
-    def refused(*words: str) -> str:
-        capsys.readouterr()
-        assert main(list(words)) == 2
-        captured = capsys.readouterr()
-        (line,) = captured.err.splitlines()
-        assert line.startswith("pulseopt-hf: error: ")
-        assert "Traceback" not in captured.err
-        assert captured.out == ""
-        assert list(work.iterdir()) == [], "something was written"
-        return line
-
-    return refused
-
-
-@pytest.fixture
-def local(tmp_path: Path, bert: str) -> Callable[..., list[str]]:
+def local(tmp_path: Path, bert: str) -> Local:
     """Return the words that train on local files, with some of their lines replaced."""
 
     def words(task: str = "rte", model: str = "", **content: str) -> list[str]:
@@ -84,23 +64,25 @@ ROWS = "sentence1,sentence2,label\n" + "the film,a story,0\nthe scene,a film,1\n
     ],
 )
 def test_data_that_does_not_fit_is_named(
-    content: dict[str, str], says: str, say: Say, local: Callable[..., list[str]]
+    content: dict[str, str], says: str, refused: Refused, local: Local
 ) -> None:
-    assert says in say(*local(**content))
+    assert says in refused(*local(**content))
 
 
 @pytest.mark.parametrize("value", ["7", "-1", "warm", ""])
 def test_a_regressions_label_out_of_range_is_named(
-    value: str, say: Say, local: Callable[..., list[str]]
+    value: str, refused: Refused, local: Local
 ) -> None:
-    line = say(*local("stsb", train=ROWS + f"x,y,{value}\n"))
+    line = refused(*local("stsb", train=ROWS + f"x,y,{value}\n"))
     assert "row 9 has the label" in line
     assert "labels are numbers from 0 to 5" in line
 
 
-def test_a_missing_file_is_named(say: Say, local: Callable[..., list[str]]) -> None:
-    assert "`train_file` gone.csv: there is no such file" in say(*local(), "--train_file=gone.csv")
-    assert "must be one of csv, tsv" in say(*local(), f"--train_file={__file__}")
+def test_a_missing_file_is_named(refused: Refused, local: Local) -> None:
+    assert "`train_file` gone.csv: there is no such file" in refused(
+        *local(), "--train_file=gone.csv"
+    )
+    assert "must be one of csv, tsv" in refused(*local(), f"--train_file={__file__}")
 
 
 @pytest.mark.parametrize(
@@ -114,82 +96,84 @@ def test_a_missing_file_is_named(say: Say, local: Callable[..., list[str]]) -> N
     ],
 )
 def test_what_train_refuses_validate_refuses_too(
-    words: list[str], says: str, say: Say, local: Callable[..., list[str]]
+    words: list[str], says: str, refused: Refused, local: Local
 ) -> None:
     for command in ("validate", "train"):
-        assert says in say(command, *local()[1:], *words)
-        assert "There is no data" in say(command, "lm/text_file")
-        line = say(command, "quickstart/lm", "--dataset_name", "embedded:sentence")
+        assert says in refused(command, *local()[1:], *words)
+        assert "There is no data" in refused(command, "lm/text_file")
+        line = refused(command, "quickstart/lm", "--dataset_name", "embedded:sentence")
         assert "did you mean `embedded:sentences`?" in line
-        line = say(command, "quickstart/lm", "--model_type", "gpt3", "--model_config", "{}")
+        line = refused(command, "quickstart/lm", "--model_type", "gpt3", "--model_config", "{}")
         assert "`model_type`: `gpt3` cannot be made" in line
-        assert "`max_steps`: invalid int value: 'x'" in say(
+        assert "`max_steps`: invalid int value: 'x'" in refused(
             command, "lm/wikitext2", "--max_steps=x"
         )
 
 
 def test_a_tracker_that_is_not_installed_is_named(
-    say: Say, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "get_available_reporting_integrations", lambda: ["wandb"])
-    line = say("train", "quickstart/lm", "--report_to", "wandb", "mlflow")
+    line = refused("train", "quickstart/lm", "--report_to", "wandb", "mlflow")
     assert line.endswith("`report_to`: `mlflow` is not installed.")
 
 
-def test_half_of_the_local_files_is_not_enough(say: Say, local: Callable[..., list[str]]) -> None:
+def test_half_of_the_local_files_is_not_enough(refused: Refused, local: Local) -> None:
     words = local()[:-2]
-    assert "`validation_file` is not set" in say(*words)
-    assert "`test_file` is not set" in say(*local(), "--do_predict")
-    assert "There is no data" in say("train", "lm/text_file")
+    assert "`validation_file` is not set" in refused(*words)
+    assert "`test_file` is not set" in refused(*local(), "--do_predict")
+    assert "There is no data" in refused("train", "lm/text_file")
 
 
 def test_a_name_that_the_hub_would_have_is_named_offline(
-    say: Say, local: Callable[..., list[str]], bert: str
+    refused: Refused, local: Local, bert: str
 ) -> None:
-    assert "nyu-mll/glue (rte) could not be loaded from the hub or its local cache" in say(
+    assert "nyu-mll/glue (rte) could not be loaded from the hub or its local cache" in refused(
         "train", "glue/rte", "--model_name_or_path", bert
     )
-    assert "HF_HUB_OFFLINE is set" in say("train", "glue/rte", "--model_name_or_path", bert)
-    line = say(*local(model="google-bert/bert-base-cased"))
+    assert "HF_HUB_OFFLINE is set" in refused("train", "glue/rte", "--model_name_or_path", bert)
+    line = refused(*local(model="google-bert/bert-base-cased"))
     assert "google-bert/bert-base-cased" in line
 
 
 def test_a_tokenizer_without_a_pad_token_is_named_and_can_be_given_one(
-    say: Say, local: Callable[..., list[str]], gpt2: str, tmp_path: Path
+    refused: Refused, local: Local, gpt2: str, tmp_path: Path
 ) -> None:
-    line = say(*local(model=gpt2))
+    line = refused(*local(model=gpt2))
     fix = re.search(r"such as `pad_token: '(.*)'`", line)
     assert fix is not None
-    assert "'nothing' is not a token" in say(*local(model=gpt2), "--pad_token", "nothing")
+    assert "'nothing' is not a token" in refused(*local(model=gpt2), "--pad_token", "nothing")
     fixed = [*local(model=gpt2), "--pad_token", fix[1], "--max_steps", "15", "--quiet"]
     assert main([*fixed, "--output_dir", str(tmp_path / "run")]) == 0
 
 
 def test_a_model_that_does_not_fit_the_task_is_named(
-    say: Say, local: Callable[..., list[str]], bert: str, t5: str, tmp_path: Path
+    refused: Refused, local: Local, bert: str, t5: str, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the film was a story\n" * 500)
     files = ["--train_file", str(text), "--validation_file", str(text)]
-    line = say("train", "lm/wikitext2_mlm", "--model_name_or_path", t5, *files)
+    line = refused("train", "lm/wikitext2_mlm", "--model_name_or_path", t5, *files)
     assert "a `t5` model does not fit `task: masked-lm`" in line
-    line = say("train", "lm/wikitext2", "--model_name_or_path", bert, *files)
+    line = refused("train", "lm/wikitext2", "--model_name_or_path", bert, *files)
     assert "use `task: masked-lm`" in line
     digits = ["train", "image/digits", "--model_type", "gpt2", "--model_config", "{}"]
-    assert "a `gpt2` model does not fit `task: image-classification`" in say(*digits)
+    assert "a `gpt2` model does not fit `task: image-classification`" in refused(*digits)
 
 
 def test_lengths_that_do_not_fit_are_named(
-    say: Say, local: Callable[..., list[str]], gpt2: str, tmp_path: Path
+    refused: Refused, local: Local, gpt2: str, tmp_path: Path
 ) -> None:
-    assert "`max_length` must be at most 128 for this model" in say(*local(), "--max_length", "129")
-    assert "`episode_length` must be at most the 20 optimizer steps of this run, got 21" in say(
+    assert "`max_length` must be at most 128 for this model" in refused(
+        *local(), "--max_length", "129"
+    )
+    assert "`episode_length` must be at most the 20 optimizer steps of this run, got 21" in refused(
         *local(), "--max_steps", "20", "--episode_length", "21"
     )
     text = tmp_path / "text.txt"
     text.write_text("few words")
     files = ["--train_file", str(text), "--validation_file", str(text)]
-    line = say("train", "lm/wikitext2", "--model_name_or_path", gpt2, *files)
+    line = refused("train", "lm/wikitext2", "--model_name_or_path", gpt2, *files)
     assert "makes no block of 1024 tokens" in line
 
 
@@ -205,11 +189,11 @@ def test_lengths_that_do_not_fit_are_named(
 )
 @pytest.mark.parametrize("command", ["train", "validate", "find-lr"])
 def test_a_file_that_is_no_recipe_is_named(
-    command: str, text: str, says: str, say: Say, tmp_path: Path
+    command: str, text: str, says: str, refused: Refused, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert says in say(command, str(path))
+    assert says in refused(command, str(path))
 
 
 @pytest.mark.parametrize(
@@ -229,16 +213,18 @@ def test_a_file_that_is_no_recipe_is_named(
         (["list", "more"], "unrecognized arguments: more. `pulseopt-hf list --help`"),
     ],
 )
-def test_a_command_that_is_none_is_named(words: list[str], says: str, say: Say) -> None:
-    assert says in say(*words)
+def test_a_command_that_is_none_is_named(words: list[str], says: str, refused: Refused) -> None:
+    assert says in refused(*words)
 
 
-def test_a_runs_folder_is_no_recipe_and_the_recipe_in_it_is_named(say: Say, tmp_path: Path) -> None:
+def test_a_runs_folder_is_no_recipe_and_the_recipe_in_it_is_named(
+    refused: Refused, tmp_path: Path
+) -> None:
     run = tmp_path / "quickstart-lm"
     run.mkdir()
     (run / "recipe.yaml").touch()
     for command in ("train", "validate", "show", "find-lr", "compare"):
-        assert f"is a folder; did you mean `{run / 'recipe.yaml'}`?" in say(command, str(run))
+        assert f"is a folder; did you mean `{run / 'recipe.yaml'}`?" in refused(command, str(run))
 
 
 def test_validate_tells_every_error_of_a_recipe(
@@ -251,14 +237,14 @@ def test_validate_tells_every_error_of_a_recipe(
 
 
 def test_debug_shows_where_an_error_came_from(
-    local: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+    local: Local, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*local(), "--debug", "--train_file", "gone.csv"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_has_another_exit_code_and_no_traceback(
-    local: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    local: Local, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     words = [*local(), "--quiet", "--max_steps", "15", "--output_dir", str(folder)]

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from pulseopt_hf.report.reading import read_run
 from pulseopt_hf.report.wording import moved
 from tests.recipes.tiny import files_of
 
-Say = Callable[..., str]
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, bert: str) -> list[str]:
@@ -34,17 +31,6 @@ def recipe(tmp_path: Path, bert: str) -> list[str]:
     words = ["glue/cola", "--model_name_or_path", bert, *files_of("cola", tmp_path / "data")]
     words += ["--use_cpu", "--per_device_train_batch_size", "8", "--learning_rate", "1e-5"]
     return [*words, "--eval_strategy", "no"]
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the empty working folder; what is temporary lies beside it."""
-    folder, beside = tmp_path / "work", tmp_path / "temporary"
-    folder.mkdir()
-    beside.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(tempfile, "tempdir", str(beside))
-    return folder
 
 
 def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
@@ -140,21 +126,6 @@ def test_where_no_trial_is_taken_there_is_no_picture(
     assert list(work.iterdir()) == []
 
 
-@pytest.fixture
-def say(work: Path, capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run the command with words that must be refused, and return the one line it says."""
-
-    def refused(*words: str) -> str:
-        assert main(["find-lr", *words]) == 2
-        captured = capsys.readouterr()
-        (line,) = captured.err.splitlines()
-        assert captured.out == ""
-        assert [file.name for file in work.rglob("*")] == []
-        return line
-
-    return refused
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -173,8 +144,8 @@ def say(work: Path, capsys: pytest.CaptureFixture[str]) -> Say:
         (["quickstart/lm", "--resume_from_checkpoint", "x"], "starts where a new run does"),
     ],
 )
-def test_bad_usage_is_one_line(words: list[str], says: str, say: Say) -> None:
-    assert says in say(*words)
+def test_bad_usage_is_one_line(words: list[str], says: str, refused: Callable[..., str]) -> None:
+    assert says in refused("find-lr", *words)
 
 
 def test_a_picture_in_the_place_of_a_folder_is_refused(
@@ -186,11 +157,11 @@ def test_a_picture_in_the_place_of_a_folder_is_refused(
 
 
 def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
-    say: Say, monkeypatch: pytest.MonkeyPatch
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "pulseopt_hf.report.pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    line = say("glue/cola", "--plot", "lr.svg")
+    line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
     assert "`--plot` needs matplotlib, which is not installed: pip install" in line
 
 

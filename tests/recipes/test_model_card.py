@@ -13,20 +13,9 @@ from pulseopt_hf.recipes.model_card import write_card
 from pulseopt_hf.recipes.parsing import resolve
 
 
-def card(recipe: str, results: dict[str, Any], folder: Path, *options: str) -> ModelCard:
+def card(recipe: str, results: dict[str, Any], folder: Path, *options: str) -> Any:
     write_card(folder, resolve(recipe, list(options)), results, None)
-    return ModelCard.load(folder / "README.md")  # raises where the metadata is wrong
-
-
-def test_scores_on_the_hubs_data_stand_where_the_hub_looks_for_them(tmp_path: Path) -> None:
-    results = {"eval_accuracy": 0.84, "eval_accuracy_mm": 0.85, "eval_loss": 0.4}
-    data = card("glue/mnli", results, tmp_path).data
-    assert data.model_name == tmp_path.name
-    found = [(score.dataset_split, score.metric_value) for score in data.eval_results]
-    assert found == [("validation_matched", 0.84), ("validation_mismatched", 0.85)]
-    (first, _) = data.eval_results
-    assert (first.task_type, first.metric_type) == ("text-classification", "accuracy")
-    assert (first.dataset_type, first.dataset_config) == ("nyu-mll/glue", "mnli")
+    return ModelCard.load(folder / "README.md").data  # raises where the metadata is wrong
 
 
 @pytest.mark.parametrize(
@@ -40,10 +29,20 @@ def test_scores_on_the_hubs_data_stand_where_the_hub_looks_for_them(tmp_path: Pa
 def test_metrics_have_the_hubs_names(
     recipe: str, results: dict[str, Any], names: list[str], tmp_path: Path
 ) -> None:
-    data = card(recipe, results, tmp_path).data
+    data = card(recipe, results, tmp_path)
     assert data.metrics == names
-    assert [score.metric_type for score in data.eval_results] == names
-    assert [score.metric_value for score in data.eval_results] == list(results.values())
+    assert data.model_name == tmp_path.name
+    found = [(score.metric_type, score.metric_value) for score in data.eval_results]
+    assert found == list(zip(names, results.values(), strict=True))
+
+
+def test_scores_name_their_split_of_the_hubs_data(tmp_path: Path) -> None:
+    results = {"eval_accuracy": 0.84, "eval_accuracy_mm": 0.85, "eval_loss": 0.4}
+    scores = card("glue/mnli", results, tmp_path).eval_results
+    found = [(score.dataset_split, score.metric_value) for score in scores]
+    assert found == [("validation_matched", 0.84), ("validation_mismatched", 0.85)]
+    assert scores[0].task_type == "text-classification"
+    assert (scores[0].dataset_type, scores[0].dataset_config) == ("nyu-mll/glue", "mnli")
 
 
 def test_scores_on_other_rows_or_without_a_value_are_not_claimed_of_the_hubs_data(
@@ -51,11 +50,9 @@ def test_scores_on_other_rows_or_without_a_value_are_not_claimed_of_the_hubs_dat
 ) -> None:
     file = tmp_path / "train.csv"
     file.write_text("sentence,label\na good film,1\n")
-    words = ["--train_file", str(file), "--validation_file", str(file)]
-    data = card("glue/sst2", {"eval_accuracy": 0.9}, tmp_path, *words).data
+    local = ["--train_file", str(file), "--validation_file", str(file)]
+    data = card("glue/sst2", {"eval_accuracy": 0.9}, tmp_path, *local)
     assert (data.eval_results, data.datasets) == (None, None)
-    data = card("lm/wikitext2", {"eval_perplexity": math.inf}, tmp_path).data
-    assert data.eval_results is None
-    options = ["--max_eval_samples", "100"]
-    data = card("glue/sst2", {"eval_accuracy": 0.9}, tmp_path, *options).data
-    assert data.eval_results is None
+    some = card("glue/sst2", {"eval_accuracy": 0.9}, tmp_path, "--max_eval_samples", "100")
+    assert some.eval_results is None
+    assert card("lm/wikitext2", {"eval_perplexity": math.inf}, tmp_path).eval_results is None
