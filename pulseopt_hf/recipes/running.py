@@ -134,7 +134,7 @@ def run(
         file = path / "all_results.json"
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         write_card(path, resolved, results, section(trainer))
-    write(f"The run is in {path}: {folder.RECIPE} repeats it, README.md summarises it,")
+    write(f"The run is in {path}: {folder.RECIPE} runs it again, README.md sums it up,")
     write("episodes.json holds every trial and episode, all_results.json the scores.")
     return None
 
