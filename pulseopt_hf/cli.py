@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pulseopt_hf import __version__
 from pulseopt_hf.command_line import COMMANDS, Parser, RecipeCommandParser
+from pulseopt_hf.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes.reading import read_yaml
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 
 COMMANDS = {
     "list": "show every recipe: task, model, expected time and score",

@@ -17,7 +17,7 @@ from typing import Any
 
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pulseopt_hf.compare.cells import Cell, run_apart
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import Scores, score
+from pulseopt_hf.errors import UsageError, nearest
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError, nearest
 
 _Number = TypeVar("_Number", int, float)
 

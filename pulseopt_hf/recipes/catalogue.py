@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pulseopt_hf.recipes.errors import UsageError, nearest
+from pulseopt_hf.errors import UsageError, nearest
 
 RECIPE = "recipe.yaml"  # in a run's folder
 LAUNCH = "launch"  # the folder of Accelerate's launch profiles, which are no recipes

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from pulseopt_hf import embedded
-from pulseopt_hf.recipes.errors import UsageError, nearest, one_line
+from pulseopt_hf.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {

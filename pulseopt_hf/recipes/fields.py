@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from pulseopt_hf.recipes.errors import UsageError, nearest
+from pulseopt_hf.errors import UsageError, nearest
 from pulseopt_hf.trainer import PulseOptTrainingArguments
 
 _CLASS_METRICS = ("accuracy", "f1", "matthews")

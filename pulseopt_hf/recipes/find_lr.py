@@ -16,8 +16,8 @@ from pulseopt_hf.aees.calibration import (
     Trial,
 )
 from pulseopt_hf.command_line import RecipeCommandParser
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.report.wording import moved
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from pulseopt_hf.aees.run_record import FILE_NAME
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
 from pulseopt_hf.recipes.reading import read_yaml
 from pulseopt_hf.report.command import PAGE, PICTURES

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import ClassLabel
 
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.fields import RecipeArguments
 
 

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTo
 from transformers.models.auto import modeling_auto
 
 from pulseopt_hf import embedded
-from pulseopt_hf.recipes.errors import UsageError, nearest, one_line
+from pulseopt_hf.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes.fields import RecipeArguments
 
 _AUTO = {

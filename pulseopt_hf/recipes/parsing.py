@@ -15,8 +15,8 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
+from pulseopt_hf.errors import UsageError, nearest
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError, nearest
 from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.reading import read_yaml
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pulseopt_hf.recipes.errors import UsageError, one_line
+from pulseopt_hf.errors import UsageError, one_line
 
 LARGEST = 64 * 1024  # bytes; the longest shipped recipe has about 2 kB
 DEEPEST = 4  # levels of nesting: the recipe, a dictionary, lists inside

@@ -20,10 +20,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptSeq2SeqTrainer, PulseOptTrainer
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.progress import EpisodeLines
 from pulseopt_hf.recipes import data, folder, models, tasks
 from pulseopt_hf.recipes.card import write_card
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.lines import Bar, EpochLines, Interruption, Lines
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.report.wording import described

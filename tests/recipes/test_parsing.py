@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.parsing import RecipeParser, Resolved, resolve, to_yaml_values
 
 BASE = "task: text-classification\nmodel_name_or_path: some/model\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.reading import read_yaml
 
 

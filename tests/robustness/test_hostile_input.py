@@ -16,8 +16,8 @@ import torch
 import pulseopt_hf
 from pulseopt_hf import AEES, PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.parsing import RecipeParser, resolve
 
 FEW, MANY = 1_200, 110_000

@@ -8,9 +8,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.tasks.prepared import Prepared, check_length, new_model_settings
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from pulseopt_hf.errors import UsageError, one_line
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.errors import UsageError, one_line
 from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.tasks.classification import head_settings
 from pulseopt_hf.recipes.tasks.prepared import Prepared

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, default_data_collator
 
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.errors import UsageError
 from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.tasks.prepared import Prepared, check_length, new_model_settings
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 
 
 @dataclass
