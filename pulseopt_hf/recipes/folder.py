@@ -160,10 +160,8 @@ def _git_commit() -> str | None:
     """Return the commit of the working folder, if any, and whether files differ from it."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
+        quiet = subprocess.DEVNULL
+        return subprocess.check_output(["git", *words], text=True, timeout=10, stderr=quiet).strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -58,24 +58,23 @@ def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
     assert f"set `learning_rate: {lines[-1]}` and `calibration: off`" in said
 
 
-def test_a_run_with_the_number_and_without_calibration_learns_with_it(
+def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_written(
     recipe: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["find-lr", *recipe]) == 0
-    found = capsys.readouterr().out.splitlines()[-1]
+    """Nor do knobs change the number, with which a run without calibration then learns."""
+    said = []
+    writing = ["--output_dir", "run", "--report_to", "tensorboard", "--save_strategy", "steps"]
+    writing += ["--save_steps", "1", "--logging_steps", "1", "--push_to_hub"]
+    for more in (writing, ["--lr_candidates", "0.5", "1.0", "--calibration", "off"]):
+        assert main(["find-lr", *recipe, *more]) == 0
+        said.append(capsys.readouterr().out)
+        assert list(work.iterdir()) == []
+    assert said[0] == said[1]
+    found = said[0].splitlines()[-1]
     words = ["--learning_rate", found, "--calibration", "off", "--logging_steps", "1"]
     train(recipe[0], work / "run", *recipe[1:], *words)
     logs = json.loads((work / "run" / "trainer_state.json").read_text())["log_history"]
     assert logs[0]["learning_rate"] == float(found)
-
-
-def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_written(
-    recipe: list[str], work: Path
-) -> None:
-    words = ["--output_dir", "run", "--report_to", "tensorboard", "--save_strategy", "steps"]
-    words += ["--save_steps", "1", "--logging_steps", "1", "--push_to_hub"]
-    assert main(["find-lr", *recipe, *words]) == 0
-    assert list(work.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<?xml"), ("lr.PNG", b"\x89PNG")])
@@ -165,16 +164,6 @@ def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
     assert done.returncode == 2
     assert "train with `--calibration trust_region`" in done.stderr.splitlines()[-1]
     assert list(work.iterdir()) == []
-
-
-def test_knobs_of_the_recipe_change_nothing(
-    recipe: list[str], work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = []
-    for knobs in ([], ["--lr_candidates", "0.5", "1.0", "--calibration", "off"]):
-        assert main(["find-lr", *recipe, *knobs]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
 
 
 @pytest.mark.distributed

@@ -14,7 +14,7 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import folder
 from pulseopt_hf.recipes.parsing import resolve
 from pulseopt_hf.report.reading import read_run
-from pulseopt_hf.trainer.checkpoints import checkpoints, newest_whole_checkpoint
+from pulseopt_hf.trainer.checkpoints import checkpoints
 from tests.recipes.tiny import files_of, results, train
 
 STEPS = ["--max_steps", "30", "--save_strategy", "steps", "--save_steps", "10"]
@@ -133,27 +133,6 @@ def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run
         assert (run / name).read_bytes() == (copy / name).read_bytes()
     commands = json.loads((copy / "run.json").read_text())["commands"]
     assert [command["resumed_from"] for command in commands] == [None, "checkpoint-10"]
-
-
-@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "scheduler.pt"])
-def test_a_checkpoint_cut_short_is_not_whole(name: str, copy: Path) -> None:
-    damage(copy / "checkpoint-30", name)
-    says = f"passed over checkpoint-30: its {name} is cut short"
-    assert newest_whole_checkpoint(copy) == (copy / "checkpoint-20", [says])
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("trainer_state.json", "it has no trainer_state.json"),
-        ("model.safetensors", "it has no weights"),
-        ("optimizer.pt", "it has no optimizer state (`save_only_model` saves none)"),
-    ],
-)
-def test_a_checkpoint_that_lacks_a_file_is_not_whole(name: str, says: str, copy: Path) -> None:
-    (copy / "checkpoint-30" / name).unlink()
-    passed_over = [f"passed over checkpoint-30: {says}"]
-    assert newest_whole_checkpoint(copy) == (copy / "checkpoint-20", passed_over)
 
 
 def test_nothing_to_resume_from_is_bad_usage(

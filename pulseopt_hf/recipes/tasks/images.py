@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, default_data_collator
 
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
@@ -60,7 +60,7 @@ def prepare(
         config=config,
         processing_class=processor,
         examples=examples,
-        collator=lambda model: _collate,
+        collator=lambda model: default_data_collator,
         compute_metrics=compute_metrics if recipe.metrics else None,
         to_lines=lambda logits: class_lines(recipe, names, np.argmax(logits, -1)),
     )
@@ -103,10 +103,3 @@ def _moved(values: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(values, (most,) * 4)
     top, left = (int(torch.randint(0, 2 * most + 1, ())) for _ in range(2))
     return padded[:, top : top + size, left : left + size]
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
-    return batch
