@@ -39,7 +39,7 @@ FLOORS = [
 ]
 # Methods of public classes that import what they are a short form of, when they are called.
 SHORT_FORMS = {
-    ("pulseopt_hf.optim.suggestion", "pulseopt_hf.report.figures"),  # plot
+    ("pulseopt_hf.optim.suggestion", "pulseopt_hf.report"),  # plot
     ("pulseopt_hf.trainer.callback", "pulseopt_hf.trainer.mixin"),  # attach
     ("pulseopt_hf.trainer.mixin", "pulseopt_hf.trainer.find"),  # find_learning_rate
 }
@@ -85,13 +85,17 @@ def floor_of(module: str) -> int:
     return next(level for level, names in enumerate(FLOORS) if name in names)
 
 
+def is_short_form(module: str, other: str) -> bool:
+    return any(module == one and other.startswith(target) for one, target in SHORT_FORMS)
+
+
 def test_no_file_imports_one_of_a_floor_above_it() -> None:
-    up = {(a, b) for a, b in IMPORTS if floor_of(b) > floor_of(a)}
-    assert up - SHORT_FORMS == set()
+    up = [(a, b) for a, b in IMPORTS if floor_of(b) > floor_of(a) and not is_short_form(a, b)]
+    assert up == []
 
 
 def test_no_two_files_import_each_other() -> None:
-    imports = set(IMPORTS) - SHORT_FORMS
+    imports = {(a, b) for a, b in IMPORTS if not is_short_form(a, b)}
     assert [(a, b) for a, b in imports if (b, a) in imports] == []
 
 
