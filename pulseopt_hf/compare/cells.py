@@ -17,7 +17,7 @@ from typing import Any
 
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 
 # What an evaluation calls a recipe's metrics, where it is not the metric's name.
 METRIC_KEYS = {"matthews": "matthews_correlation", "spearman": "spearmanr", "rouge": "rougeL"}
@@ -95,12 +95,10 @@ def _run(cell: Cell, file: Path) -> None:
 
 def _train(cell: Cell) -> dict[str, Any]:
     import torch
-    from transformers import set_seed
 
-    from pulseopt_hf.recipes import data, tasks
-    from pulseopt_hf.recipes.lines import Lines
+    from pulseopt_hf.recipes.lines import Lines, quiet_libraries, without_calibration_log
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import RunOptions, calm, make_trainer, told_by_lines
+    from pulseopt_hf.recipes.running import make_trainer, prepare
 
     method = METHODS[cell.method]
     words = [*cell.options, *method.words, "--learning_rate", repr(cell.learning_rate)]
@@ -120,10 +118,8 @@ def _train(cell: Cell) -> dict[str, Any]:
         training = resolved.training
         batch = training.train_batch_size * training.gradient_accumulation_steps
         training.max_steps = cell.steps
-        calm(resolved, RunOptions(quiet=True))
-        set_seed(training.seed)
-        parts = data.load(resolved.recipe, training)
-        prepared = tasks.prepare(resolved.recipe, training, parts)
+        quiet_libraries(resolved, quiet=True)
+        prepared = prepare(resolved)
         trainer: Any = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
         assert trainer.model is not None
         if method.trainer is not None:
@@ -136,7 +132,7 @@ def _train(cell: Cell) -> dict[str, Any]:
             training.max_steps = steps_after_calibration(trainer, cell.steps, batch)
         start = time.perf_counter()
         # Too many skipped steps in a row end a run; what is left of it is not finite either.
-        with told_by_lines(), contextlib.suppress(RuntimeError):
+        with without_calibration_log(), contextlib.suppress(RuntimeError):
             trainer.train()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pulseopt_hf.command_line import RecipeCommandParser
+from pulseopt_hf.command_line import Parser
 from pulseopt_hf.compare.cells import Cell, run_apart
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import Scores, score
+from pulseopt_hf.errors import UsageError, nearest
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.errors import UsageError, nearest
 
 _Number = TypeVar("_Number", int, float)
 
@@ -32,7 +32,7 @@ def compare(words: Sequence[str]) -> Path:
     Raises:
         UsageError: an option, the recipe or its data is wrong.
     """
-    parser = RecipeCommandParser("compare")
+    parser = Parser("compare", takes_recipe=True)
     parser.add_argument(
         "--methods",
         default="static,random,published,default",
@@ -56,7 +56,7 @@ def compare(words: Sequence[str]) -> Path:
     )
     shown = "".join(f"\n  {name:<15}{method.about}" for name, method in METHODS.items())
     parser.epilog = f"methods:{shown}\n\n{parser.epilog}"
-    options, rest = parser.parse(words)
+    options, rest = parser.parse_recipe(words)
     recipe = options.recipe
     catalogue.find(recipe)
     methods = list(dict.fromkeys(name.strip() for name in options.methods.split(",")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulseopt_hf.compare.published import published_trainer
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from pulseopt_hf.config import PulseOptConfig
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 
 
 class PublishedTrainer(Trainer):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pulseopt_hf.command_line import Parser
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run, require_episodes
 

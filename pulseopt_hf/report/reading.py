@@ -14,9 +14,9 @@ from pulseopt_hf.aees.calibration import Outcome, Trial, outcome_from_json, tria
 from pulseopt_hf.aees.records import EpisodeRecord, records_from_json, records_from_logs
 from pulseopt_hf.aees.run_record import FILE_NAME, Log, loggable
 from pulseopt_hf.aees.state import StateError, field, integer, list_of
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.catalogue import RECIPE
-from pulseopt_hf.recipes.errors import UsageError
-from pulseopt_hf.recipes.reading import read_yaml
+from pulseopt_hf.recipes.yaml_file import read_yaml
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.record_file import RecordFile
 

@@ -19,7 +19,7 @@ from pulseopt_hf.aees.run_record import (
     decode,
 )
 from pulseopt_hf.aees.state import StateError
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.data import RunData, Status
 
 # A run that has written nothing for so long, measured in its longest pause so far, is silent.

@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
 from pulseopt_hf.command_line import Parser
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.arms import shown
 from pulseopt_hf.report.data import RunData
 from pulseopt_hf.report.reading import read_run, require_folder

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.run_record import FILE_NAME
-from pulseopt_hf.recipes.errors import UsageError
+from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.reading import read_run, require_episodes
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
