@@ -30,6 +30,7 @@ except ImportError:
 
 from pulseopt_hf.cli import main as pulseopt_hf
 from pulseopt_hf.compare.cells import Cell, run_apart
+from pulseopt_hf.compare.scores import excess, tuned_lr
 from pulseopt_hf.recipes.folder import versions
 
 OUT = Path("runs/atlas")
@@ -145,8 +146,9 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as pool:
         for line in pool.map(partial(measure, data=options.data, out=options.out), names):
             print(line, flush=True)
+    result = {"versions": versions(), "settings": summarise(options.out)}
+    print(to_markdown(result))
     if options.write:
-        result = {"versions": versions(), "settings": summarise(options.out)}
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -237,6 +239,96 @@ def tune(loss: Callable[[float], float], guess: float) -> dict[float, float]:
         if best == place:
             return known
         place = best
+
+
+def summarise(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what was measured of every setting whose tuning and whose default are there."""
+    return {
+        name: found
+        for name in SETTINGS
+        if (out / name).is_dir() and (found := _summary(name, out / name)) is not None
+    }
+
+
+def _summary(name: str, folder: Path) -> dict[str, Any] | None:
+    cells = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+    static = {c["cell"]["learning_rate"]: c for c in cells if c["cell"]["method"] == "static"}
+    ours = next((c for c in cells if c["cell"]["method"] == "default"), None)
+    if ours is None or UNTOUCHED not in static:
+        return None
+    grid = {rate: cell for rate, cell in sorted(static.items()) if rate != UNTOUCHED}
+    losses = {rate: _loss(cell) for rate, cell in grid.items()}
+    best = min(losses, key=lambda rate: losses[rate])
+    before = ours["loss_before"]
+    runs = {"tuned": grid[best], "untouched": static[UNTOUCHED], "ours": ours}
+    scale = ours["lr_scale"]
+    return {
+        "steps": SETTINGS[name].steps,
+        "tuned": tuned_lr(losses),
+        "found": None if scale is None else scale * UNTOUCHED,
+        "loss_before": before,
+        "losses": {f"{rate:g}": cell["loss_after"] for rate, cell in grid.items()},
+        "loss": {kind: run["loss_after"] for kind, run in runs.items()},
+        "excess": {
+            kind: excess(run["loss_after"], before, losses[best]) for kind, run in runs.items()
+        },
+        "metric": ours["metric"],
+        "score": {kind: run["evaluations"][-1][2] for kind, run in runs.items()},
+        "best_loss": {kind: _best_loss(run) for kind, run in runs.items()},
+    }
+
+
+def _loss(cell: dict[str, Any]) -> float:
+    loss = cell["loss_after"]
+    return math.inf if loss is None else float(loss)
+
+
+def _best_loss(cell: dict[str, Any]) -> float:
+    return min(loss for _, loss, _ in cell["evaluations"] if loss is not None)
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return a table with a row for each setting, and what holds of all."""
+    lines = [
+        "| setting | tuned LR | found | found / tuned | excess: untouched 5e-5 | ours "
+        "| score: tuned | untouched | ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    settings = result["settings"]
+    for name, row in settings.items():
+        found, ratio = row["found"], _ratio(row)
+        scores = (_score(row["score"][kind]) for kind in ("tuned", "untouched", "ours"))
+        lines.append(
+            f"| {name} | {row['tuned']:.1e} | {'' if found is None else f'{found:.1e}'} | "
+            f"{'' if ratio is None else f'{ratio:.2f}'} | {row['excess']['untouched']:.3f} | "
+            f"{row['excess']['ours']:.3f} | {' | '.join(scores)} |"
+        )
+    ratios = [ratio for row in settings.values() if (ratio := _ratio(row)) is not None]
+    excesses = [row["excess"]["ours"] for row in settings.values()]
+    untouched = [row["excess"]["untouched"] for row in settings.values()]
+    within = [sum(1 / most <= ratio <= most for ratio in ratios) for most in (2, 3)]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Of {len(settings)} settings, the LR found lies within a factor of 2 of the tuned one "
+            f"in {within[0]} and within 3 in {within[1]}. Mean excess: {_mean(excesses):.3f} "
+            f"(untouched: {_mean(untouched):.3f}).",
+            "",
+        ]
+    )
+
+
+def _ratio(row: dict[str, Any]) -> float | None:
+    return None if row["found"] is None else float(row["found"] / row["tuned"])
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 if __name__ == "__main__":
