@@ -212,14 +212,14 @@ def _compare(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from pulseopt_hf.report.command import report
+    from pulseopt_hf.report.commands import report
 
     print(report(words))
     return DONE
 
 
 def _plot(words: list[str]) -> int:
-    from pulseopt_hf.report.command import plot
+    from pulseopt_hf.report.commands import plot
 
     for file in plot(words):
         print(file)

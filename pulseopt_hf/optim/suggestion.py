@@ -54,14 +54,16 @@ class Suggestion:
         return cls(found, limited_by, trials, set_lr, outcome.reason, rows)
 
     def plot(self) -> Any:
-        """Return the picture of the trials, as in the report: a plotly figure.
+        """Return the picture of the trials, as in the report: an Altair chart.
 
         Raises:
             ImportError: the extra `report` is not installed.
         """
-        from pulseopt_hf.report.figures import trials_figure
+        from pulseopt_hf.report.run_charts import trials_plot
 
-        return trials_figure(self.trials, self.learning_rate, self.limited_by)
+        return trials_plot(
+            self.trials, self.learning_rate, self.limited_by, self.set_lr
+        ).altair_chart()
 
 
 def suggest(

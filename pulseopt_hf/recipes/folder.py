@@ -19,7 +19,7 @@ from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
 from pulseopt_hf.recipes.reading import read_yaml
-from pulseopt_hf.report.command import PAGE, PICTURES
+from pulseopt_hf.report.commands import PAGE, PICTURES
 from pulseopt_hf.trainer.checkpoints import checkpoints
 
 RECIPE, RUN, LOG = catalogue.RECIPE, "run.json", "train.log"

@@ -18,7 +18,7 @@ from pulseopt_hf.aees import calibration
 from pulseopt_hf.cli import main
 from pulseopt_hf.optim.suggestion import Suggestion
 from pulseopt_hf.recipes import find_lr
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.wording import moved
 from tests.recipes.tiny import files_of
 
@@ -96,7 +96,7 @@ def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_wri
     assert list(work.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<?xml"), ("lr.PNG", b"\x89PNG")])
+@pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<svg"), ("lr.PNG", b"\x89PNG")])
 def test_the_picture_is_all_that_is_written(
     recipe: list[str], work: Path, name: str, magic: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,10 +188,10 @@ def test_a_picture_in_the_place_of_a_folder_is_refused(
 def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
     say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "pulseopt_hf.report.pictures", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pulseopt_hf.report.chart_files", raising=False)
+    monkeypatch.setitem(sys.modules, "altair", None)
     line = say("glue/cola", "--plot", "lr.svg")
-    assert "`--plot` needs matplotlib, which is not installed: pip install" in line
+    assert "`--plot` needs altair, which is not installed: pip install" in line
 
 
 def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
