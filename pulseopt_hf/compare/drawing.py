@@ -61,7 +61,8 @@ def _points(cells: Sequence[dict[str, Any]], loss_before: float) -> Iterator[dic
         loss = cell["loss_after"]
         bounded = loss_before if loss is None else min(loss, loss_before)
         key = cell["cell"]["method"], cell["cell"]["learning_rate"]
-        losses.setdefault(key, []).append(bounded)
+        if key[1] > 0:  # a logarithmic axis has no place for 0
+            losses.setdefault(key, []).append(bounded)
     for (method, rate), own in losses.items():
         ends = {"lowest": min(own), "mean": sum(own) / len(own), "highest": max(own)}
         yield {"method": method, "rate": rate, **ends}

@@ -148,7 +148,8 @@ def step_axis(field: str, *, labels: bool = True) -> alt.X:
 
 
 def log_axis(values: Sequence[float], format: str = "~e") -> dict[str, Any]:
-    """Return the settings of a logarithmic axis for these values, at least one and all positive."""
+    """Return the settings of a logarithmic axis for the positive ones of these values."""
+    values = [value for value in values if value > 0] or [1.0]
     first, last = math.ceil(math.log10(min(values))), math.floor(math.log10(max(values)))
     # Vega's own ticks crowd an axis that has powers of ten, and are needed on others.
     powers = [float(f"1e{power}") for power in range(first, last + 1)]

@@ -80,7 +80,9 @@ def trials_plot(
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]
     data: dict[str, Rows] = {"trials": points, "limit": [{"share": 1.0, "label": "the limit"}]}
-    rates: list[dict[str, Any]] = [{"rate": set_lr, "label": f"set: {set_lr:.3g}", "top": 268}]
+    rates: list[dict[str, Any]] = []
+    if set_lr > 0:
+        rates.append({"rate": rounded(set_lr), "label": f"set: {set_lr:.3g}", "top": 268})
     if found is not None and limited_by is not None:
         label = f"found: {found:.3g}, limited by the {limited_by}"
         rates.append({"rate": rounded(found), "label": label, "top": 250, "found": True})
@@ -92,7 +94,7 @@ def trials_plot(
     data["rates"] = rates
     labels = [f"{measure} moved" for measure in _MEASURES]
     shapes = alt.Scale(domain=labels, range=[shape for _, _, shape in _MEASURES.values()])
-    x_axis = log_axis([row["rate"] for row in [*points, *rates] if row["rate"] > 0] or [1.0])
+    x_axis = log_axis([row["rate"] for row in [*points, *rates]])
     y_axis = log_axis([1.0, *(row["share"] for row in points)], "~%")
     x = alt.X("rate:Q", title="learning rate of the trial", **x_axis)
     y = alt.Y("share:Q", title="share of what one step may move", **y_axis)
