@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pulseopt_hf.command_line import Parser
@@ -15,13 +16,7 @@ _PLACE = "; by default {} in the run's folder, or in the working folder for seve
 
 
 def report(words: Sequence[str]) -> Path:
-    """Write the page of one or several runs.
-
-    Args:
-        words: the folders and the option `--out`.
-
-    Returns:
-        The page: `report.html` in the run's folder, or in the working folder for several runs.
+    """Write the page of one or several runs, and return where it is.
 
     Raises:
         UsageError: a folder is not a run, the page cannot be written, or a library is missing.
@@ -32,25 +27,17 @@ def report(words: Sequence[str]) -> Path:
     runs = read_runs(options.runs)
     file: Path = options.out or _folder(options.runs) / PAGE
     _check_page(file)
-    try:
+    with _failures("report", file):
         from pulseopt_hf.report.chart_files import replace_file
         from pulseopt_hf.report.page import to_html
 
         # A name may hold half a surrogate pair, which no encoding has.
         replace_file(file, to_html(runs, distinct_names(runs)).encode("utf-8", "replace"))
-    except (ModuleNotFoundError, OSError) as error:
-        raise _failure("report", file, error) from error
     return file
 
 
 def plot(words: Sequence[str]) -> list[Path]:
-    """Save the charts of one run, or those of several overlaid.
-
-    Args:
-        words: the folders and the options `--out` and `--format`.
-
-    Returns:
-        The files, in `plots` in the run's folder, or in the working folder for several runs.
+    """Save the charts of one run, or those of several overlaid, and return the files.
 
     Raises:
         UsageError: a folder is not a run, there is nothing to draw, the files cannot be written, or
@@ -59,16 +46,15 @@ def plot(words: Sequence[str]) -> list[Path]:
     parser = _parser("plot")
     place = f"where the pictures go{_PLACE.format(PICTURES)}"
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=place)
-    parser.add_argument(
-        "--format", choices=("svg", "png"), default="svg", help="by default %(default)s"
-    )
+    kinds = ("svg", "png")
+    parser.add_argument("--format", choices=kinds, default="svg", help="by default %(default)s")
     options = parser.parse_args(list(words))
     runs = read_runs(options.runs)
     folder: Path = options.out or _folder(options.runs) / PICTURES
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"`--out`: {folder} is a file; name a folder.")
     files = []
-    try:
+    with _failures("plot", folder):
         from pulseopt_hf.report.chart_files import write_chart
         from pulseopt_hf.report.step_charts import plots_of
 
@@ -76,8 +62,6 @@ def plot(words: Sequence[str]) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             files.append(folder / f"{drawn.name}.{options.format}")
             write_chart(drawn.picture(), files[-1])
-    except (ModuleNotFoundError, OSError) as error:
-        raise _failure("plot", folder, error) from error
     if not files:
         raise UsageError(
             "`plot`: these runs have logged no loss and no LR to be laid over each other. Name one "
@@ -136,11 +120,18 @@ def _check_page(file: Path) -> None:
                 )
 
 
-def _failure(command: str, place: Path, error: ModuleNotFoundError | OSError) -> UsageError:
-    if isinstance(error, OSError):
+@contextlib.contextmanager
+def _failures(command: str, place: Path) -> Iterator[None]:
+    """Say what to do where a library is missing or a file cannot be written."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"`{command}` needs {error.name}, which is not installed: "
+            "pip install 'pulseopt-hf[report]'."
+        ) from error
+    except OSError as error:
         why = error.strerror or error
-        return UsageError(f"{place}: cannot be written: {why}; name another place by `--out`.")
-    return UsageError(
-        f"`{command}` needs {error.name}, which is not installed: "
-        "pip install 'pulseopt-hf[report]'."
-    )
+        raise UsageError(
+            f"{place}: cannot be written: {why}; name another place by `--out`."
+        ) from error

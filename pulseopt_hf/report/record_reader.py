@@ -110,10 +110,7 @@ class RecordReader:
         return new
 
     def data(self, now: float) -> RunData:
-        """Return the run as far as its record was read.
-
-        Args:
-            now: see `read_run`.
+        """Return the run as far as its record was read; for `now` see `read_run`.
 
         Raises:
             UsageError: the record has no line, or lines are missing.

@@ -52,10 +52,10 @@ def calibration_plot(run: RunData) -> Plot | None:
     """How far each trial of the calibration went, and the LR that was found."""
     if not run.trials:
         return None
-    failed = run.outcome is not None and run.calibrated_lr is None
+    outcome, found = run.outcome, run.calibrated_lr
+    failed = outcome is not None and found is None
     title = "Why no learning rate was found" if failed else "How the learning rate was found"
-    limited_by = None if run.outcome is None else run.outcome.limited_by
-    found = run.calibrated_lr
+    limited_by = None if outcome is None else outcome.limited_by
     return trials_plot(run.trials, found, limited_by, run.base_lr, title, finding(run))
 
 
@@ -69,14 +69,8 @@ def trials_plot(
 ) -> Plot:
     """Draw how far each trial went, over its LR.
 
-    Args:
-        trials: the trials.
-        found: the LR that was found, marked where its limit is reached, or `None`.
-        limited_by: which limit that is, `outputs` or `weights`; `None` where nothing was found, and
-            then nothing is marked.
-        set_lr: the LR that was set.
-        title: the heading.
-        text: what it shows in words.
+    The LR that was found is marked where the limit `limited_by`, `outputs` or `weights`, is
+    reached. Where that is `None` nothing was found.
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]
     data: dict[str, Rows] = {"trials": points, "limit": [{"share": 1.0, "label": "the limit"}]}

@@ -40,9 +40,6 @@ _BEGUN = ("trainer_state.json", "checkpoint-*", "recipe.yaml", "run.json", "trai
 def watch(words: Sequence[str]) -> None:
     """Follow a run until training ends: live in a terminal, elsewhere line by line.
 
-    Args:
-        words: the run's folder.
-
     Raises:
         UsageError: the folder is not a run, its record is damaged, or rich is not installed.
     """
@@ -88,13 +85,7 @@ class PlainView:
         self._waiting = True
 
     def show(self, run: RunData, news: News, replaced: int) -> None:
-        """Print what is new.
-
-        Args:
-            run: the run as it is now.
-            news: the lines of the record since the last call, and when they were written.
-            replaced: how often the record was replaced so far.
-        """
+        """Print the news of a run whose record was replaced so often."""
         again = self._replaced is not None
         if self._replaced != replaced:
             self._replaced = replaced
