@@ -1,11 +1,12 @@
 """The command line: `pulseopt-hf`, or `python -m pulseopt_hf`.
 
-Exit codes: 0 done, 1 failed or interrupted, 2 bad usage. Commands that only read recipes load
-neither torch nor Transformers.
+Exit codes: 0 success, 1 failure or interruption, 2 bad usage. A command parses its own words and
+imports what it needs when it is called, so `list` and `show` load neither torch nor Transformers.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import shutil
@@ -15,66 +16,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pulseopt_hf import __version__
-from pulseopt_hf.command_line import COMMANDS, Parser, RecipeCommandParser
+from pulseopt_hf.command_line import COMMANDS, Parser, aligned
 from pulseopt_hf.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.reading import read_yaml
+from pulseopt_hf.recipes.yaml_file import read_yaml
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
-
-_ABOUT = "\n".join(f"  {name:<10}{about}" for name, about in COMMANDS.items())
-_HELP = f"""\
-usage: pulseopt-hf COMMAND ...
-
-Fine-tune with Transformers from a recipe, with the learning rate adapted in episodes.
-
-{_ABOUT}
-
-`pulseopt-hf COMMAND --help` shows what a command takes.
-
-  --debug      show where an error came from; works with every command
-  -h, --help   show this help message and exit
-  --version    show the version
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Raises:
-        SystemExit: a command has shown its help, or SIGTERM has ended `watch`.
+        SystemExit: help or the version was shown, or SIGTERM ended `watch`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the encoding does not have, or a sign of a plot, must not end a command.
+        # A character that the terminal's encoding lacks must not end a command.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _dispatch(words)
-    except UsageError as error:
-        if debug:
-            traceback.print_exc()
-        if _is_first_process():
-            for problem in error.problems:
-                _complain(f"error: {problem}")
-        return BAD_USAGE
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        _complain("interrupted.")
-        return FAILED
+        return _run([word for word in words if word != "--debug"])
     except BrokenPipeError:
         # The reader has left, as `head` does; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        _complain(f"failed: {type(error).__name__}: {one_line(error)}")
-        if not debug:
-            _complain("Add --debug to see where.")
-        return FAILED
+        return _complain(error, debug)
 
 
 def console() -> None:
@@ -82,56 +52,76 @@ def console() -> None:
     sys.exit(main())
 
 
-def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        print(_HELP, end="")
-        return DONE if words else BAD_USAGE
-    if words[0] == "--version":
-        print(f"pulseopt-hf {__version__}")
-        return DONE
-    commands = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
-    commands |= {"find-lr": _find_lr, "compare": _compare}
-    commands |= {"report": _report, "plot": _plot, "watch": _watch}
-    command = words[0]
-    if command.startswith("-"):
+def _complain(error: BaseException, debug: bool) -> int:
+    """Print an error, and return the exit code."""
+    if isinstance(error, UsageError):
+        lines = [f"error: {problem}" for problem in error.problems if _is_first_process()]
+    elif isinstance(error, KeyboardInterrupt):
+        lines = ["interrupted."]
+    else:
+        lines = [f"failed: {type(error).__name__}: {one_line(error)}"]
+        lines += [] if debug else ["Add --debug to see where."]
+    for line in lines:
+        print(f"pulseopt-hf: {line}", file=sys.stderr)
+    return BAD_USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _is_first_process() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pulseopt-hf",
+        description="Fine-tune with Transformers from a recipe, with a calibrated learning rate.",
+        epilog="`pulseopt-hf COMMAND --help` describes a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, for every command")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, about in COMMANDS.items():
+        commands.add_parser(name, help=about, add_help=False)
+    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version"):
         raise UsageError(
-            f"Unknown option `{command}`; without a command there are `--help` and `--version`."
+            f"Unknown {'option' if words[0].startswith('-') else 'command'} `{words[0]}`"
+            f"{nearest(words[0], COMMANDS) or '.'} `pulseopt-hf --help` lists the commands."
         )
-    if command not in commands:
-        raise UsageError(
-            f"Unknown command `{command}`{nearest(command, commands) or '.'} "
-            f"Commands are {', '.join(commands)}."
-        )
-    return commands[command](words[1:])
+    options, rest = parser.parse_known_args(words)
+    if options.command is None:
+        parser.print_help()
+        return BAD_USAGE
+    own = {"list": _list, "show": _show, "cp": _cp}
+    own |= {"validate": _validate, "train": _train, "find-lr": _find_lr}
+    name = options.command
+    return own[name](rest) if name in own else _show_runs(name, rest)
 
 
 def _list(words: list[str]) -> int:
     Parser("list").parse_args(words)
-    head = ("recipe", "task", "model", "time", "score")
-    rows: list[tuple[str, ...]] = [head]
+    rows: list[tuple[str, ...]] = [("recipe", "task", "model", "time", "score")]
     for name in catalogue.names():
         recipe = read_yaml(catalogue.find(name))
         model = recipe.get("model_name_or_path") or f"new {recipe.get('model_type')}"
         shown = (recipe.get("task"), model, recipe.get("expected_time"))
         rows.append((name, *(str(x or "-") for x in (*shown, recipe.get("expected_score")))))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]))
+    for line in aligned(rows):
+        print(line)
     print(f"\nlaunch profiles for `accelerate launch`: {', '.join(catalogue.profiles())}")
     return DONE
 
 
 def _show(words: list[str]) -> int:
     parser = Parser("show")
-    parser.add_argument("recipe", metavar="RECIPE", help="a name from `list`, or a YAML file")
+    parser.add_recipe()
     print(catalogue.find(parser.parse_args(words).recipe).read_text(encoding="utf-8"), end="")
     return DONE
 
 
 def _cp(words: list[str]) -> int:
     parser = Parser("cp")
-    parser.add_argument("recipe", metavar="RECIPE", help="a name from `list`, or a YAML file")
+    parser.add_recipe()
     parser.add_argument("file", metavar="FILE", type=Path, help="the copy, or a folder for it")
     options = parser.parse_args(words)
     source, path = catalogue.find(options.recipe), options.file
@@ -147,8 +137,8 @@ def _cp(words: list[str]) -> int:
 
 
 def _validate(words: list[str]) -> int:
-    options, keys = RecipeCommandParser("validate").parse(words)
-    catalogue.find(options.recipe)  # a misspelt name need not wait for the imports below
+    options, keys = Parser("validate", takes_recipe=True).parse_recipe(words)
+    catalogue.find(options.recipe)  # before the slow imports, for a misspelt name
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import check
 
@@ -158,40 +148,30 @@ def _validate(words: list[str]) -> int:
     return DONE
 
 
-class _TrainParser(RecipeCommandParser):
-    """Shows the recipe's keys too."""
-
-    def format_help(self) -> str:
-        from pulseopt_hf.recipes.parsing import RecipeParser
-
-        self.epilog = None
-        return f"{super().format_help()}\n{RecipeParser().format_help()}"
-
-
 def _train(words: list[str]) -> int:
-    parser = _TrainParser("train")
+    parser = Parser("train", takes_recipe=True)
     for flag, about in (
-        ("--resume", "go on from the last whole checkpoint of the run folder"),
+        ("--resume", "continue from the last whole checkpoint in the run folder"),
         ("--overwrite", "replace the run in the run folder"),
-        ("--quiet", "write nothing to the screen but errors"),
+        ("--quiet", "print errors only"),
     ):
         parser.add_argument(flag, action="store_true", help=about)
-    options, keys = parser.parse(words)
+    if {"-h", "--help"} & set(words):
+        from pulseopt_hf.recipes.parsing import recipe_parser
+
+        parser.epilog = recipe_parser().format_help()
+    options, keys = parser.parse_recipe(words)
     if options.resume and options.overwrite:
-        raise UsageError("`--resume` goes on with a run and `--overwrite` replaces it; choose one.")
+        raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")
     catalogue.find(options.recipe)
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import Interrupted, RunOptions, run
+    from pulseopt_hf.recipes.running import run
 
-    resolved = resolve(options.recipe, keys)
-    command = ("pulseopt-hf", "train", *words)
-    try:
-        run(resolved, RunOptions(options.resume, options.overwrite, options.quiet, command))
-    except Interrupted as error:
-        if _is_first_process():
-            print(error, file=sys.stderr)
-        return FAILED
-    return DONE
+    asked = {flag: getattr(options, flag) for flag in ("resume", "overwrite", "quiet")}
+    stopped = run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
+    if stopped is not None and _is_first_process():
+        print(stopped, file=sys.stderr)
+    return DONE if stopped is None else FAILED
 
 
 def _find_lr(words: list[str]) -> int:
@@ -199,44 +179,22 @@ def _find_lr(words: list[str]) -> int:
 
     lines, found = find_lr(words)
     if _is_first_process():
-        for line in lines:
-            print(line)
+        print("\n".join(lines))
     return DONE if found else FAILED
 
 
-def _compare(words: list[str]) -> int:
-    from pulseopt_hf.compare.command import compare
+def _show_runs(command: str, words: list[str]) -> int:
+    """Run one of the commands that make or show runs side by side."""
+    if command == "compare":
+        from pulseopt_hf.compare.command import compare
 
-    compare(words)
+        compare(words)
+    elif command == "watch":
+        from pulseopt_hf.report.watch import watch
+
+        watch(words)
+    else:
+        from pulseopt_hf.report.commands import plot, report
+
+        print(*([report(words)] if command == "report" else plot(words)), sep="\n")
     return DONE
-
-
-def _report(words: list[str]) -> int:
-    from pulseopt_hf.report.commands import report
-
-    print(report(words))
-    return DONE
-
-
-def _plot(words: list[str]) -> int:
-    from pulseopt_hf.report.commands import plot
-
-    for file in plot(words):
-        print(file)
-    return DONE
-
-
-def _watch(words: list[str]) -> int:
-    from pulseopt_hf.report.watch import watch
-
-    watch(words)
-    return DONE
-
-
-def _complain(line: str) -> None:
-    print(f"pulseopt-hf: {line}", file=sys.stderr)
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that speaks for all that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"

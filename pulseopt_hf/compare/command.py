@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pulseopt_hf.command_line import RecipeCommandParser
+from pulseopt_hf.command_line import Parser
 from pulseopt_hf.compare.cells import Cell, run_apart
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
@@ -32,7 +32,7 @@ def compare(words: Sequence[str]) -> Path:
     Raises:
         UsageError: an option, the recipe or its data is wrong.
     """
-    parser = RecipeCommandParser("compare")
+    parser = Parser("compare", takes_recipe=True)
     parser.add_argument(
         "--methods",
         default="static,random,published,default",
@@ -56,7 +56,7 @@ def compare(words: Sequence[str]) -> Path:
     )
     shown = "".join(f"\n  {name:<15}{method.about}" for name, method in METHODS.items())
     parser.epilog = f"methods:{shown}\n\n{parser.epilog}"
-    options, rest = parser.parse(words)
+    options, rest = parser.parse_recipe(words)
     recipe = options.recipe
     catalogue.find(recipe)
     methods = list(dict.fromkeys(name.strip() for name in options.methods.split(",")))
@@ -120,25 +120,33 @@ def _run(cell: Cell, learning_rates: list[float], folder: Path) -> dict[str, Any
 
 def to_markdown(recipe: str, steps: int, seeds: int, scores: Scores) -> str:
     """Return the table of scores, best robustness first."""
+    metric = scores.metric or "metric"
     lines = [
         f"`{recipe}`, {steps} steps, {seeds} seeds. Eval loss {scores.loss_before:.4f} before "
-        f"training, {scores.loss_tuned:.4f} at the tuned base LR of {scores.tuned:g}.",
+        f"training, {scores.loss_tuned:.4f} at the tuned base LR of {scores.tuned:.2g}"
+        + ("." if scores.metric_tuned is None else f", {scores.metric} {scores.metric_tuned:.4f}."),
         "",
-        "| method | robustness | 95 % | worst base LR | harm | time | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | robustness | 95 % | worst base LR | harm | at the best evaluation "
+        f"| {metric} | at the best evaluation | time | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(scores.scores, key=lambda row: row.robustness):
         lines.append(
             f"| {row.method} | {row.robustness:.3f} | {row.low:.3f} to {row.high:.3f} | "
-            f"{row.worst:.3f} | {row.harm:+.3f} | {row.seconds:.2f} | {row.peak_mib:.0f} |"
+            f"{row.worst:.3f} | {row.harm:+.3f} | {row.best:.3f} | {_shown(row.metric)} | "
+            f"{_shown(row.best_metric)} | {row.seconds:.2f} | {row.peak_mib:.0f} |"
         )
     lines += [
         "",
         "Excess is (L - L\\*) / (L0 - L\\*): 0 is as good as tuned, 1 is nothing learned. "
         "Robustness is its mean over base LRs from 1/30 to 30 times the tuned one, harm its value "
-        "at the tuned one.",
+        "at the tuned one. The best evaluation is the one with the lowest loss of each run.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], _Number], name: str) -> list[_Number]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 DIVERGED = 1.5  # excess of a run whose loss is not finite, and the most that any run counts
+COARSEST = 4.0  # factor between neighbours of a grid that a parabola is put through
 SPAN = 30.0  # base LRs from a thirtieth to thirty times the tuned one count
 _RESAMPLES = 4000
 
@@ -23,6 +25,10 @@ class Score:
         high: upper end.
         worst: the largest mean over seeds among those base LRs.
         harm: excess at the tuned LR.
+        best: as `robustness`, at each run's best evaluation instead of its last.
+        metric: mean of the recipe's metric over the same runs, at their last evaluation; `None`
+            where there is none.
+        best_metric: the same at their best evaluation, which is that of the lowest loss.
         seconds: mean training time relative to static runs.
         peak_mib: highest peak memory, MiB.
     """
@@ -33,17 +39,31 @@ class Score:
     high: float
     worst: float
     harm: float
+    best: float
+    metric: float | None
+    best_metric: float | None
     seconds: float
     peak_mib: float
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one task: what was tuned, and a score for each method."""
+    """Of one task: what was tuned, and a score for each method.
+
+    Attributes:
+        tuned: the best static LR, see `tuned_lr`.
+        loss_before: loss before training, L0.
+        loss_tuned: lowest loss of a static LR, L*.
+        metric: what the metric is called.
+        metric_tuned: its value there.
+        scores: one a method.
+    """
 
     tuned: float
     loss_before: float
     loss_tuned: float
+    metric: str | None
+    metric_tuned: float | None
     scores: list[Score]
 
 
@@ -68,8 +88,9 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
         )
     if not static:
         raise ValueError("A comparison needs static runs to be measured against.")
-    tuned = min(static, key=lambda lr: _mean(static[lr]))
-    loss_tuned = _mean(static[tuned])
+    losses = {lr: _mean(values) for lr, values in static.items()}
+    best = min(losses, key=lambda lr: losses[lr])
+    tuned, loss_tuned = tuned_lr(losses), losses[best]
     if not loss_tuned < loss_before:
         raise ValueError("No static run learned anything: try other learning rates, or more steps.")
 
@@ -86,6 +107,7 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
         for result in near:
             by_seed.setdefault(result["cell"]["seed"], []).append(of(result))
             by_lr.setdefault(result["cell"]["learning_rate"], []).append(of(result))
+        bests = [_best(result) for result in near]
         seeds = [_mean(values) for values in by_seed.values()]
         low, high = interval([seeds])
         scores.append(
@@ -95,13 +117,41 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
                 low=low,
                 high=high,
                 worst=max(_mean(values) for values in by_lr.values()),
-                harm=_mean(by_lr[tuned]),
+                harm=_mean(by_lr[best]),
+                best=_mean([excess(loss, loss_before, loss_tuned) for loss, _ in bests]),
+                metric=_mean_of_known([_last_metric(result) for result in near]),
+                best_metric=_mean_of_known([metric for _, metric in bests]),
                 # Against the steps of a static run: what is paid for in steps is not charged twice.
                 seconds=_mean([r["seconds"] / r["cell"]["steps"] for r in own]) / seconds,
                 peak_mib=max(r["peak_mib"] for r in own),
             )
         )
-    return Scores(tuned, loss_before, loss_tuned, scores)
+    at_best = [r for r in _of(results, "static") if r["cell"]["learning_rate"] == best]
+    metric = _mean_of_known([_last_metric(result) for result in at_best])
+    return Scores(tuned, loss_before, loss_tuned, results[0].get("metric"), metric, scores)
+
+
+def tuned_lr(losses: Mapping[float, float]) -> float:
+    """Return the LR of the lowest loss, between the LRs of a grid.
+
+    It is the vertex of the parabola through the best LR and its two neighbours, over log LR, or the
+    best LR where it has no neighbours within a factor of `COARSEST`, or one diverged.
+
+    Args:
+        losses: of each LR > 0 of a grid.
+    """
+    best = min(losses, key=lambda lr: losses[lr])
+    lower = max((lr for lr in losses if best / COARSEST <= lr < best), default=None)
+    upper = min((lr for lr in losses if best < lr <= best * COARSEST), default=None)
+    if lower is None or upper is None:
+        return best
+    left, right = losses[lower] - losses[best], losses[upper] - losses[best]
+    if not 0.0 < left + right < math.inf:
+        return best
+    down, up = math.log(best / lower), math.log(upper / best)
+    # Where the slope of the parabola is zero, as a distance from the best LR.
+    step = 0.5 * (left * up**2 - right * down**2) / (left * up + right * down)
+    return best * math.exp(step)
 
 
 def excess(loss: float | None, loss_before: float, loss_tuned: float) -> float:
@@ -128,6 +178,26 @@ def interval(tasks: Sequence[Sequence[float]]) -> tuple[float, float]:
 def counts(learning_rate: float, tuned: float) -> bool:
     """Whether a base LR lies within `SPAN` of the tuned one, give or take 1 % for rounded grids."""
     return 0.99 / SPAN <= learning_rate / tuned <= SPAN * 1.01
+
+
+def _best(result: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Return loss and metric of a run's evaluation with the lowest loss; both may be `None`."""
+    known = [(loss, metric) for _, loss, metric in _evaluations(result) if loss is not None]
+    return min(known, key=lambda pair: pair[0], default=(result["loss_after"], None))
+
+
+def _last_metric(result: dict[str, Any]) -> float | None:
+    evaluations = _evaluations(result)
+    return evaluations[-1][2] if evaluations else None
+
+
+def _evaluations(result: dict[str, Any]) -> Sequence[tuple[int, float | None, float | None]]:
+    return result.get("evaluations") or []  # runs of earlier releases have none
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
 
 
 def _of(results: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:

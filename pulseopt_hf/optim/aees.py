@@ -128,6 +128,7 @@ class AEES:
         divergence_factor: float = 2.0,
         log_update_norm: bool = False,
         model: nn.Module | None = None,
+        passes: float = 1.0,
         distributed: bool = True,
     ) -> None:
         settings: dict[str, Any] = {
@@ -172,7 +173,7 @@ class AEES:
             if reason is not None:
                 logger.warning(not_calibrated(reason))
             else:
-                self.calibrate(model, lr_scheduler)
+                self.calibrate(model, lr_scheduler, passes=passes)
 
     @classmethod
     def from_config(
@@ -245,6 +246,7 @@ class AEES:
         model: nn.Module,
         scheduler: Any,
         max_steps: int | None = None,
+        passes: float = 1.0,
         *,
         only_ask: bool = False,
     ) -> Calibrator:
@@ -256,6 +258,7 @@ class AEES:
             self._hooks,
             self._agreement,
             max_steps,
+            passes,
             only_ask=only_ask,
         )
         return self.calibrator

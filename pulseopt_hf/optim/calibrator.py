@@ -82,6 +82,7 @@ class Calibrator:
         hooks: what runs a step at a LR of its own.
         agreement: how ranks agree.
         max_steps: optimizer steps of the run, or `None` where that is not known.
+        passes: of the run over its data.
         only_ask: whether to leave the base LR as it is.
     """
 
@@ -93,6 +94,7 @@ class Calibrator:
         hooks: ArmHooks,
         agreement: Agreement,
         max_steps: int | None = None,
+        passes: float = 1.0,
         *,
         only_ask: bool = False,
     ) -> None:
@@ -101,7 +103,7 @@ class Calibrator:
         self._only_ask = only_ask
         self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
         self._set_lrs = base_lr.peaks(optimizer)
-        self.search = Calibration(max(self._set_lrs))
+        self.search = Calibration(max(self._set_lrs), passes)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.probe = Probe(model, agreement, device)
         self._buffers = list(model.buffers())
@@ -259,7 +261,7 @@ class Calibrator:
                 f"what the model computes did not answer to it in {len(search.trials)} trials", step
             )
             return
-        outcome = Outcome(search.set_lr, found, search.limited_by, None, step)
+        outcome = Outcome(search.set_lr, found, search.limited_by, None, step, search.divisor)
         if self._only_ask:
             self.outcomes.append(outcome)
             self.phase = "done"
@@ -304,6 +306,19 @@ class Calibrator:
         self.outcomes.append(outcome)
         if self._agreement.is_rank_0 and not self._only_ask:
             logger.warning("%s", outcome)
+
+    def undo(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Set the LR that was set before, for another training with the same optimizer.
+
+        Args:
+            optimizer: that training's; another one, or one with another LR by now, is left alone.
+            scheduler: its scheduler.
+        """
+        if self.outcome is None or innermost(optimizer) is not innermost(self._optimizer):
+            return
+        used, set_lr = self.outcome.learning_rate, self.search.set_lr
+        if math.isclose(max(base_lr.peaks(optimizer)), used, rel_tol=1e-6):
+            base_lr.multiply(optimizer, scheduler, set_lr / used)
 
     def state_dict(self) -> StateDict:
         """Return the search and what the net has seen, as JSON; `agree` comes before it."""

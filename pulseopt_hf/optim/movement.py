@@ -1,21 +1,23 @@
 """How far a step moves what a model computes: read its outputs before and after, and compare.
 
-Nothing here knows the loss function or needs labels. What a model computes is a distribution where
-there are logits, and movement is the length of the step in its Fisher metric.
+Nothing here knows the loss function or needs labels. The unit is how far noise moves the same
+outputs: dropout of a tenth of what every layer with weights is given. It takes the scale of the
+outputs, the number of classes and the length of a row out of the measure.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+DROPOUT = 0.1
+EMBEDDING_UNIT = 0.01  # share of their spread that embeddings move by in one unit
 MOST_VALUES = 1 << 22  # of one output that are kept: 16 MiB of float32
-POSITIONS = 64  # that a row of many counts as, see `movement`
 _EMBEDDINGS = ("sentence_embedding", "pooler_output", "last_hidden_state")
 
 
@@ -24,14 +26,12 @@ class Reading:
     """One output of a call, as it is compared.
 
     Attributes:
-        kind: how it is compared, see `movement`.
-        values: shape (positions, values of a position), float32; see `movement` for the units.
-        row_length: 1, or `POSITIONS` where a row has many positions.
+        values: shape (positions, values of a position), float32.
+        is_embedding: whether they are embeddings, which have length 1.
     """
 
-    kind: Literal["classes", "labels", "numbers", "embeddings", "loss"]
     values: Tensor
-    row_length: float = 1.0
+    is_embedding: bool = False
 
 
 def read(
@@ -46,8 +46,9 @@ def read(
         multi_label: whether each logit of a row is a decision of its own.
 
     Returns:
-        The readings of all its logits; without logits that of the log-probabilities that fused
-        heads return, or of its embeddings, else that of its loss, else none.
+        The readings of all its logits, without what classes have in common; without logits that of
+        the log-probabilities that fused heads return, or of its embeddings, else that of its loss,
+        else none.
     """
     named = dict(_named(output))
     loss = named.pop("loss", None)
@@ -58,24 +59,19 @@ def read(
         if value.dim() == 4:  # a class for each pixel: (rows, classes, height, width)
             value = value.movedim(1, -1)
         if value.dim() < 2 or value.shape[-1] == 1:
-            # A number has the unit of its squared error, or is a logit of its own.
-            unit = 2.0 if loss is None else max(float(loss.mean()), 1e-12) ** 0.5
-            found.append(Reading("numbers", value.detach().reshape(-1, 1).float() / unit))
+            found.append(Reading(value.detach().reshape(-1, 1).float()))
             continue
-        kept, length = _positions(value, arguments)
-        if multi_label:
-            found.append(Reading("labels", kept, length))
-        else:
-            found.append(Reading("classes", kept.log_softmax(dim=-1), length))
+        kept = _positions(value, arguments)
+        found.append(Reading(kept if multi_label else kept - kept.mean(dim=-1, keepdim=True)))
     if found:
         return found
     if "log_probs" in named:
-        return [Reading("numbers", *_positions(named["log_probs"][..., None], arguments))]
+        return [Reading(_positions(named["log_probs"][..., None], arguments))]
     for name in _EMBEDDINGS:
         if name in named:
-            kept, _ = _positions(named[name], arguments)
-            return [Reading("embeddings", torch.nn.functional.normalize(kept, dim=-1))]
-    return [] if loss is None else [Reading("loss", loss.detach().float().reshape(-1, 1))]
+            kept = _positions(named[name], arguments)
+            return [Reading(nn.functional.normalize(kept, dim=-1), is_embedding=True)]
+    return [] if loss is None else [Reading(loss.detach().float().reshape(-1, 1))]
 
 
 def loss_of(output: object) -> Tensor | None:
@@ -84,43 +80,48 @@ def loss_of(output: object) -> Tensor | None:
     return None if loss is None else loss.detach().mean()
 
 
-def movement(before: Reading, after: Reading) -> tuple[float, float]:
-    """Return the sum over positions of the squared movement, and the number of positions.
+def distance(before: Reading, after: Reading) -> float:
+    """Return the squared distance of two readings of one output."""
+    return float((after.values - before.values).square().sum())
 
-    With p the distribution before, and d the change of its logarithm, the squared movement of a
-    position is
 
-    - `classes`: the variance of d under p, which is the squared length of the step in the Fisher
-      metric, and to second order twice the divergence of Kullback and Leibler between p and the
-      distribution after; values are log-probabilities;
-    - `labels`: the sum over labels of p (1 - p) d^2, the same for decisions; values are logits;
-    - `numbers`: d^2; values are in units of their standard error, or log-probabilities;
-    - `embeddings`: d^2 over the variance of the embeddings over positions; values have length 1;
-    - `loss`: the squared change as a share of the loss;
+def unit(before: Reading, noisy: Reading) -> float:
+    """Return the squared distance that counts as one unit of movement.
 
-    over the row's length. A row of many positions, as of a language model, teaches many things at
-    once, so that a step is less noisy and may go further.
+    Noise moves embeddings of a trained encoder further than any good step does, as far as their
+    length allows. Their unit is a share of their spread over positions.
 
     Args:
         before: a reading.
-        after: the same output's after the step.
+        noisy: the same output's under `noise`.
     """
-    p, change = before.values, after.values - before.values
-    count = len(change)
-    if before.kind == "classes":
-        probability = p.exp()
-        mean = (probability * change).sum(dim=-1, keepdim=True)
-        moved = probability * (change - mean).square()
-    elif before.kind == "labels":
-        moved = p.sigmoid() * (-p).sigmoid() * change.square()
-    elif before.kind == "embeddings":
-        spread = (p - p.mean(dim=0)).square().sum() / max(1, count - 1)
-        moved = change.square() / spread.clamp_min(1e-12)
-    elif before.kind == "loss":
-        moved = (change / p.abs().clamp_min(1e-12)).square()
-    else:
-        moved = change.square()
-    return float(moved.sum()) / before.row_length, float(count)
+    if before.is_embedding:
+        spread = before.values - before.values.mean(dim=0)
+        return EMBEDDING_UNIT**2 * float(spread.square().sum())
+    return distance(before, noisy)
+
+
+@contextmanager
+def noise(model: nn.Module) -> Iterator[None]:
+    """Drop a tenth of what every layer with a weight matrix is given, by torch's generator."""
+
+    def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        first, *rest = args or (None,)
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            return args
+        return (nn.functional.dropout(first, DROPOUT), *rest)
+
+    handles = [
+        module.register_forward_pre_hook(drop)
+        for module in model.modules()
+        # DeepSpeed's stage 3 leaves a parameter's shape in `ds_shape`.
+        if any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in module.parameters(recurse=False))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _named(output: object) -> Iterator[tuple[str, Tensor]]:
@@ -141,8 +142,8 @@ def _named(output: object) -> Iterator[tuple[str, Tensor]]:
         yield from _named(vars(output))
 
 
-def _positions(values: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Return the positions that count, evenly spaced where there are many, and a row's length."""
+def _positions(values: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Return the positions that count, evenly spaced where there are many."""
     flat = values.detach().reshape(-1, values.shape[-1])
     for name, ignored in (("labels", -100), ("attention_mask", 0)):
         given = arguments.get(name)
@@ -151,4 +152,4 @@ def _positions(values: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, fl
             break
     most = max(1, MOST_VALUES // values.shape[-1])
     kept = flat[:: math.ceil(len(flat) / most)] if len(flat) > most else flat
-    return kept.float(), float(POSITIONS if values.dim() > 2 else 1)
+    return kept.float()

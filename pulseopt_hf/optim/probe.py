@@ -19,9 +19,10 @@ from pulseopt_hf.aees.calibration import finite_movement
 from pulseopt_hf.aees.state import StateError
 from pulseopt_hf.optim import trees
 from pulseopt_hf.optim.agreement import Agreement
-from pulseopt_hf.optim.movement import Reading, movement, read
+from pulseopt_hf.optim.movement import Reading, distance, noise, read, unit
 from pulseopt_hf.optim.randomness import kept_random_state, seed_torch
 
+DRAWS = 2  # of noise, for each call
 ROWS = 32  # over all ranks, after which no more calls are noted
 
 
@@ -61,6 +62,7 @@ class Probe:
         self._new: list[Call] = []  # of the step that runs
         self._calls: list[Call] = []  # of the steps before
         self._before: list[list[Reading]] = []  # of the calls that are replayed now
+        self._units: list[float] = []  # squared, of the noted calls
         self._versions: list[int] = []  # of the buffers when `_before` was read
         self._handles: list[RemovableHandle] = []
         self.replayed_rows = 0  # in forward passes, for what they cost
@@ -95,21 +97,31 @@ class Probe:
         if versions != self._versions:  # running statistics move with every batch
             self._before, self._versions = [], versions
         self._before += self._replay(replayed[len(self._before) :])
-        return self._agreement.least(sum(map(len, self._before))) > 0
+        self._measure_noise(replayed)
+        return self._agreement.least(sum(self._units) > 0.0) > 0
 
     def movement(self) -> float:
         """Measure how far the outputs are from where `begin` read them; every rank must call it.
 
         Returns:
-            The root mean square over positions and ranks, see `movement`; see `Trial.movement`.
+            The root mean square over positions and ranks, in units of what noise does; see
+            `pulseopt_hf.optim.movement`.
         """
-        total = count = 0.0
+        moved = 0.0
         for before, after in zip(self._before, self._replay(self._calls or self._new), strict=True):
-            for one, other in zip(before, after, strict=True):
-                moved, positions = movement(one, other)
-                total, count = total + moved, count + positions
-        total, count = self._agreement.mean([total, count])
-        return finite_movement(math.sqrt(total / count) if count and total >= 0.0 else math.nan)
+            moved += sum(distance(one, other) for one, other in zip(before, after, strict=True))
+        moved, size = self._agreement.mean([moved, sum(self._units[: len(self._before)])])
+        return finite_movement(math.sqrt(moved / size) if size and moved >= 0.0 else math.nan)
+
+    def _measure_noise(self, calls: list[Call]) -> None:
+        """Measure how far noise moves the outputs of calls that were not measured yet."""
+        for index in range(len(self._units), len(calls)):
+            self._units.append(0.0)
+            for draw in range(DRAWS):
+                with noise(self._modules[0]):
+                    (noisy,) = self._replay([calls[index]], seed=DRAWS * index + draw)
+                pairs = zip(self._before[index], noisy, strict=True)
+                self._units[index] += sum(unit(*pair) for pair in pairs) / DRAWS
 
     def end_step(self) -> None:
         """Keep the calls of the step that ends, for the trials of later ones."""
@@ -130,7 +142,8 @@ class Probe:
             for call in self._calls
         ]
         rest = trees.take_apart(calls, "calls", tensors)
-        trees.save(path, tensors, {"calls": rest, "rows": self._rows})
+        units = self._units[: len(calls)]
+        trees.save(path, tensors, {"calls": rest, "rows": self._rows, "units": units})
 
     def load(self, path: Path) -> None:
         """Go on with the calls that `save` wrote.
@@ -142,6 +155,7 @@ class Probe:
         tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         try:
             self._rows = int(rest["rows"])
+            self._units = [float(value) for value in rest["units"]]
             calls = trees.put_together(rest["calls"], tensors)
             self._calls = [
                 Call(module, args, kwargs, autocast, getattr(torch, dtype))
@@ -173,13 +187,13 @@ class Probe:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
 
-    def _replay(self, calls: list[Call]) -> list[list[Reading]]:
+    def _replay(self, calls: list[Call], seed: int = 0) -> list[list[Reading]]:
         if not calls:
             return []
         found = []
         config = getattr(self._modules[-1], "config", None)
         kind = getattr(config, "problem_type", None)
-        with self._untouched(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with self._untouched(seed), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for call in calls:
                 module = self._modules[call.module]
                 if isinstance(module, DistributedDataParallel):
@@ -195,7 +209,7 @@ class Probe:
         return found
 
     @contextmanager
-    def _untouched(self) -> Iterator[None]:
+    def _untouched(self, seed: int) -> Iterator[None]:
         """Put modules into eval mode, and see to it that nothing else changes."""
         training = [module for module in self._modules[0].modules() if module.training]
         depth, self._depth = self._depth, 1  # so that replays are not noted
@@ -204,7 +218,7 @@ class Probe:
                 module.training = False
             try:
                 # A model that draws in eval mode has to draw the same before and after.
-                seed_torch(self._device, 0)
+                seed_torch(self._device, seed)
                 yield
             finally:
                 self._depth = depth

@@ -71,6 +71,7 @@ def suggest(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
+    passes: float,
 ) -> Suggestion:
     """Find the LR for a loop of one's own; see `pulseopt_hf.find_learning_rate`."""
     reason = why_not_calibrate(optimizer, PulseOptConfig(calibration="trust_region"))
@@ -81,7 +82,7 @@ def suggest(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training = [(module, module.training) for module in model.modules()]
     aees = AEES(optimizer)
-    calibrator = aees.calibrate(model, None, only_ask=True)
+    calibrator = aees.calibrate(model, None, passes=passes, only_ask=True)
     try:
         with kept_random_state(device_of(innermost(optimizer))):
             model.train()

@@ -1,4 +1,4 @@
 """YAML recipes, from a file to a finished run.
 
-What only reads recipes (`catalogue`, `reading`, `errors`) loads neither torch nor Transformers.
+What only reads recipes (`catalogue`, `yaml_file`) loads neither torch nor Transformers.
 """

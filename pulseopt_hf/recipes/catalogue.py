@@ -7,7 +7,7 @@ from pathlib import Path
 from pulseopt_hf.errors import UsageError, nearest
 
 RECIPE = "recipe.yaml"  # in a run's folder
-LAUNCH = "launch"  # the folder of Accelerate's launch profiles, which are no recipes
+LAUNCH = "launch/"  # the folder of Accelerate's launch profiles, which are not recipes
 
 
 def folder() -> Path:
@@ -18,12 +18,12 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """Return the names of all recipes, such as `glue/sst2`."""
-    return [name for name in _all() if not name.startswith(f"{LAUNCH}/")]
+    return [name for name in _all() if not name.startswith(LAUNCH)]
 
 
 def profiles() -> list[str]:
     """Return the names of all launch profiles, such as `launch/ddp`."""
-    return [name for name in _all() if name.startswith(f"{LAUNCH}/")]
+    return [name for name in _all() if name.startswith(LAUNCH)]
 
 
 def find(name: str) -> Path:
@@ -51,5 +51,6 @@ def find(name: str) -> Path:
 
 def _all() -> list[str]:
     root = folder()
-    found = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
-    return sorted(path.as_posix() for path in found)
+    return sorted(
+        file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml")
+    )

@@ -15,7 +15,7 @@ from pulseopt_hf.aees.calibration import (
     WEIGHT_RADIUS,
     Trial,
 )
-from pulseopt_hf.command_line import RecipeCommandParser
+from pulseopt_hf.command_line import Parser, aligned
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.report.wording import moved
@@ -27,24 +27,20 @@ _ENDINGS = (".svg", ".png")
 
 
 def find_lr(words: Sequence[str]) -> tuple[list[str], bool]:
-    """Find the learning rate of a recipe. Nothing is written but the picture, if it is asked for.
+    """Find the learning rate of a recipe. Nothing is written but the picture that is asked for.
 
     Args:
-        words: the recipe and the option `--plot`; options that are not known are the recipe's keys.
+        words: the recipe, the option `--plot` and the recipe's keys.
 
     Returns:
         What to print, and whether a learning rate was found. The last line is the number alone:
         the one that was found, or else the one that is set.
-
-    Raises:
-        UsageError: an option, the recipe or what it names is wrong, or nothing can be tried.
     """
-    parser = RecipeCommandParser("find-lr")
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="save the picture of the trials, as .svg or .png"
-    )
-    options, keys = parser.parse(words)
-    catalogue.find(options.recipe)  # a misspelt name need not wait for the imports below
+    parser = Parser("find-lr", takes_recipe=True)
+    about = "save the picture of the trials, as .svg or .png"
+    parser.add_argument("--plot", metavar="FILE", type=Path, help=about)
+    options, keys = parser.parse_recipe(words)
+    catalogue.find(options.recipe)  # before the slow imports, for a misspelt name
     if options.plot is not None:
         _check_picture(options.plot)
     suggestion, is_first = _ask(options.recipe, keys)
@@ -77,26 +73,22 @@ def _check_picture(file: Path) -> None:
 
 
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
-    """Build the Trainer of a recipe as `train` does, and ask it.
-
-    Returns:
-        What it found, and whether this is the first process.
-    """
-    from pulseopt_hf.recipes.lines import Lines
+    """Build the Trainer of a recipe as `train` does; return what it finds, and if it is rank 0."""
+    from pulseopt_hf.recipes.lines import Lines, quiet_libraries
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import RunOptions, calm, check, make_trainer, prepare
+    from pulseopt_hf.recipes.running import check, make_trainer, prepare
 
     resolved = resolve(name, keys)
     check(resolved)
     training = resolved.training
     if not training.do_train:
-        raise UsageError("`do_train` is off; `find-lr` tries steps of a training.")
+        raise UsageError("`do_train` is off; `find-lr` tries training steps.")
     if training.resume_from_checkpoint is not None:
-        raise UsageError("`resume_from_checkpoint`: `find-lr` begins where a new run does.")
+        raise UsageError("`resume_from_checkpoint`: `find-lr` starts where a new run does.")
     if training.learning_rate <= 0.0:
-        raise UsageError("`learning_rate` must be > 0, so that the search has a place to begin.")
+        raise UsageError("`learning_rate` must be > 0: the search starts from it.")
     training.report_to, training.push_to_hub = [], False
-    calm(resolved, RunOptions())
+    quiet_libraries(resolved)
     with tempfile.TemporaryDirectory() as folder:
         training.output_dir = folder  # Trainer makes it
         trainer = make_trainer(resolved, prepare(resolved), Lines(quiet=True, silent=True))
@@ -125,11 +117,7 @@ def _table(trials: Sequence[Trial]) -> list[str]:
     for number, trial in enumerate(trials, 1):
         movements = moved(trial.movement), moved(trial.weight_movement)
         rows.append((str(number), f"{trial.learning_rate:.2e}", *movements, _verdict(trial)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in rows
-    ]
+    return aligned(rows, right=True)
 
 
 def _verdict(trial: Trial) -> str:

@@ -1,27 +1,29 @@
-"""What a run says while it goes, and what it does when it is told to stop."""
+"""What a run writes to the screen and to its log file."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import datasets
+import transformers
 from tqdm.auto import tqdm
 from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy
 
-from pulseopt_hf.report.wording import described
-
-_RANKS_AGREE_EVERY = 10  # optimizer steps
+from pulseopt_hf.aees.calibration import Outcome
+from pulseopt_hf.optim import AEES
+from pulseopt_hf.recipes.parsing import Resolved
+from pulseopt_hf.report.wording import described, episode_line, trial_line
 
 
 class Lines:
@@ -50,7 +52,7 @@ class Lines:
 class Bar(ProgressCallback):
     """Trainer's bar without the dictionary of logs under it."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, *event: Any, **kwargs: Any) -> None:
         """Write nothing."""
 
 
@@ -66,7 +68,7 @@ class EpochLines(TrainerCallback):
         self._seen = 0  # entries of the log history
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *event: Any, **kwargs: Any
     ) -> None:
         """Write the mean of the training losses that were logged in the epoch."""
         entries = [entry for entry in state.log_history[self._seen :] if "loss" in entry]
@@ -74,84 +76,86 @@ class EpochLines(TrainerCallback):
         if not entries:
             return
         loss = sum(entry["loss"] for entry in entries) / len(entries)
-        self._write(
-            f"epoch {state.epoch or 0:.3g} of {args.num_train_epochs:g}  step {state.global_step}  "
-            f"loss {loss:.3f}  base LR {entries[-1]['learning_rate']:.2e}"
-            if args.max_steps < 0
-            else f"epoch {state.epoch or 0:.3g}  step {state.global_step}  loss {loss:.3f}"
-        )
+        of, rate = "", ""
+        if args.max_steps < 0:
+            of = f" of {args.num_train_epochs:g}"
+            rate = f"  base LR {entries[-1]['learning_rate']:.2e}"
+        epoch = f"epoch {state.epoch or 0:.3g}{of}"
+        self._write(f"{epoch}  step {state.global_step}  loss {loss:.3f}{rate}")
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *event: Any, **kwargs: Any
     ) -> None:
         """Write the metrics."""
-        self._write(f"step {state.global_step}  {described(metrics or {})}")
+        self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
 
 
-class Interruption(TrainerCallback):
-    """Ends a run at Ctrl-C or SIGTERM with a checkpoint, after the step that is under way.
-
-    A second Ctrl-C ends it at once. Use it as a context manager round `train()`.
+class EpisodeLines(TrainerCallback):
+    """Writes a line for each trial of a calibration and for each episode that ends.
 
     Args:
-        trainer: the Trainer.
-        write: takes a line for the user.
+        trainer: a Trainer with AEES.
+        write: takes each line.
     """
 
-    def __init__(self, trainer: Trainer, write: Callable[[str], object]) -> None:
-        self.happened = False  # the run has been ended
+    def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
         self._trainer = trainer
         self._write = write
-        self._asked = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._told: dict[Callable[..., str], int] = {}  # how many of each kind of line
 
-    def __enter__(self) -> Interruption:
-        """Listen to the signals."""
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            self._before[kind] = signal.signal(kind, self._ask)
-        return self
+    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
+        """Skip what was printed before the checkpoint that is resumed."""
+        self._news()
 
-    def __exit__(self, *_: object) -> None:
-        """Put back who listened before."""
-        for kind, before in self._before.items():
-            signal.signal(kind, before)
-        self._before.clear()
+    def on_step_end(self, *event: Any, **kwargs: Any) -> None:
+        """Print what happened in this step: trials, or the end of an episode."""
+        for line in self._news():
+            self._write(line)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        for kind, before in self._before.items():
-            signal.signal(kind, before)
-        self._write("Stopping after this step with a checkpoint; Ctrl-C once more stops at once.")
+    def on_train_end(self, *event: Any, **kwargs: Any) -> None:
+        """Print the last episode, which may be a partial one."""
+        self.on_step_end()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Save and stop, on all ranks at the same step."""
-        stop = self._asked
-        if args.world_size > 1:
-            # Reading a flag of all ranks takes a device read, so not at every step.
-            if state.global_step % _RANKS_AGREE_EVERY:
-                return
-            accelerator = self._trainer.accelerator
-            if stop:
-                accelerator.set_trigger()
-            stop = accelerator.check_trigger()
-        # Resumed from an epoch's last step, Trainer leaves out its evaluation and the random
-        # numbers that it draws; so the next step is waited for.
-        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
-        if stop and not (ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH):
-            self.happened = True
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+    def _news(self) -> list[str]:
+        aees: AEES | None = getattr(self._trainer, "aees", None)
+        if aees is None or not self._trainer.is_world_process_zero():
+            return []
+        kinds: list[tuple[Callable[..., str], Sequence[Any]]] = []
+        if aees.calibrator is not None:
+            kinds += [(trial_line, aees.calibrator.search.trials)]
+            kinds += [(_outcome_line, aees.calibrator.outcomes)]
+        lines = []
+        for to_line, seen in [*kinds, (episode_line, aees.controller.records)]:
+            told = self._told.get(to_line, 0)
+            lines += [to_line(number, one) for number, one in enumerate(seen[told:], told + 1)]
+            self._told[to_line] = len(seen)
+        return lines
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave out what an epoch would end with: the run does not end here."""
-        if self.happened:
-            control.should_save = control.should_evaluate = False
+
+def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:
+    """Leave the screen to the run's own lines; `quiet` shows no progress bar either."""
+    training = resolved.training
+    if "log_level" not in resolved.given:
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if "disable_tqdm" not in resolved.given:
+        # In a file a bar is thousands of lines.
+        training.disable_tqdm = quiet or not sys.stderr.isatty()
+    if training.disable_tqdm:
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        datasets.disable_progress_bars()
+
+
+@contextmanager
+def without_calibration_log() -> Iterator[None]:
+    """Keep the outcome of a calibration out of the log: the run's own lines tell it."""
+    logger = logging.getLogger("pulseopt_hf.calibration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _outcome_line(number: int, outcome: Outcome) -> str:
+    return str(outcome)

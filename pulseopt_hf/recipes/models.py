@@ -1,4 +1,7 @@
-"""Models and tokenizers of a recipe, checked against its task before a run begins."""
+"""Models and tokenizers of a recipe, checked against its task before a run begins.
+
+What is missing or does not fit is named in a `UsageError`.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,24 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTo
 from transformers.models.auto import modeling_auto
 
 from pulseopt_hf import embedded
-from pulseopt_hf.errors import UsageError, nearest, one_line
-from pulseopt_hf.recipes.fields import RecipeArguments
+from pulseopt_hf.errors import UsageError, nearest
+from pulseopt_hf.recipes.keys import RecipeArguments
+from pulseopt_hf.recipes.problems import usage_error
 
-_AUTO = {
-    "text-classification": ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION"),
-    "text-regression": ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION"),
-    "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "masked-lm": ("AutoModelForMaskedLM", "MASKED_LM"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM"),
-    "image-classification": ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION"),
-}
-_PEFT_TASK = {
-    "text-classification": "SEQ_CLS",
-    "text-regression": "SEQ_CLS",
-    "causal-lm": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
+_SEQUENCES = ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS")
+# Of each task: Transformers' class, its list of types that fit, and peft's name.
+_MODELS = {
+    "text-classification": _SEQUENCES,
+    "text-regression": _SEQUENCES,
+    "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM"),
+    "masked-lm": ("AutoModelForMaskedLM", "MASKED_LM", ""),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQ_2_SEQ_LM"),
+    "image-classification": ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", ""),
 }
 
 
 def model_folder(recipe: RecipeArguments) -> str | None:
-    """Return where the pretrained model lies: a hub name or a folder.
-
-    Raises:
-        UsageError: it is an embedded model that is not there.
-    """
+    """Return where the pretrained model lies: a hub name or a folder."""
     name = recipe.model_name_or_path
     if name is None or not name.startswith("embedded:"):
         return name
@@ -47,11 +43,7 @@ def model_folder(recipe: RecipeArguments) -> str | None:
 
 
 def check(recipe: RecipeArguments) -> None:
-    """Check a model that is not on the hub, without loading its weights.
-
-    Raises:
-        UsageError: there is no such model, or it is of a type that cannot do the task.
-    """
+    """Check a model that is not on the hub, without loading its weights."""
     folder = model_folder(recipe)
     if folder is None or Path(folder).is_dir():
         load_config(recipe)
@@ -63,80 +55,42 @@ def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
     Args:
         recipe: the recipe.
         **settings: what the task sets in it, such as `num_labels`.
-
-    Raises:
-        UsageError: there is no such model, or it is of a type that cannot do the task.
     """
-    folder = model_folder(recipe)
-    try:
-        if folder is None:
+    folder, kind = model_folder(recipe), str(recipe.model_type)
+    if folder is None:
+        with usage_error(f"`model_type`: `{kind}` cannot be made{nearest(kind, CONFIG_MAPPING)}"):
             own = dict(recipe.model_config or {})  # type: ignore[arg-type]
-            config = AutoConfig.for_model(str(recipe.model_type), **{**own, **settings})
-        else:
-            config = AutoConfig.from_pretrained(
-                folder,
-                revision=recipe.model_revision,
-                trust_remote_code=recipe.trust_remote_code,
-                **settings,
-            )
-    except Exception as error:  # the hub's client and the configurations have many kinds
-        if folder is None:
-            types = list(CONFIG_MAPPING)
-            raise UsageError(
-                f"`model_type`: `{recipe.model_type}` cannot be made"
-                f"{nearest(str(recipe.model_type), types) or ':'} {one_line(error)}"
-            ) from error
-        raise UsageError(
+            config = AutoConfig.for_model(kind, **{**own, **settings})
+    else:
+        with usage_error(
             f"`model_name_or_path`: {folder} could not be loaded from a folder, the hub or its "
-            f"local cache: {one_line(error)}"
-        ) from error
+            "local cache"
+        ):
+            config = AutoConfig.from_pretrained(folder, **_source(recipe), **settings)
     _check_fits(recipe, config)
     return config
 
 
 def load_model(recipe: RecipeArguments, config: Any) -> Any:
-    """Load the weights, or draw new ones; with LoRA where the recipe has it.
-
-    Raises:
-        UsageError: the weights are missing, or LoRA does not fit.
-    """
-    auto = getattr(transformers, _AUTO[recipe.task][0])
+    """Load the weights, or initialise new ones, and add LoRA if the recipe has it."""
+    auto = getattr(transformers, _MODELS[recipe.task][0])
     folder = model_folder(recipe)
     if folder is None:
         model = auto.from_config(config)
     else:
-        try:
-            model = auto.from_pretrained(
-                folder,
-                config=config,
-                revision=recipe.model_revision,
-                trust_remote_code=recipe.trust_remote_code,
-            )
-        except OSError as error:
-            raise UsageError(f"`model_name_or_path`: {folder}: {one_line(error)}") from error
+        with usage_error(f"`model_name_or_path`: {folder}", OSError):
+            model = auto.from_pretrained(folder, config=config, **_source(recipe))
     return model if recipe.lora_r is None else _with_lora(recipe, model)
 
 
 def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or train the embedded one; with the recipe's pad token.
-
-    Raises:
-        UsageError: it is missing, or the pad token is no token of it.
-    """
+    """Load the tokenizer, or train the embedded one, with the recipe's pad token."""
     name = recipe.tokenizer_name or model_folder(recipe)
-    if name is None:
-        raise UsageError("`tokenizer_name` must be set for a new model; `embedded:bpe` will do.")
     if name == "embedded:bpe":
         return embedded.train_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=recipe.model_revision, trust_remote_code=recipe.trust_remote_code
-        )
-    except Exception as error:  # as in `load_config`
-        key = "tokenizer_name" if recipe.tokenizer_name else "model_name_or_path"
-        raise UsageError(
-            f"`{key}`: {name} has no tokenizer that could be loaded: {one_line(error)}"
-        ) from error
+    key = "tokenizer_name" if recipe.tokenizer_name else "model_name_or_path"
+    with usage_error(f"`{key}`: {name} has no tokenizer that could be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_source(recipe))
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
             raise UsageError(f"`pad_token`: {recipe.pad_token!r} is not a token of {name}.")
@@ -144,12 +98,22 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def need_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Check that texts of different lengths can be put into one batch.
+def new_model_settings(
+    recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return what the configuration of a new model takes over from its tokenizer."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id or tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    is_new = recipe.model_type is not None
+    return {name: value for name, value in settings.items() if is_new and value is not None}
 
-    Raises:
-        UsageError: the tokenizer has no pad token.
-    """
+
+def need_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Refuse a tokenizer without a pad token, which batches of texts need."""
     if tokenizer.pad_token_id is None:
         example = tokenizer.eos_token or tokenizer.unk_token or next(iter(tokenizer.get_vocab()))
         raise UsageError(
@@ -160,17 +124,28 @@ def need_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
+def need_length(key: str, length: int, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Refuse texts that are too long for the tokenizer or the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    most = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if length > most:
+        raise UsageError(f"`{key}` must be at most {most} for this model, got {length}.")
+
+
+def _source(recipe: RecipeArguments) -> dict[str, Any]:
+    return {"revision": recipe.model_revision, "trust_remote_code": recipe.trust_remote_code}
+
+
 def _check_fits(recipe: RecipeArguments, config: Any) -> None:
-    mapping = f"MODEL_FOR_{_AUTO[recipe.task][1]}_MAPPING_NAMES"
-    fitting = getattr(modeling_auto, mapping)
+    fitting = getattr(modeling_auto, f"MODEL_FOR_{_MODELS[recipe.task][1]}_MAPPING_NAMES")
     kind = config.model_type
-    own_code = recipe.trust_remote_code and getattr(config, "auto_map", None)
-    if kind not in fitting and not own_code:
+    if kind not in fitting and not (
+        recipe.trust_remote_code and getattr(config, "auto_map", None)  # code of its own
+    ):
+        key = "model_name_or_path" if recipe.model_type is None else "model_type"
         raise UsageError(
-            f"`model_name_or_path`: a `{kind}` model does not fit `task: {recipe.task}`; types "
-            f"that do are {', '.join(sorted(fitting)[:6])} and {len(fitting) - 6} more."
-            if recipe.model_type is None
-            else f"`model_type`: a `{kind}` model does not fit `task: {recipe.task}`."
+            f"`{key}`: a `{kind}` model does not fit `task: {recipe.task}`; types that do are "
+            f"{', '.join(sorted(fitting)[:6])} and {len(fitting) - 6} more."
         )
     # An encoder sees the tokens that it is to predict: its perplexity would be a false 1.
     encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -183,20 +158,16 @@ def _check_fits(recipe: RecipeArguments, config: Any) -> None:
 
 
 def _with_lora(recipe: RecipeArguments, model: Any) -> Any:
-    if recipe.task not in _PEFT_TASK:
-        raise UsageError(f"`lora_r` does not go with `task: {recipe.task}`; leave it out.")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UsageError("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`.") from error
     config = LoraConfig(
-        task_type=_PEFT_TASK[recipe.task],
+        task_type=_MODELS[recipe.task][2],
         r=int(recipe.lora_r or 0),
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=recipe.lora_target_modules or None,
     )
-    try:
+    with usage_error("`lora_target_modules`", ValueError):
         return get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(f"`lora_target_modules`: {one_line(error)}") from error

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -17,70 +17,48 @@ from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
 from pulseopt_hf.errors import UsageError, nearest
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.reading import read_yaml
+from pulseopt_hf.recipes.keys import (
+    COMMAND_LINE_ONLY,
+    RecipeArguments,
+    RecipeTrainingArguments,
+    problems,
+)
+from pulseopt_hf.recipes.yaml_file import read_yaml
 
 _CLASSES = (RecipeArguments, RecipeTrainingArguments)
+_KEYS = {cls: [field.name for field in dataclasses.fields(cls) if field.init] for cls in _CLASSES}
+KEYS = [key for keys in _KEYS.values() for key in keys]
 _MAPPINGS = {
     key for cls in _CLASSES for key, kind in get_type_hints(cls).items() if "dict" in str(kind)
 }
-COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
+# Keys whose defaults are Trainer's and may change with its releases.
+_PINNED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "optim", "seed"),
+    *(field.name for field in dataclasses.fields(PulseOptKnobs)),
+)
+# A new run has a folder of its own, and only the original recipe takes the expected time.
+_NOT_OF_A_RUN = {*COMMAND_LINE_ONLY, "expected_time", "expected_score", "output_dir"}
+_PATHS = (
+    *("train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name"),
+    *("deepspeed", "fsdp_config"),
+)
 
 
-class RecipeParser(HfArgumentParser):
-    """`HfArgumentParser` over all keys of a recipe, which raises instead of exiting."""
-
-    def __init__(self) -> None:
-        """Add an option for every key."""
-        classes: Any = _CLASSES  # upstream's type variable fits no class at all
-        # A usage would be a list of all keys.
-        super().__init__(classes, usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
-        self._optionals.title = "keys of a recipe"
-        self._negative_number_matcher = ONE_DASH
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the error as a `UsageError`."""
-        message = re.sub(r"^argument --(\w+)(/--[\w-]+)*:", r"`\1`:", message)
-        raise UsageError(message if message.endswith(".") else f"{message}.")
-
-    @property
-    def keys(self) -> list[str]:
-        """All keys that a recipe may have."""
-        return [field.name for cls in _CLASSES for field in dataclasses.fields(cls) if field.init]
-
-    def convert(self, key: str, value: Any) -> Any:
-        """Turn a value as YAML gives it into what the key's option makes of it.
-
-        Raises:
-            UsageError: it does not fit the key.
-        """
-        action = self._option_string_actions[f"--{key}"]
-        if value is None:
-            if action.default is None:
-                return None
-            raise UsageError(f"`{key}` has no value; give one, or leave the line out.")
-        if isinstance(value, dict) and key in _MAPPINGS:
-            return value
-        if isinstance(value, list):
-            if action.nargs != "+":
-                raise UsageError(f"`{key}` takes one value, got the list {value!r}.")
-            if not value and action.default == []:
-                return []
-        values = value if isinstance(value, list) else [value]
-        for item in values:
-            if isinstance(item, dict | list):
-                raise UsageError(
-                    f"`{key}` must not hold {item!r}; put quotes round a text that begins with a "
-                    "bracket."
-                )
-        try:
-            words = [f"--{key}={_word(values[0], action.type)}"] if len(values) == 1 else None
-            if words is None:
-                words = [f"--{key}", *(_word(item, action.type) for item in values)]
-            return getattr(self.parse_args(words), key)
-        except UsageError as error:
-            problem = str(error).split(": ", 1)[-1]
-            raise UsageError(f"`{key}`: {problem}") from None
+def recipe_parser() -> HfArgumentParser:
+    """Return a parser of all keys of a recipe, which raises instead of exiting."""
+    classes: Any = _CLASSES  # upstream's type variable fits no class at all
+    parser = HfArgumentParser(
+        classes,
+        usage=argparse.SUPPRESS,  # it would list every key
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser._optionals.title = "keys of a recipe"
+    parser._negative_number_matcher = ONE_DASH
+    return parser
 
 
 @dataclass
@@ -90,10 +68,9 @@ class Resolved:
     Attributes:
         name: how the user named it.
         path: its file.
-        recipe: what is trained on which data.
-        training: Trainer's arguments and the knobs; `output_dir` is `None` where the user named
-            none.
-        given: what the YAML file and the command line set, as their options convert it.
+        recipe: the task, the model and the data.
+        training: Trainer's arguments and the knobs; `output_dir` is `None` if the user named none.
+        given: what the YAML file and the command line set, converted.
         said: the keys of these that the command line set.
     """
 
@@ -105,13 +82,13 @@ class Resolved:
     said: frozenset[str]
 
 
-def resolve(name: str, options: list[str], parser: RecipeParser | None = None) -> Resolved:
-    """Read a recipe, lay the command line over it, and check the result.
+def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None = None) -> Resolved:
+    """Read a recipe, override it by the command line, and check the result.
 
     Args:
         name: a shipped recipe's name or a file's path.
         options: the command line's `--key value` words.
-        parser: one that knows further options, which are left to its owner.
+        parser: a `recipe_parser()`, to save its construction.
 
     Raises:
         UsageError: with a line for everything that is wrong, not only the first.
@@ -119,108 +96,107 @@ def resolve(name: str, options: list[str], parser: RecipeParser | None = None) -
     path = catalogue.find(name)
     if name in catalogue.profiles():
         raise UsageError(
-            f"`{name}` is a launch profile: `accelerate launch --config_file FILE`, with the FILE "
-            f"that `pulseopt-hf cp {name} FILE` writes."
+            f"`{name}` is a launch profile. Copy it with `pulseopt-hf cp {name} FILE`, and use it "
+            "with `accelerate launch --config_file FILE`."
         )
-    parser = parser or RecipeParser()
-    values, problems = _from_yaml(path, parser)
-    command, wrong = _from_command_line(options, parser)
-    problems += wrong
-    # What the command line sets need not be right in the file.
-    merged = {**values, **command}
+    parser = parser or recipe_parser()
+    wrong: list[str] = []
+    in_file = _from_yaml(path, parser, wrong)
+    said = _from_command_line(options, parser, wrong)
+    given = {**in_file, **said}  # what the command line sets may be wrong in the file
     built: list[Any] = []
-    for cls in _CLASSES:
-        keys = {field.name for field in dataclasses.fields(cls) if field.init}
+    for cls, keys in _KEYS.items():
         try:
             # Trainer's arguments write into the mappings that they are given.
-            own = {key: copy.deepcopy(merged[key]) for key in merged if key in keys}
-            built.append(cls(**own))
-        except UsageError as error:
-            problems += error.problems
+            built.append(cls(**{key: copy.deepcopy(given[key]) for key in keys if key in given}))
         except (ValueError, TypeError, ImportError) as error:
-            problems += [line for line in str(error).splitlines() if line.strip()]
+            wrong += [line for line in str(error).splitlines() if line.strip()]
         except ArithmeticError as error:  # Trainer's own checks compute with what they are given
-            problems.append(f"a number is out of all range: {error}.")
-    if problems:
-        raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
-    training = built[1]
-    if "output_dir" not in merged:
+            wrong.append(f"a number is out of range: {error}.")
+    wrong += problems(built[0], given)
+    if wrong:
+        raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(wrong)))
+    recipe, training = built
+    if "output_dir" not in given:
         training.output_dir = None
-    return Resolved(name, path, built[0], training, merged, frozenset(command))
+    return Resolved(name, path, recipe, training, given, frozenset(said))
 
 
-def _from_yaml(path: Path, parser: RecipeParser) -> tuple[dict[str, Any], list[str]]:
-    values: dict[str, Any] = {}
-    problems: list[str] = []
+def _from_yaml(path: Path, parser: HfArgumentParser, wrong: list[str]) -> dict[str, Any]:
+    values = {}
     for key, value in read_yaml(path).items():
-        if key not in parser.keys:
-            problems.append(f"unknown recipe key `{key}`{nearest(key, parser.keys) or '.'}")
+        if key not in KEYS:
+            wrong.append(f"unknown recipe key `{key}`{nearest(key, KEYS) or '.'}")
         elif key in COMMAND_LINE_ONLY and value not in (None, False):
-            problems.append(f"`{key}` can be set on the command line only; leave the line out.")
+            wrong.append(f"`{key}` can be set on the command line only; leave the line out.")
         else:
             try:
-                values[key] = parser.convert(key, value)
+                values[key] = _converted(key, value, parser)
             except UsageError as error:
-                problems += error.problems
-    return values, problems
+                wrong += error.problems
+    return values
+
+
+def _converted(key: str, value: Any, parser: HfArgumentParser) -> Any:
+    """Turn a value as YAML gives it into what the key's option makes of it."""
+    action = parser._option_string_actions[f"--{key}"]
+    if isinstance(value, dict) and key in _MAPPINGS:
+        return value
+    if value in (None, []) and value == action.default:
+        return value
+    if value is None:
+        raise UsageError(f"`{key}` has no value; give one, or leave the line out.")
+    if isinstance(value, list) and action.nargs != "+":
+        raise UsageError(f"`{key}` takes one value, got the list {value!r}.")
+    words = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict | list):
+            raise UsageError(
+                f"`{key}` must not hold {item!r}; put quotes round a text that begins with a "
+                "bracket."
+            )
+        is_whole = action.type is int and isinstance(item, float) and item.is_integer()
+        words.append(str(int(item) if is_whole else item))
+    try:
+        return parser._get_values(action, words)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"`{key}`: {error.message}.") from error
+    except ValueError as error:  # argparse drops the word `--`
+        raise UsageError(f"`{key}`: {value!r} is not a value.") from error
 
 
 def _from_command_line(
-    options: list[str], parser: RecipeParser
-) -> tuple[dict[str, Any], list[str]]:
-    """Return only what the command line names, found by suppressing all defaults."""
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
+    options: Sequence[str], parser: HfArgumentParser, wrong: list[str]
+) -> dict[str, Any]:
+    unset = object()
+    namespace = argparse.Namespace(**dict.fromkeys(KEYS, unset))
     try:
-        namespace, unknown = parser.parse_known_args(options)
-    except UsageError as error:
-        return {}, list(error.problems)
-    known = [word for action in parser._actions for word in action.option_strings]
-    problems = []
+        _, unknown = parser.parse_known_args(options, namespace)
+    except argparse.ArgumentError as error:
+        key = str(error.argument_name).split("/")[0].removeprefix("--")
+        wrong.append(f"`{key}`: {error.message}.")
+        return {}
     after_unknown = False
     for word in unknown:
         flag = word.split("=", 1)[0]
         if word.startswith("--"):
-            problems.append(f"unknown option `{flag}`{nearest(flag, known) or '.'}")
+            close = nearest(flag, parser._option_string_actions) or "."
+            wrong.append(f"unknown option `{flag}`{close}")
             after_unknown = True
-        elif not after_unknown:  # else it is that option's value, of which all is said
-            problems.append(f"unexpected `{word}`, which belongs to no option.")
-    return vars(namespace), problems
-
-
-def _word(value: Any, kind: Any) -> str:
-    """Write a YAML value as a command line would hold it."""
-    if isinstance(value, float) and value.is_integer() and kind is int:
-        return str(int(value))
-    return str(value)
+        elif not after_unknown:  # else it is the unknown option's value
+            wrong.append(f"unexpected `{word}`, which belongs to no option.")
+    return {key: value for key, value in vars(namespace).items() if value is not unset}
 
 
 def to_yaml_values(resolved: Resolved) -> dict[str, Any]:
     """Return the keys that make the same run again.
 
-    These are all that were given, and the settings on which its numbers hang most, so that they
-    outlive a change of defaults. Local paths become absolute. Left out are the run folder, which a
-    new run has to itself, what is resumed, and what only a command line may hold.
+    These are all that were given, and the settings that matter most for its numbers, so that they
+    outlive a change of defaults. Local paths become absolute.
     """
-    knobs = [field.name for field in dataclasses.fields(PulseOptKnobs)]
-    values = {**resolved.given}
-    for key in (*_PINNED, *knobs):
-        values.setdefault(key, getattr(resolved.training, key))
-    left_out = {*COMMAND_LINE_ONLY, *_FOR_THE_SHELF, "output_dir"}
-    return {key: _plain(key, value) for key, value in values.items() if key not in left_out}
-
-
-# Keys whose defaults are Trainer's and may change with its releases.
-_PINNED = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "optim", "seed"),
-)
-_FOR_THE_SHELF = frozenset({"expected_time", "expected_score"})  # true of the original only
-_PATHS = frozenset(
-    {"train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name"}
-    | {"deepspeed", "fsdp_config"}
-)
+    pinned = {key: getattr(resolved.training, key) for key in _PINNED}
+    values = {**resolved.given, **{k: v for k, v in pinned.items() if k not in resolved.given}}
+    return {key: _plain(key, value) for key, value in values.items() if key not in _NOT_OF_A_RUN}
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import vl_convert
+
+from pulseopt_hf.files import write_whole
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # that Altair writes
 
@@ -22,15 +23,4 @@ def write_chart(spec: dict[str, Any], file: Path) -> None:
         content = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE).encode()
     else:
         content = vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
-    replace_file(file, content)
-
-
-def replace_file(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all: what was there stays where the disk is full."""
-    beside = file.with_name(file.name + ".new")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, file)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(file, content)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.errors import UsageError
+from pulseopt_hf.files import write_whole
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_data import RunData
 
@@ -28,11 +29,10 @@ def report(words: Sequence[str]) -> Path:
     file: Path = options.out or _folder(options.runs) / PAGE
     _check_page(file)
     with _failures("report", file):
-        from pulseopt_hf.report.chart_files import replace_file
         from pulseopt_hf.report.page import to_html
 
         # A name may hold half a surrogate pair, which no encoding has.
-        replace_file(file, to_html(runs, distinct_names(runs)).encode("utf-8", "replace"))
+        write_whole(file, to_html(runs, distinct_names(runs)).encode("utf-8", "replace"))
     return file
 
 

@@ -82,9 +82,11 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         if self.session is None or self.session.is_unattached:
             parts = {key: kwargs[key] for key in ("model", "optimizer", "lr_scheduler")}
             trainer = TrainerOfEvents(args, state, **parts)
+            latest = self.aees
             self.session = PulseSession(trainer, self.config, unattached=True)
+            self.session.latest = latest
             self.session.trainer = trainer
-        self.session.begin(state, saved)
+        self.session.begin(state, saved, kwargs["train_dataloader"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -73,12 +73,14 @@ def section(trainer: Any) -> str | None:
         for entry in trainer.state.log_history
         if "pulse/learning_rate" in entry
     ]
-    done = ["calibrated"] if aees.calibrator is not None else []
+    outcome = None if aees.calibrator is None else aees.calibrator.outcome
+    done = ["calibrated"] if outcome is not None and outcome.reason is None else []
     done += ["adapted in episodes by AEES"] if plays else []
+    said = f"was {' and '.join(done)}" if done else "is the one that was set"
     blocks = [
         BEGIN,
         "## Learning rate",
-        f"The learning rate was {' and '.join(done)} (`pulseopt_hf`).",
+        f"The learning rate {said} (`pulseopt_hf`).",
         table(("", "value"), [*_rate_rows(aees, logged), *_count_rows(aees, plays)]),
     ]
     if plays and aees.controller.records:

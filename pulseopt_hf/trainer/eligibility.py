@@ -1,8 +1,12 @@
-"""Where calibration has no business: what keeps it from touching a Trainer's learning rate."""
+"""What a Trainer's run says to calibration: whether it is to be done, and for how many passes."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.config import PulseOptConfig
@@ -35,6 +39,21 @@ def why_not_calibrate(trainer: Any, config: PulseOptConfig, max_steps: int) -> s
                 "calibration='trust_region' asks for it by name"
             )
     return calibrator.why_not_calibrate(trainer.optimizer, config)
+
+
+def passes_over_data(arguments: TrainingArguments, batches: object) -> float:
+    """Return how often a run goes over its training data, at least 1.
+
+    Args:
+        arguments: those of the run.
+        batches: what it iterates over; without a length, `max_steps` does not say how often.
+    """
+    if arguments.max_steps <= 0:
+        return max(1.0, float(arguments.num_train_epochs))
+    if not isinstance(batches, Sized) or not has_length(batches):
+        return 1.0
+    micro_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+    return max(1.0, micro_batches / max(1, len(batches)))
 
 
 def unsupervised(trainer_class: type) -> str | None:

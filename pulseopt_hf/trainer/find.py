@@ -29,6 +29,7 @@ def find_learning_rate(
     optimizer: torch.optim.Optimizer | None = None,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    passes: float = 1.0,
 ) -> Suggestion:
     """Find the learning rate without training: take some trial steps, and put everything back.
 
@@ -48,6 +49,7 @@ def find_learning_rate(
         optimizer: its optimizer, with the LR to begin from.
         batches: what the loop iterates over.
         loss: returns the loss of a batch, shape (); it calls the model.
+        passes: of the loop over its data. A Trainer's arguments say it.
 
     Raises:
         TypeError: neither a Trainer nor all four of the others were given.
@@ -60,7 +62,7 @@ def find_learning_rate(
                 "`find_learning_rate` takes a Trainer, or `model`, `optimizer`, `batches` and "
                 "`loss` of a loop of your own."
             )
-        return suggest(model, optimizer, batches, loss)
+        return suggest(model, optimizer, batches, loss, passes)
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "Under DeepSpeed the learning rate cannot be found without training, since its engine "
@@ -70,12 +72,13 @@ def find_learning_rate(
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(trainer.args.device))
         stack.enter_context(_as_before(made))
-        made.args = copy.copy(made.args)
+        arguments, made.args = made.args, copy.copy(made.args)
         made.args.max_steps = SHORTEST_RUN  # also where the data is less than that
         made.args.eval_on_start = False
         made.callback_handler.callbacks = []
         named = PulseOptConfig(calibration="trust_region")
         connect(made, PulseOptCallback(named), only_ask=True)
+        made._pulse.arguments = arguments
         if not isinstance(made, PulseOptMixin):
             made.__class__ = with_pulseopt(type(made))
         with suppress(LearningRateFound):

@@ -23,7 +23,7 @@ from pulseopt_hf.optim.movement import loss_of
 from pulseopt_hf.trainer import deepspeed
 from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
-from pulseopt_hf.trainer.eligibility import why_not_calibrate
+from pulseopt_hf.trainer.eligibility import passes_over_data, why_not_calibrate
 from pulseopt_hf.trainer.guard import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
 from pulseopt_hf.trainer.record import RunRecorder
@@ -88,6 +88,7 @@ class PulseSession:
         self.trainer: Any = None
         self.is_unattached = unattached
         self.only_ask = only_ask
+        self.arguments: TrainingArguments | None = None  # of the run that is asked about
         self.latest: AEES | None = None  # of the current or latest run
         self._config = config
         self._patches = MethodPatches()
@@ -128,12 +129,13 @@ class PulseSession:
             _IN_TRAINING.remove(self)
             self.trainer = None
 
-    def begin(self, state: TrainerState, saved: object | None) -> None:
+    def begin(self, state: TrainerState, saved: object | None, batches: object) -> None:
         """Start training: a fresh controller, or the one of the checkpoint that is resumed.
 
         Args:
             state: Trainer's state, `global_step` > 0 when resuming.
             saved: what `state_dict` returned when the checkpoint was written, if it was.
+            batches: what the training iterates over.
 
         Raises:
             RuntimeError: there are arms, and the Trainer's loss is not known.
@@ -151,13 +153,21 @@ class PulseSession:
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
             deepspeed.check_knobs(config, engine)
         shard = 0 if engine is None else deepspeed.shard_number(engine)
+        before = None if self.latest is None else self.latest.calibrator
+        if before is not None and not resuming:
+            # Trainer keeps its optimizer for another training, and where memory ran out.
+            before.undo(trainer.optimizer, trainer.lr_scheduler)
         aees = AEES.from_config(
             trainer.optimizer, config, shard=shard, buffers=trainer.model.buffers()
         )
         was_calibrated = isinstance(saved, dict) and saved.get("calibration") is not None
         if was_calibrated if resuming else self._is_to_calibrate(config, state.max_steps):
             aees.calibrate(
-                trainer.model_wrapped, trainer.lr_scheduler, state.max_steps, only_ask=self.only_ask
+                trainer.model_wrapped,
+                trainer.lr_scheduler,
+                state.max_steps,
+                passes_over_data(self.arguments or trainer.args, batches),
+                only_ask=self.only_ask,
             )
         if resuming and saved is not None:
             aees.load_state_dict(saved)
@@ -174,7 +184,8 @@ class PulseSession:
         if resuming and saved is None:
             logger.warning(
                 "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
-                "Its weights are resumed and the bandits start afresh.",
+                "Its weights and its learning rate are resumed; nothing is calibrated, and arms, if "
+                "there are any, start afresh.",
                 state.global_step,
             )
         self._aees = self.latest = trainer.aees = aees

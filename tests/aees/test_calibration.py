@@ -47,12 +47,12 @@ class Model:
     def trial(self, lr: float, step: int) -> Trial:
         rng = random.Random(step)
         factor = self.scatter ** rng.uniform(-1.0, 1.0) * (2.0 if step == 0 else 1.0)
-        movement = min(OUTPUT_RADIUS * lr / self.output_lr * factor, 1.0)
+        movement = OUTPUT_RADIUS * min(lr / self.output_lr * factor, 30.0)
         return Trial(lr, movement, WEIGHT_RADIUS * lr / self.weight_lr, step == 0, step)
 
 
-def run(model: Model, set_lr: float) -> Calibration:
-    search = Calibration(set_lr)
+def run(model: Model, set_lr: float, passes: float = 1.0) -> Calibration:
+    search = Calibration(set_lr, passes)
     for step in range(100):
         while not search.is_done:
             search.add(model.trial(search.next_lr, step))
@@ -127,7 +127,7 @@ def test_the_state_is_json_and_continues_exactly_from_every_trial() -> None:
         search = Calibration(1e-2)
         for trial in whole.trials[:stop]:
             search.add(trial)
-        restored = Calibration(1.0)
+        restored = Calibration(1.0, passes=5.0)
         restored.load_state_dict(json.loads(json.dumps(search.state_dict())))
         assert restored.next_lr == search.next_lr
         assert restored.batch_is_done == search.batch_is_done
@@ -142,6 +142,8 @@ def test_the_state_is_json_and_continues_exactly_from_every_trial() -> None:
         ("set_lr", 0.0),
         ("set_lr", math.nan),
         ("set_lr", "high"),
+        ("passes", 0.5),
+        ("passes", math.nan),
         ("trials", [{"learning_rate": 1.0}]),
         ("trials", "x"),
         ("trials", [{"learning_rate": 1.0, "movement": -1.0}]),
@@ -166,7 +168,28 @@ def test_a_state_with_more_trials_than_a_search_takes_is_refused() -> None:
     }
     assert trial_from_json(trial, "trial") == Trial(1e-3, 0.0, 0.0, True, 0)
     with pytest.raises(StateError, match="at most 18"):
-        search.load_state_dict({"set_lr": 1e-3, "trials": [trial] * 19})
+        search.load_state_dict({**search.state_dict(), "trials": [trial] * 19})
+
+
+@pytest.mark.parametrize("passes", [0.3, 1.0, 3.0, 10.0])
+def test_passes_over_the_data_divide_the_lr_of_a_pretrained_model(passes: float) -> None:
+    search = run(Model(1e-3, weight_lr=1e3), 1e-5, passes)
+    assert search.learning_rate == pytest.approx(1e-3 / max(1.0, passes), rel=0.01)
+    assert search.limited_by == "outputs"
+
+
+def test_passes_matter_the_less_the_more_a_step_moves_the_weights() -> None:
+    scratch = run(Model(1e-2, weight_lr=1e-3), 1e-5, 10.0)
+    assert scratch.learning_rate == pytest.approx(1e-3)
+    assert scratch.divisor == 1.0
+    between = run(Model(1e-3, weight_lr=2e-3), 1e-5, 9.0)  # half of the weights' radius
+    assert between.learning_rate == pytest.approx(1e-3 / 3.0, rel=0.01)
+
+
+@pytest.mark.parametrize("passes", [0.0, -1.0, math.nan, math.inf])
+def test_a_number_of_passes_that_is_none_is_refused(passes: float) -> None:
+    with pytest.raises(ValueError, match="`passes` must be a number > 0"):
+        Calibration(1e-3, passes)
 
 
 @pytest.mark.parametrize("set_lr", [0.0, -1.0, math.nan, math.inf])
@@ -180,6 +203,8 @@ def test_an_outcome_is_one_line_with_both_lrs_and_how_to_keep_the_old_one() -> N
     assert "\n" not in found
     for part in ("2e-05 was set", "0.00026 is used", "(13 times)", "calibration='off'"):
         assert part in found
+    several = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 2.9))
+    assert "too far, divided by 2.9 for the repeated passes over the data. To keep" in several
     kept = str(Outcome(2e-5, 2e-5, None, "it is zero", 5))
     assert kept == (
         "The learning rate is not calibrated: it is zero. The one that was set is used."

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pulseopt_hf import __version__
 from pulseopt_hf.cli import main
 from pulseopt_hf.command_line import COMMANDS
 from pulseopt_hf.compare.methods import METHODS
@@ -21,27 +22,30 @@ from pulseopt_hf.recipes import catalogue
 from tests.recipes.tiny import SHARED, files_of, results
 
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--main_process_port", "0", "-m", "pulseopt_hf"]
+ALONE = [sys.executable, "-m", "pulseopt_hf"]
 needs_data = pytest.mark.skipif(
     not SHARED.is_dir(), reason="needs the GLUE files in ../shared/data"
 )
 
 
-def command(*words: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pulseopt_hf", *words],
-        capture_output=True,
-        text=True,
-        env=HERE,
-        timeout=280,
-        **kwargs,  # type: ignore[call-overload]
-    )
+def command(*words: str, by: list[str] = ALONE) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*by, *words], capture_output=True, text=True, env=HERE, timeout=280)
 
 
-def local(bert: str, folder: Path, *more: str) -> list[str]:
-    return [
-        *("glue/sst2", "--model_name_or_path", bert, "--use_cpu"),
-        *("--per_device_train_batch_size", "8", *files_of("sst2", folder), *more),
-    ]
+@pytest.fixture
+def local(bert: str, work: Path) -> list[str]:
+    words = ["glue/sst2", "--model_name_or_path", bert, "--use_cpu"]
+    return [*words, "--per_device_train_batch_size", "8", *files_of("sst2", work.parent / "data")]
+
+
+def real(name: str, model: str) -> list[str]:
+    """Return the words that train on the real data of a GLUE task."""
+    files = [f"--{s}_file={SHARED / 'glue' / name / s}.csv" for s in ("train", "validation")]
+    words = ["train", f"glue/{name}", "--model_name_or_path", model, *files, "--use_cpu"]
+    return [*words, "--output_dir", "run"]
 
 
 def test_list_and_show_load_neither_torch_nor_transformers() -> None:
@@ -73,11 +77,18 @@ def test_a_copied_recipe_is_one_to_change_and_validate(
     assert "did you mean `max_length`?" in done.stderr
 
 
+def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in COMMANDS)
-    assert main(["--version"]) == 0
+    said = shown(["--help"], capsys)
+    assert all(f"\n    {name} " in said for name in COMMANDS)
+    assert shown(["--version"], capsys) == f"pulseopt-hf {__version__}\n"
+    assert main([]) == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -85,10 +96,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_help_of_its_own(
     name: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as done:
-        main([name, *words])
-    assert done.value.code == 0
-    said = capsys.readouterr().out
+    said = shown([name, *words], capsys)
     assert said.startswith(f"usage: pulseopt-hf {name} ")
     assert COMMANDS[name][1:] in said
     assert ("--lr_candidates" in said) == (name == "train")
@@ -97,24 +105,17 @@ def test_every_command_has_help_of_its_own(
 
 
 def test_the_help_of_compare_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["compare", "--help"])
-    _, methods, _ = re.split(r"^methods:$|^A KEY", capsys.readouterr().out, flags=re.M)
+    said = shown(["compare", "--help"], capsys)
+    _, methods, _ = re.split(r"^methods:$|^A KEY", said, flags=re.M)
     assert re.findall(r"^  (\w+)", methods, re.M) == list(METHODS)
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["cola", "rte"])
+@pytest.mark.parametrize(("name", "rows"), [("cola", 1043), ("rte", 277)])
 def test_real_glue_trains_and_its_output_is_readable_in_a_file(
-    name: str, bert: str, tmp_path: Path
+    name: str, rows: int, bert: str, work: Path
 ) -> None:
-    folder = SHARED / "glue" / name
-    done = command(
-        *("train", f"glue/{name}", "--model_name_or_path", bert, "--max_steps", "30"),
-        *("--train_file", str(folder / "train.csv"), "--use_cpu"),
-        *("--validation_file", str(folder / "validation.csv"), "--output_dir", "run"),
-        cwd=tmp_path,
-    )
+    done = command(*real(name, bert), "--max_steps", "30")
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr
     episodes = re.findall(
@@ -124,35 +125,33 @@ def test_real_glue_trains_and_its_output_is_readable_in_a_file(
         re.MULTILINE,
     )
     assert len(episodes) == 6
-    log = (tmp_path / "run" / "train.log").read_text().splitlines()
+    log = (work / "run" / "train.log").read_text().splitlines()
     assert [line for line in done.stdout.splitlines() if line in log] == log
-    assert results(tmp_path / "run")["eval_samples"] == {"cola": 1043, "rte": 277}[name]
+    assert results(work / "run")["eval_samples"] == rows
 
 
-def test_quiet_is_quiet(bert: str, tmp_path: Path) -> None:
-    words = local(bert, tmp_path, "--max_steps", "15", "--quiet", "--output_dir", "run")
-    done = command("train", *words, cwd=tmp_path)
+def test_quiet_is_quiet(local: list[str], work: Path) -> None:
+    done = command("train", *local, "--max_steps", "15", "--quiet", "--output_dir", "run")
     assert done.returncode == 0
     assert "episode" not in done.stdout + done.stderr
-    assert (tmp_path / "run" / "train.log").read_text().count("episode ") == 3
+    assert (work / "run" / "train.log").read_text().count("episode ") == 3
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
-    bert: str, tmp_path: Path
+    local: list[str], work: Path
 ) -> None:
-    words = local(bert, tmp_path, "--max_steps", "250", "--save_strategy", "no")
-    whole = command("train", *words, "--quiet", "--output_dir", "whole", cwd=tmp_path)
+    words = [*local, "--max_steps", "250", "--save_strategy", "no"]
+    whole = command("train", *words, "--quiet", "--output_dir", "whole")
     assert whole.returncode == 0, whole.stderr
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "pulseopt_hf", "train", *words, "--output_dir", "run"],
-        cwd=tmp_path,
+        [*ALONE, "train", *words, "--output_dir", "run"],
         env=HERE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    log = tmp_path / "run" / "train.log"
+    log = work / "run" / "train.log"
     deadline = time.time() + 120
     while not (log.exists() and "episode   2" in log.read_text()):
         assert process.poll() is None, process.communicate()[1]
@@ -169,61 +168,33 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
     # What it says is the whole command, to be pasted.
     go_on = shlex.split(error.splitlines()[-1])
     assert go_on == ["pulseopt-hf", "train", *words, "--output_dir", "run", "--resume"]
-    shorter = command("train", *words[:-4], "--output_dir", "run", "--resume", cwd=tmp_path)
+    shorter = command("train", *words[:-4], "--output_dir", "run", "--resume")
     assert shorter.returncode == 2
     assert "`max_steps` was 250 in this run and would be -1 now" in shorter.stderr
-    done = command(*go_on[1:], cwd=tmp_path)
+    done = command(*go_on[1:])
     assert done.returncode == 0, done.stderr
     assert f"going on from {Path('run') / ('checkpoint-' + stopped[1])}" in done.stdout
     for name in ("model.safetensors", "episodes.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (work / "run" / name).read_bytes() == (work / "whole" / name).read_bytes()
 
 
 @pytest.mark.distributed
-def test_accelerate_launch_runs_a_recipe_on_two_processes(bert: str, tmp_path: Path) -> None:
-    words = local(bert, tmp_path, "--max_steps", "20", "--save_strategy", "steps")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pulseopt_hf", "train"]
-    done = subprocess.run(
-        [*launch, *words, "--save_steps", "10"],
-        cwd=tmp_path,
-        env=HERE,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def test_accelerate_launch_runs_a_recipe_on_two_processes(local: list[str], work: Path) -> None:
+    words = ["train", *local, "--max_steps", "20", "--save_strategy", "steps", "--save_steps", "10"]
+    done = command(*words, by=LAUNCH)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "glue-sst2"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["glue-sst2"]
+    run = work / "runs" / "glue-sst2"
+    assert [path.name for path in (work / "runs").iterdir()] == ["glue-sst2"]
     (record,) = json.loads((run / "run.json").read_text())["commands"]
     assert record["processes"] == 2
     assert done.stdout.count("episode   1 ") == 1
-    bad = subprocess.run(
-        [*launch, *words, "--train_file", "gone.csv"],
-        cwd=tmp_path,
-        env=HERE,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    bad = command(*words, "--train_file", "gone.csv", by=LAUNCH)
     assert bad.stderr.count("gone.csv: there is no such file") == 1
 
 
 @pytest.mark.slow
 @needs_data
-def test_minilm_learns_sst2_from_the_real_file(tmp_path: Path) -> None:
-    folder = SHARED / "glue" / "sst2"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pulseopt_hf", "train", "glue/sst2", "--use_cpu"),
-            *("--model_name_or_path", "embedded:minilm", "--output_dir", "run"),
-            *("--train_file", str(folder / "train.csv"), "--max_steps", "400"),
-            *("--validation_file", str(folder / "validation.csv")),
-            *("--per_device_train_batch_size", "16"),
-        ],
-        cwd=tmp_path,
-        env=HERE,
-    )
-    assert done.returncode == 0
-    assert results(tmp_path / "run")["eval_accuracy"] >= 0.80
+def test_minilm_learns_sst2_from_the_real_file(work: Path) -> None:
+    words = [*real("sst2", "embedded:minilm"), "--max_steps", "400"]
+    assert main([*words, "--per_device_train_batch_size", "16"]) == 0
+    assert results(work / "run")["eval_accuracy"] >= 0.80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from pulseopt_hf.cli import main
-from pulseopt_hf.compare.cells import steps_after_calibration
+from pulseopt_hf.compare.cells import EVALUATIONS, steps_after_calibration
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.compare.scores import DIVERGED, score
+from pulseopt_hf.compare.scores import DIVERGED, score, tuned_lr
 from tests.recipes.tiny import files_of
 
 
@@ -48,6 +49,32 @@ def test_scores_by_hand() -> None:
 def test_a_loss_beyond_all_bounds_counts_as_diverged() -> None:
     scores = score([cell("static", 1e-3, 0, 1.0), cell("static", 1e-2, 0, 1e9)])
     assert scores.scores[0].worst == DIVERGED
+
+
+def test_the_tuned_lr_lies_between_those_of_the_grid() -> None:
+    """A parabola over log LR is found again, whatever the grid."""
+    true = 4.2e-4
+    for grid in ([1e-4, 3e-4, 1e-3], [2e-4, 3e-4, 1e-3], [1e-5, 1e-4, 3e-4, 1e-3, 1e-2]):
+        losses = {lr: 1.0 + math.log(lr / true) ** 2 for lr in grid}
+        assert tuned_lr(losses) == pytest.approx(true)
+
+
+def test_a_grid_too_coarse_for_a_parabola_has_its_best_lr() -> None:
+    assert tuned_lr({1e-5: 2.0, 1e-4: 1.0, 1e-3: 1.5}) == 1e-4
+    assert tuned_lr({1e-4: 1.0, 3e-4: 1.5}) == 1e-4  # the best lies at the edge
+    assert tuned_lr({3e-5: 2.0, 1e-4: 1.0, 3e-4: math.inf}) == 1e-4
+
+
+def test_the_metric_is_scored_at_the_end_and_at_the_best_evaluation() -> None:
+    static = {**cell("static", 1e-3, 0, 1.0), "metric": "accuracy"}
+    static["evaluations"] = [(5, 1.5, 0.7), (10, 1.0, 0.9)]
+    new = {**cell("new", 1e-3, 0, 2.0), "metric": "accuracy"}
+    new["evaluations"] = [(5, 1.2, 0.85), (10, 2.0, 0.8)]
+    scores = score([static, new])
+    assert (scores.metric, scores.metric_tuned) == ("accuracy", 0.9)
+    row = scores.scores[1]
+    assert (row.robustness, row.metric) == (0.5, 0.8)
+    assert (row.best, row.best_metric) == (pytest.approx(0.1), 0.85)
 
 
 def test_nothing_to_measure_against_is_an_error() -> None:
@@ -113,6 +140,8 @@ def test_a_comparison_is_run_kept_and_written(
         assert (0 < result["paid_steps"] <= 20) == calibrated
         assert (result["lr_scale"] is not None) == calibrated
         assert result["steps"] == 70 - result["paid_steps"]
+    last = content["cells"][1]["evaluations"][-1]
+    assert -1.0 <= last[2] <= 1.0
     found = {
         cell["lr_scale"] * cell["cell"]["learning_rate"]
         for cell in content["cells"]
@@ -128,6 +157,12 @@ def test_a_comparison_is_run_kept_and_written(
     table = (tmp_path / "out/compare.md").read_text()
     assert table in shown
     assert "| default |" in table
+    assert "matthews_correlation" in table
+    for result in content["cells"]:
+        assert result["metric"] == "matthews_correlation"
+        steps = [step for step, _, _ in result["evaluations"]]
+        assert steps[-1] == result["steps"]
+        assert len(steps) >= EVALUATIONS
     picture = (tmp_path / "out/compare.svg").read_text()
     assert "<svg" in picture
     assert picture.count("<path") > 20

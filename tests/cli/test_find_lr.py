@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,9 +16,8 @@ from pulseopt_hf.optim.suggestion import Suggestion
 from pulseopt_hf.recipes import find_lr
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.wording import moved
-from tests.recipes.tiny import files_of
-
-Say = Callable[..., str]
+from tests.cli.test_commands import HERE, LAUNCH, command
+from tests.recipes.tiny import files_of, train
 
 
 @pytest.fixture
@@ -36,17 +31,6 @@ def recipe(tmp_path: Path, bert: str) -> list[str]:
     return [*words, "--eval_strategy", "no"]
 
 
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the empty working folder; what is temporary lies beside it."""
-    folder, beside = tmp_path / "work", tmp_path / "temporary"
-    folder.mkdir()
-    beside.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(tempfile, "tempdir", str(beside))
-    return folder
-
-
 def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
     recipe: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,8 +39,7 @@ def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
     assert list(work.iterdir()) == []
     left = (work.parent / "temporary").iterdir()
     assert [path for path in left if "wandb" not in path.name] == []  # which is imported
-    words = ["--max_steps", "60", "--quiet", "--output_dir", "run"]
-    assert main(["train", *recipe, *words]) == 0
+    train(recipe[0], work / "run", *recipe[1:], "--max_steps", "60")
     run = read_run(work / "run")
     assert run.calibrated_lr is not None
     assert lines[-1] == f"{run.calibrated_lr:.3g}"
@@ -75,25 +58,23 @@ def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
     assert f"set `learning_rate: {lines[-1]}` and `calibration: off`" in said
 
 
-def test_a_run_with_the_number_and_without_calibration_learns_with_it(
+def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_written(
     recipe: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["find-lr", *recipe]) == 0
-    found = capsys.readouterr().out.splitlines()[-1]
-    words = ["--learning_rate", found, "--calibration", "off", "--max_steps", "10", "--quiet"]
-    words += ["--logging_steps", "1", "--output_dir", "run"]
-    assert main(["train", *recipe, *words]) == 0
+    """Nor do knobs change the number, with which a run without calibration then learns."""
+    said = []
+    writing = ["--output_dir", "run", "--report_to", "tensorboard", "--save_strategy", "steps"]
+    writing += ["--save_steps", "1", "--logging_steps", "1", "--push_to_hub"]
+    for more in (writing, ["--lr_candidates", "0.5", "1.0", "--calibration", "off"]):
+        assert main(["find-lr", *recipe, *more]) == 0
+        said.append(capsys.readouterr().out)
+        assert list(work.iterdir()) == []
+    assert said[0] == said[1]
+    found = said[0].splitlines()[-1]
+    words = ["--learning_rate", found, "--calibration", "off", "--logging_steps", "1"]
+    train(recipe[0], work / "run", *recipe[1:], *words)
     logs = json.loads((work / "run" / "trainer_state.json").read_text())["log_history"]
     assert logs[0]["learning_rate"] == float(found)
-
-
-def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_written(
-    recipe: list[str], work: Path
-) -> None:
-    words = ["--output_dir", "run", "--report_to", "tensorboard", "--save_strategy", "steps"]
-    words += ["--save_steps", "1", "--logging_steps", "1", "--push_to_hub"]
-    assert main(["find-lr", *recipe, *words]) == 0
-    assert list(work.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<svg"), ("lr.PNG", b"\x89PNG")])
@@ -140,57 +121,37 @@ def test_where_no_trial_is_taken_there_is_no_picture(
     assert list(work.iterdir()) == []
 
 
-@pytest.fixture
-def say(work: Path, capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run the command with words that must be refused, and return the one line it says."""
-
-    def refused(*words: str) -> str:
-        assert main(["find-lr", *words]) == 2
-        captured = capsys.readouterr()
-        (line,) = captured.err.splitlines()
-        assert captured.out == ""
-        assert [file.name for file in work.rglob("*")] == []
-        return line
-
-    return refused
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ([], "The recipe comes first: `pulseopt-hf find-lr RECIPE"),
         (["glue/colla"], "did you mean `glue/cola`?"),
         (["glue/cola", "--lerning_rate", "1"], "unknown option `--lerning_rate`"),
-        (["quickstart/lm", "--dataset_name", "embedded:sentence"], "`embedded:sentences`?"),
         (["glue/cola", "--resume"], "unknown option `--resume`"),
         # Refused before anything is loaded: there is no such data here.
         (["glue/cola", "--plot", "lr.gif"], "`--plot`: lr.gif must end in .svg or .png."),
         (["glue/cola", "--plot", "lr"], "`--plot`: lr must end in .svg or .png."),
         (["glue/cola", "--plot", "no/lr.svg"], "`--plot`: no: there is no such folder."),
+        (["glue/cola", "--plot", "../a.svg"], "`--plot`: ../a.svg is a folder; name a file in it."),
         (["glue/cola", "--plot"], "expected one argument"),
         (["quickstart/lm", "--no_do_train"], "`do_train` is off"),
         (["quickstart/lm", "--learning_rate", "0"], "`learning_rate` must be > 0"),
-        (["quickstart/lm", "--resume_from_checkpoint", "x"], "begins where a new run does"),
+        (["quickstart/lm", "--resume_from_checkpoint", "x"], "starts where a new run does"),
     ],
 )
-def test_bad_usage_is_one_line(words: list[str], says: str, say: Say) -> None:
-    assert says in say(*words)
-
-
-def test_a_picture_in_the_place_of_a_folder_is_refused(
-    work: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_usage_is_one_line(
+    words: list[str], says: str, work: Path, refused: Callable[..., str]
 ) -> None:
-    (work / "lr.svg").mkdir()
-    assert main(["find-lr", "glue/cola", "--plot", "lr.svg"]) == 2
-    assert "`--plot`: lr.svg is a folder; name a file in it." in capsys.readouterr().err
+    (work.parent / "a.svg").mkdir()
+    assert says in refused("find-lr", *words)
 
 
 def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
-    say: Say, monkeypatch: pytest.MonkeyPatch
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "pulseopt_hf.report.chart_files", raising=False)
     monkeypatch.setitem(sys.modules, "altair", None)
-    line = say("glue/cola", "--plot", "lr.svg")
+    line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
     assert "`--plot` needs altair, which is not installed: pip install" in line
 
 
@@ -199,38 +160,18 @@ def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
     file = work.parent / "zero.json"
     sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
     file.write_text(json.dumps({**dict.fromkeys(sizes, "auto"), "zero_optimization": {"stage": 1}}))
-    command = [sys.executable, "-m", "pulseopt_hf", "find-lr", "quickstart/lm", "--use_cpu"]
-    done = subprocess.run(
-        [*command, "--deepspeed", str(file)], capture_output=True, text=True, timeout=120
-    )
+    done = command("find-lr", "quickstart/lm", "--use_cpu", "--deepspeed", str(file))
     assert done.returncode == 2
     assert "train with `--calibration trust_region`" in done.stderr.splitlines()[-1]
     assert list(work.iterdir()) == []
 
 
-def test_knobs_of_the_recipe_change_nothing(
-    recipe: list[str], work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = []
-    for knobs in ([], ["--lr_candidates", "0.5", "1.0", "--calibration", "off"]):
-        assert main(["find-lr", *recipe, *knobs]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-
-
 @pytest.mark.distributed
-def test_two_processes_find_one_number(recipe: list[str], work: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pulseopt_hf"]
-    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(work)}
-    done = subprocess.run(
-        [*launch, "find-lr", *recipe, "--plot", "lr.svg"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=280,
-    )
+def test_two_processes_find_one_number(
+    recipe: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HERE, "TMPDIR", str(work))
+    done = command("find-lr", *recipe, "--plot", "lr.svg", by=LAUNCH)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert float(lines[-1]) > 1e-4

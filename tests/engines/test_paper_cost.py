@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,44 +132,3 @@ def test_what_an_episode_sends_depends_neither_on_the_model_nor_on_the_number_of
     expected = {"all_reduce": [4 * EPISODE_LENGTH], "broadcast": [24]}
     for world_size, elements in ((2, 10_000), (1024, 10_000), (1024, 70_000_000_000)):
         assert payloads(world_size, elements) == expected
-
-
-def busiest_rank(world_size: int) -> tuple[int, int]:
-    """Carry out an episode's collectives message by message.
-
-    Recursive doubling for the all-reduce, a binomial tree for the broadcast: what libraries use for
-    messages this small. Powers of two only.
-
-    Returns:
-        The bytes that the busiest rank sends, and the rounds of messages that follow each other.
-    """
-    sent = [0] * world_size
-    means = [float(rank) for rank in range(world_size)]
-    chosen = [rank == 0 for rank in range(world_size)]
-    rounds = 0
-    distance = 1
-    while distance < world_size:
-        for rank in range(world_size):
-            sent[rank] += 4 * EPISODE_LENGTH
-        means = [means[rank] + means[rank ^ distance] for rank in range(world_size)]
-        distance, rounds = 2 * distance, rounds + 1
-    distance = 1
-    while distance < world_size:
-        for rank in range(distance):
-            sent[rank] += 24
-            chosen[rank + distance] = True
-        distance, rounds = 2 * distance, rounds + 1
-    # It did what it stands for: all know the sum and the choice.
-    assert means == [sum(range(world_size))] * world_size
-    assert all(chosen)
-    return max(sent), rounds
-
-
-def test_traffic_of_a_rank_grows_with_the_logarithm_of_the_number_of_ranks() -> None:
-    for exponent in range(1, 13):
-        most, rounds = busiest_rank(2**exponent)
-        assert most == (4 * EPISODE_LENGTH + 24) * exponent
-        assert rounds == 2 * exponent
-    most, rounds = busiest_rank(1024)
-    assert (most, rounds) == (4240, 20)
-    assert most / (math.log2(1024)) == busiest_rank(2)[0]

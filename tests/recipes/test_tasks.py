@@ -12,33 +12,29 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from pulseopt_hf import embedded
-from pulseopt_hf.cli import main
-from tests.recipes.tiny import FAST, SHARED, files_of, results
+from tests.recipes.tiny import SHARED, files_of, train
+
+
+def files(folder: Path, ending: str, train: str, validation: str) -> list[str]:
+    """Write local files, and return the options that name them."""
+    for split, content in (("train", train), ("validation", validation)):
+        (folder / f"{split}.{ending}").write_text(content)
+    return [f"--{split}_file={folder}/{split}.{ending}" for split in ("train", "validation")]
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("texts")
     data = embedded.language_modelling()
-    options = []
-    for split in ("train", "validation"):
-        path = folder / f"{split}.txt"
-        path.write_text("\n".join(data[split]["text"][:200]) + "\n")
-        options += [f"--{split}_file", str(path)]
-    return options
-
-
-def train(recipe: str, run: Path, *options: str) -> dict[str, float]:
-    assert main(["train", recipe, "--output_dir", str(run), *FAST, *options]) == 0
-    return results(run)
+    train, validation = ("\n".join(data[s]["text"][:200]) for s in ("train", "validation"))
+    folder = tmp_path_factory.mktemp("texts")
+    return ["--block_size", "64", *files(folder, "txt", train, validation)]
 
 
 @pytest.mark.parametrize("recipe", ["lm/wikitext2", "lm/wikitext103", "lm/wikitext2_lora"])
 def test_causal_language_models_report_the_perplexity_of_their_loss(
     recipe: str, gpt2: str, texts: list[str], tmp_path: Path
 ) -> None:
-    options = ["--model_name_or_path", gpt2, "--block_size", "64", *texts]
-    scores = train(recipe, tmp_path / "run", *options)
+    scores = train(recipe, tmp_path / "run", "--model_name_or_path", gpt2, *texts)
     # Every block has as many tokens, so the mean over blocks is the mean over tokens.
     assert scores["eval_perplexity"] == pytest.approx(math.exp(scores["eval_loss"]), rel=1e-4)
     adapter = (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -48,8 +44,7 @@ def test_causal_language_models_report_the_perplexity_of_their_loss(
 def test_a_text_file_alone_is_enough_for_a_language_model(
     gpt2: str, texts: list[str], tmp_path: Path
 ) -> None:
-    options = ["--model_name_or_path", gpt2, "--block_size", "64", *texts[:2]]
-    scores = train("lm/text_file", tmp_path / "run", *options)
+    scores = train("lm/text_file", tmp_path / "run", "--model_name_or_path", gpt2, *texts[:3])
     assert 0 < scores["eval_samples"] < scores["train_samples"] / 10
 
 
@@ -63,8 +58,7 @@ def test_wikitext_itself_is_read(gpt2: str, tmp_path: Path) -> None:
 
 
 def test_a_masked_language_model_guesses_words(bert: str, texts: list[str], tmp_path: Path) -> None:
-    options = ["--model_name_or_path", bert, "--block_size", "64", *texts]
-    scores = train("lm/wikitext2_mlm", tmp_path / "run", *options)
+    scores = train("lm/wikitext2_mlm", tmp_path / "run", "--model_name_or_path", bert, *texts)
     assert 1 < scores["eval_perplexity"] < 1000
 
 
@@ -83,9 +77,8 @@ def test_lora_trains_only_its_matrices_on_glue(bert: str, tmp_path: Path) -> Non
 
 def test_seq2seq_writes_texts_and_scores_them(t5: str, tmp_path: Path) -> None:
     rows = [{"article": f"the film number {i} was fine", "highlights": "fine"} for i in range(24)]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--train_file", str(file), "--validation_file", str(file), "--test_file", str(file)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    options = [*files(tmp_path, "jsonl", text, text), f"--test_file={tmp_path}/train.jsonl"]
     options += ["--model_name_or_path", t5, "--do_predict", "--generation_max_length", "8"]
     scores = train("seq2seq/cnn_dailymail", tmp_path / "run", *options)
     assert {"eval_rouge1", "eval_rouge2", "eval_rougeL"} <= set(scores)
@@ -94,9 +87,15 @@ def test_seq2seq_writes_texts_and_scores_them(t5: str, tmp_path: Path) -> None:
 
 def test_digits_are_learned(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ["--use_cpu", "--quiet", "--output_dir", str(run), "--num_train_epochs", "2"]
-    assert main(["train", "image/digits", *options]) == 0
-    assert results(run)["eval_accuracy"] > 0.9
+    options = [
+        "--max_steps",
+        "-1",
+        "--num_train_epochs",
+        "2",
+        "--per_device_train_batch_size",
+        "32",
+    ]
+    assert train("image/digits", run, *options)["eval_accuracy"] > 0.9
     log = (run / "train.log").read_text()
     assert log.count("\nepoch ") + log.startswith("epoch ") == 2
     assert "epoch 2 of 2  step 90  loss " in log
@@ -124,9 +123,9 @@ def test_cifar_is_read_as_images_with_its_columns(tmp_path: Path) -> None:
 
 
 def test_ag_news_takes_labels_by_name_or_number(bert: str, tmp_path: Path) -> None:
-    for split, labels in (("train", ["World", "Sports", "Business", "Sci/Tech"]), ("test", "0123")):
-        rows = "".join(f'"the film, {label}",{label}\n' for label in labels)
-        (tmp_path / f"{split}.csv").write_text("text,label\n" + rows)
-    options = ["--train_file", str(tmp_path / "train.csv"), "--model_name_or_path", bert]
-    options += ["--validation_file", str(tmp_path / "test.csv")]
+    contents = [
+        "text,label\n" + "".join(f'"the film, {label}",{label}\n' for label in labels)
+        for labels in (["World", "Sports", "Business", "Sci/Tech"], "0123")
+    ]
+    options = ["--model_name_or_path", bert, *files(tmp_path, "csv", *contents)]
     assert train("text/ag_news", tmp_path / "run", *options)["eval_samples"] == 4

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pulseopt_hf import embedded
+from pulseopt_hf.cli import main
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -43,46 +44,38 @@ GLUE = {
 FAST = ["--use_cpu", "--quiet", "--per_device_train_batch_size", "8", "--max_steps", "15"]
 
 
-def write_glue(folder: Path, name: str, rows: int = 32, kind: str = "csv") -> dict[str, Path]:
+def write_glue(folder: Path, name: str) -> dict[str, Path]:
     """Write `train`, `validation`, `validation2`, `test` and `test2` of a task's schema."""
     folder.mkdir(parents=True, exist_ok=True)
     columns, classes, _ = GLUE[name]
     rng = random.Random(name)
     files = {}
     for split in ("train", "validation", "validation2", "test", "test2"):
-        table = []
-        for index in range(rows):
-            grade = rng.random()
-            row: dict[str, object] = {"idx": index}
-            for column in columns:
-                words = rng.sample(PLAIN, 5) + [
-                    rng.choice(GOOD if rng.random() < grade else BAD) for _ in range(3)
-                ]
-                row[column] = " ".join(words) + ', "as they say", .'
-            label: object = round(5 * grade, 2) if not classes else int(grade * classes)
-            row["label"] = -1 if split.startswith("test") else label
-            table.append(row)
-        files[split] = folder / f"{split}.{kind}"
+        files[split] = folder / f"{split}.csv"
         with files[split].open("w", newline="") as file:
-            if kind == "csv":
-                writer = csv.DictWriter(file, list(table[0]))
-                writer.writeheader()
-                writer.writerows(table)
-            else:
-                file.writelines(json.dumps(row) + "\n" for row in table)
+            writer = csv.DictWriter(file, ["idx", *columns, "label"])
+            writer.writeheader()
+            for index in range(32):
+                grade = rng.random()
+                row: dict[str, object] = {"idx": index}
+                for column in columns:
+                    words = rng.sample(PLAIN, 5) + [
+                        rng.choice(GOOD if rng.random() < grade else BAD) for _ in range(3)
+                    ]
+                    row[column] = " ".join(words) + ', "as they say", .'
+                label: object = int(grade * classes) if classes else round(5 * grade, 2)
+                writer.writerow({**row, "label": -1 if split.startswith("test") else label})
     return files
 
 
 def files_of(name: str, folder: Path) -> list[str]:
     """Write a task's files and return the options that name them."""
-    files = write_glue(folder, name)
+    files = {split: str(path) for split, path in write_glue(folder, name).items()}
     second = name == "mnli"
     return [
-        *("--train_file", str(files["train"])),
-        *("--validation_file", str(files["validation"])),
-        *([str(files["validation2"])] if second else []),
-        *("--test_file", str(files["test"])),
-        *([str(files["test2"])] if second else []),
+        *("--train_file", files["train"], "--validation_file", files["validation"]),
+        *([files["validation2"]] if second else []),
+        *("--test_file", files["test"], *([files["test2"]] if second else [])),
     ]
 
 
@@ -98,25 +91,16 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
+    special = {
+        f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")
+    }
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=128,
+        tokenizer_object=tokenizer, model_max_length=128, **special
     ).save_pretrained(folder)
     set_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 128, "vocab_size": len(words)}
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(folder)
     return str(folder)
 
 
@@ -140,19 +124,17 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("t5")
     embedded.train_tokenizer(400).save_pretrained(folder)
     set_seed(0)
-    config = T5Config(
-        vocab_size=400,
-        d_model=32,
-        d_kv=16,
-        d_ff=64,
-        num_layers=1,
-        num_heads=2,
-        pad_token_id=0,
-        eos_token_id=0,
-        decoder_start_token_id=0,
-    )
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    config = T5Config(vocab_size=400, **sizes, **tokens)
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)
+
+
+def train(recipe: str, run: Path, *options: str) -> dict[str, float]:
+    """Train a recipe briefly and quietly into a folder, and return its results."""
+    assert main(["train", recipe, "--output_dir", str(run), *FAST, *options]) == 0
+    return results(run)
 
 
 def results(folder: Path) -> dict[str, float]:

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.cli import main
-from pulseopt_hf.progress import EpisodeLines
+from pulseopt_hf.recipes.lines import EpisodeLines
 from pulseopt_hf.report.live import picture
 from pulseopt_hf.report.record_reader import read_run
 from tests.report.conftest import edit_record

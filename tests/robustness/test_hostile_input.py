@@ -18,7 +18,7 @@ from pulseopt_hf import AEES, PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.parsing import RecipeParser, resolve
+from pulseopt_hf.recipes.parsing import recipe_parser, resolve
 
 FEW, MANY = 1_200, 110_000
 SETTINGS: dict[str, Any] = {
@@ -225,7 +225,7 @@ def throw_recipes(count: int, seed: int, folder: Path) -> dict[str, int]:
     rng = random.Random(seed)
     recipes = [catalogue.find(name).read_text() for name in ("glue/sst2", "quickstart/lm")]
     file = folder / "recipe.yaml"
-    parser = RecipeParser()
+    parser = recipe_parser()
     seen = {"loaded": 0, "refused": 0}
     for _ in range(count):
         file.write_bytes(yaml_text(rng, rng.choice(recipes)))

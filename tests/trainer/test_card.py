@@ -14,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
 from pulseopt_hf.trainer.card import BEGIN, END, TAGS, table, with_section
@@ -95,6 +95,24 @@ def test_a_card_says_what_happened_and_no_more(
         *("---", "value"),
         *("Learning rate that was set", "Calibrated learning rate", "Effective learning rate"),
     }
+
+
+def test_a_card_does_not_call_calibrated_what_was_given_up(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = PulseOptTrainer(
+        tiny_model(), arguments(max_steps=60, learning_rate=1e-4), train_dataset=tiny_data
+    )
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3  # amid the search
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    trainer.create_model_card()
+    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "The learning rate is the one that was set (`pulseopt_hf`)." in text
 
 
 def test_with_arms_the_knobs_that_were_changed_or_followed_are_listed(

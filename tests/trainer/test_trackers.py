@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,28 +131,29 @@ def test_trackio_shows_them_in_its_local_store(
     check_what_is_shown(by_key(logged), trainer, used)
 
 
-def test_wandb_shows_them_in_its_offline_run(
+def test_wandb_is_given_them_with_the_step(
     tiny_model: Any,
     tiny_data: Any,
     arguments: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer, used = trained(tiny_model(), arguments(report_to=["wandb"]), tiny_data)
-    import wandb
-
-    wandb.finish()
-    wandb.teardown()  # ends its process, which writes the last records only then
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
     logged: list[dict[str, Any]] = []
-    for content in leveldb_records(file.read_bytes()):
-        items = Record.FromString(content).history.item  # empty in records of other kinds
-        logged.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    log = wandb.Run.log
+
+    def noted(run: Any, data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        logged.append(data)
+        log(run, data, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, "log", noted)
+    trainer, used = trained(tiny_model(), arguments(report_to=["wandb"]), tiny_data)
+    wandb.finish()
+    wandb.teardown()
     check_what_is_shown(by_key(logged), trainer, used)
 
 
@@ -168,23 +168,3 @@ def by_key(logged: list[dict[str, Any]]) -> dict[str, Shown]:
                 assert values["train/global_step"] not in of_key
                 of_key[values["train/global_step"]] = value
     return shown
-
-
-def leveldb_records(content: bytes) -> Iterator[bytes]:
-    """Read a file in the format of LevelDB's log, which wandb writes and has no reader for.
-
-    Blocks of 32 KiB hold fragments: checksum (4 bytes), length (2), type (1: whole, 2: first,
-    3: middle, 4: last), content. The first block opens with seven bytes of wandb's own.
-    """
-    position, record, block = 7, b"", 32 * 1024
-    while position < len(content):
-        if block - position % block < 7:  # too little is left of the block for a fragment
-            position += block - position % block
-            continue
-        length = int.from_bytes(content[position + 4 : position + 6], "little")
-        kind = content[position + 6]
-        record += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield record
-            record = b""

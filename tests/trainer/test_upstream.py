@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from pulseopt_hf.trainer.upstream import (
     SAVE_CHECKPOINT,
@@ -20,11 +23,29 @@ from pulseopt_hf.trainer.upstream import (
 )
 
 
-def test_save_checkpoint_is_where_every_rank_takes_part() -> None:
-    source = inspect.getsource(getattr(Trainer, SAVE_CHECKPOINT))
-    # It asks for the state of callbacks on the saving rank alone, which is why it is needed.
-    assert "should_save" in source
-    assert ".state()" in source
+def test_save_checkpoint_is_where_every_rank_takes_part(
+    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But it asks for the state of callbacks on the saving rank alone, which is why we need it."""
+    asked: list[str] = []
+
+    class Stateful(TrainerCallback, ExportableState):
+        def state(self) -> Any:
+            asked.append("state")
+            return {"args": {}, "attributes": {}}
+
+    def save(self: Trainer, *args: Any) -> None:
+        asked[:] = []
+        upstream(self, *args)
+        saved.append(list(asked))
+
+    upstream, saved = getattr(Trainer, SAVE_CHECKPOINT), []
+    monkeypatch.setattr(Trainer, SAVE_CHECKPOINT, save)
+    for saves in (True, False):
+        monkeypatch.setattr(TrainingArguments, "should_save", saves)
+        args = arguments(save_strategy="steps", save_steps=2, max_steps=2)
+        Trainer(tiny_model(), args, train_dataset=tiny_data, callbacks=[Stateful()]).train()
+    assert saved == [["state"], []]
 
 
 def test_the_checkpoints_folder_is_known_before_it_is_written(
@@ -53,7 +74,6 @@ def test_the_folder_of_a_run_that_has_begun_is_the_trials_own_in_a_search(
     trainer = Trainer(tiny_model(), arguments(max_steps=1), train_dataset=tiny_data)
     trainer.train()
     assert run_folder(trainer) == Path(trainer.args.output_dir)
-    assert "self._trial = trial" in inspect.getsource(Trainer._hp_search_setup)
 
 
 def test_the_mark_is_what_accelerate_reports_as_a_skipped_step() -> None:
@@ -73,8 +93,17 @@ def test_the_engines_mark_is_what_accelerate_reports_under_deepspeed() -> None:
     assert DeepSpeedOptimizerWrapper.step_was_skipped.fset is None
 
 
-def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler() -> None:
-    loop = getattr(Trainer, "_run_epoch", Trainer._inner_training_loop)
-    source = inspect.getsource(loop)
-    asked = source.index("optimizer_step_was_skipped")
-    assert source.index("self.optimizer.step()") < asked < source.index("self.lr_scheduler.step()")
+def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler(
+    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    skipped = property(lambda self: events.append("asked") or len(events) < 3)
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: events.append("step"))
+    monkeypatch.setattr(scheduler, "step", lambda: events.append("schedule"))
+    optimizers = (optimizer, scheduler)
+    Trainer(model, arguments(max_steps=2), train_dataset=tiny_data, optimizers=optimizers).train()
+    assert events == ["step", "asked", "step", "asked", "schedule"]

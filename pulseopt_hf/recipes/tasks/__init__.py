@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pulseopt_hf.recipes.data import Parts
-from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes import models
+from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.splits import Split
 from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq
-from pulseopt_hf.recipes.tasks.prepared import Prepared
+from pulseopt_hf.recipes.tasks.task import Task
 
-_Prepare = Callable[[RecipeArguments, RecipeTrainingArguments, Parts], Prepared]
-_PREPARE: dict[str, _Prepare] = {
+_TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split]], Task]] = {
     "text-classification": classification.prepare,
     "text-regression": classification.prepare,
     "causal-lm": language.prepare,
@@ -20,13 +20,15 @@ _PREPARE: dict[str, _Prepare] = {
 }
 
 
-def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: Parts) -> Prepared:
-    """Check the rows, make examples of them, and load the model, in this order.
+def prepare(
+    recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
+) -> Task:
+    """Check the rows, make examples of them, and load the model, in this order."""
+    task = _TASKS[recipe.task](recipe, training, splits)
+    for split in splits:
+        task.sets[split.role].append(task.examples(split))
+    task.model = models.load_model(recipe, task.config)
+    return task
 
-    Raises:
-        UsageError: the rows, the tokenizer or the model do not fit the task.
-    """
-    return _PREPARE[recipe.task](recipe, training, parts)
 
-
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Task", "prepare"]

@@ -7,91 +7,75 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoImageProcessor, default_data_collator
 
-from pulseopt_hf.errors import UsageError, one_line
 from pulseopt_hf.recipes import labels, metrics, models
-from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.tasks.classification import head_settings
-from pulseopt_hf.recipes.tasks.prepared import Prepared
+from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.problems import usage_error
+from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.tasks.task import Task, class_lines, head_settings
 
 _SHIFT = 1 / 8  # of the image's side, that a training image moves at most
 
 
-def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: Parts) -> Prepared:
-    """See `tasks.prepare`."""
-    for part in parts.all:
-        wanted = [recipe.image_column, recipe.label_column]
-        part.need(wanted[:1] if part in parts.test else wanted)
-    names = labels.class_names(recipe, parts)
+def prepare(
+    recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
+) -> Task:
+    """Prepare an image classification."""
+    column = recipe.image_column
+    for split in splits:
+        split.need(column, None if split.role == "test" else recipe.label_column)
+    names = labels.class_names(recipe, splits)
     config = models.load_config(recipe, **head_settings(recipe, names))
-    processor = None
-    mean, deviation, size = [0.5], [0.5], recipe.image_size
+    processor: Any = None
     if recipe.model_type is None:
-        processor = _processor(recipe)
-        mean, deviation = list(processor.image_mean), list(processor.image_std)
-        size = size or _side(processor.size)
-    if size is None:
-        raise UsageError("`image_size` must be set for a new model.")
-    channels = getattr(config, "num_channels", 3)
-    convert = _Converter(size, channels, mean, deviation)
+        folder = models.model_folder(recipe)
+        with usage_error(f"`model_name_or_path`: {folder} has no image processor"):
+            processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, revision=recipe.model_revision
+            )
+    with usage_error("`image_size` must be set for this model"):
+        convert = _Converter(recipe, processor, getattr(config, "num_channels", 3))
 
-    def examples(part: Part, training_part: bool = False) -> Dataset:
-        rows = part.rows.select_columns([recipe.image_column])
-        if part not in parts.test:
-            indices = labels.class_indices(recipe, part, names)
-            rows = rows.add_column("labels", indices)
-        augment = training_part and recipe.image_augmentation
+    def examples(split: Split) -> Dataset:
+        rows = split.rows.select_columns([column])
+        if split.role != "test":
+            rows = rows.add_column("labels", labels.class_indices(recipe, split, names))
+        augment = recipe.image_augmentation and split.role == "train"
 
         def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            result: dict[str, Any] = {
-                "pixel_values": [convert(image, augment) for image in batch[recipe.image_column]]
-            }
-            if "labels" in batch:
-                result["labels"] = batch["labels"]
-            return result
+            images = batch.pop(column)
+            return {"pixel_values": [convert(image, augment) for image in images], **batch}
 
-        try:
-            convert(rows[0][recipe.image_column], False)
-        except Exception as error:  # whatever a column that is no image makes Pillow raise
-            raise UsageError(
-                f"{part.origin}: `{recipe.image_column}` holds no images: {one_line(error)}"
-            ) from error
+        with usage_error(f"{split.origin}: `{column}` holds no images"):
+            convert(rows[0][column], augment=False)
         return rows.with_transform(transform)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return metrics.compute(recipe.metrics, np.argmax(prediction[0], -1), prediction[1])
 
-    def written(logits: Any) -> list[str]:
-        indices = [int(index) for index in np.argmax(logits, -1)]
-        return [names[index] if recipe.predict_class_names else str(index) for index in indices]
-
     # The columns are made by the transform, where Trainer does not see them.
     training.remove_unused_columns = False
-    return Prepared(
-        train=examples(parts.train, True) if parts.train else None,
-        validation=[examples(part) for part in parts.validation],
-        test=[examples(part) for part in parts.test],
-        model=models.load_model(recipe, config),
+    return Task(
+        config=config,
         processing_class=processor,
-        collator=_collate,
+        examples=examples,
+        collator=lambda model: default_data_collator,
         compute_metrics=compute_metrics if recipe.metrics else None,
-        written=written,
+        to_lines=lambda logits: class_lines(recipe, names, np.argmax(logits, -1)),
     )
 
 
 class _Converter:
-    """Scales an image to a square and its values to mean 0 and deviation 1.
+    """Scales an image to the recipe's size, or the processor's, and normalises its values."""
 
-    Args:
-        size: side of the square in pixels.
-        channels: 1 or 3.
-        mean: of each channel, of values in 0 to 1.
-        deviation: of each channel.
-    """
-
-    def __init__(self, size: int, channels: int, mean: list[float], deviation: list[float]) -> None:
-        self._size, self._mode = size, "L" if channels == 1 else "RGB"
+    def __init__(self, recipe: RecipeArguments, processor: Any, channels: int) -> None:
+        mean, deviation = [0.5], [0.5]
+        sizes = {}
+        if processor is not None:
+            mean, deviation, sizes = processor.image_mean, processor.image_std, processor.size
+        self._size = int(recipe.image_size or sizes.get("shortest_edge") or sizes["height"])
+        self._mode = "L" if channels == 1 else "RGB"
         self._mean = torch.tensor(mean).view(-1, 1, 1)
         self._deviation = torch.tensor(deviation).view(-1, 1, 1)
 
@@ -119,29 +103,3 @@ def _moved(values: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(values, (most,) * 4)
     top, left = (int(torch.randint(0, 2 * most + 1, ())) for _ in range(2))
     return padded[:, top : top + size, left : left + size]
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
-    return batch
-
-
-def _processor(recipe: RecipeArguments) -> Any:
-    from transformers import AutoImageProcessor
-
-    folder = models.model_folder(recipe)
-    try:
-        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            folder, revision=recipe.model_revision
-        )
-    except Exception as error:  # as in `models.load_config`
-        raise UsageError(
-            f"`model_name_or_path`: {folder} has no image processor: {one_line(error)}"
-        ) from error
-
-
-def _side(size: Any) -> int | None:
-    side = size.get("shortest_edge") or size.get("height")
-    return None if side is None else int(side)

@@ -11,30 +11,29 @@ from transformers import DataCollatorForLanguageModeling, default_data_collator
 
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import metrics, models
-from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.tasks.prepared import Prepared, check_length, new_model_settings
+from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.tasks.task import Task
 
-LONGEST_BLOCK = 1024  # tokens, where neither recipe nor model set fewer
+LONGEST_BLOCK = 1024  # tokens, unless the recipe sets `block_size`
 
 
-def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: Parts) -> Prepared:
-    """See `tasks.prepare`."""
-    if training.do_predict:
-        raise UsageError(f"`do_predict` does not go with `task: {recipe.task}`; leave it out.")
-    for part in parts.all:
-        part.need([recipe.text_column])
+def prepare(
+    recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
+) -> Task:
+    """Prepare a causal or masked language model."""
+    for split in splits:
+        split.need(recipe.text_column)
     masked = recipe.task == "masked-lm"
     tokenizer = models.load_tokenizer(recipe)
-    settings = new_model_settings(tokenizer) if recipe.model_type else {}
-    config = models.load_config(recipe, **settings)
+    config = models.load_config(recipe, **models.new_model_settings(recipe, tokenizer))
     if masked and tokenizer.mask_token is None:
         raise UsageError("`task: masked-lm` needs a tokenizer with a mask token; this has none.")
     if recipe.separate_texts and tokenizer.eos_token_id is None:
         raise UsageError("`separate_texts` needs a tokenizer with an end-of-text token.")
     positions = getattr(config, "max_position_embeddings", None) or LONGEST_BLOCK
     block = recipe.block_size or min(LONGEST_BLOCK, tokenizer.model_max_length, positions)
-    check_length("block_size", block, tokenizer, config)
+    models.need_length("block_size", block, tokenizer, config)
 
     def to_blocks(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         ids = tokenizer(batch[recipe.text_column], return_attention_mask=False)["input_ids"]
@@ -48,48 +47,40 @@ def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: P
         # the shift: with the first among them its losses would come out 1/block too small.
         return {"input_ids": blocks, "labels": [[-100, *block[1:]] for block in blocks]}
 
-    def examples(part: Part) -> Dataset:
-        result = part.rows.map(
-            to_blocks,
-            batched=True,
-            remove_columns=part.rows.column_names,
-            load_from_cache_file=False,
+    def examples(split: Split) -> Dataset:
+        columns = split.rows.column_names
+        result = split.rows.map(
+            to_blocks, batched=True, remove_columns=columns, load_from_cache_file=False
         )
         if not len(result):
             raise UsageError(
-                f"{part.origin}: its text makes no block of {block} tokens; set a smaller "
+                f"{split.origin}: its text makes no block of {block} tokens; set a smaller "
                 "`block_size`."
             )
         return result
 
-    return Prepared(
-        train=examples(parts.train) if parts.train else None,
-        validation=[examples(part) for part in parts.validation],
-        model=models.load_model(recipe, config),
+    def collator(model: Any) -> Any:
+        if not masked:
+            return default_data_collator
+        return DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mlm_probability)
+
+    def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return _losses(logits, labels) if masked else _losses(logits[:, :-1], labels[:, 1:])
+
+    return Task(
+        config=config,
         processing_class=tokenizer,
-        collator=DataCollatorForLanguageModeling(
-            tokenizer, mlm=True, mlm_probability=recipe.mlm_probability
-        )
-        if masked
-        else default_data_collator,
+        examples=examples,
+        collator=collator,
         compute_metrics=_perplexity if recipe.metrics else None,
-        preprocess_logits=_masked_losses if masked else _next_word_losses,
+        preprocess_logits=token_losses,
     )
 
 
 def _perplexity(prediction: Any) -> dict[str, float]:
     losses, tokens = prediction[0][:, 0], prediction[0][:, 1]
     return metrics.compute(["perplexity"], losses, tokens)
-
-
-def _next_word_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return _losses(logits[:, :-1], labels[:, 1:])
-
-
-def _masked_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return _losses(logits, labels)
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -100,7 +91,7 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: shape (batch, tokens), -100 where nothing is predicted.
 
     Returns:
-        The sum of the losses of its tokens and their number, shape (batch, 2), float64.
+        The sum of its token losses and their number, shape (batch, 2), float64.
     """
     result = []
     for one, targets in zip(logits, labels, strict=True):

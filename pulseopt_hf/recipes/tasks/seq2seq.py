@@ -8,60 +8,46 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
-from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import labels, metrics, models
-from pulseopt_hf.recipes.data import Part, Parts
-from pulseopt_hf.recipes.fields import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.tasks.prepared import Prepared, check_length, new_model_settings
+from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.tasks.task import Task
 
 
-def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: Parts) -> Prepared:
-    """See `tasks.prepare`."""
-    if (recipe.metrics or training.do_predict) and not training.predict_with_generate:
-        raise UsageError(
-            "`metrics` and `do_predict` of `seq2seq` look at generated text; set "
-            "`predict_with_generate: true`."
-        )
-    target = recipe.target_column
-    assert target is not None  # `RecipeArguments` checks it
-    for part in parts.all:
-        part.need([recipe.text_column] if part in parts.test else [recipe.text_column, target])
+def prepare(
+    recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
+) -> Task:
+    """Prepare a translation, a summary or the like."""
+    target = str(recipe.target_column)
+    for split in splits:
+        split.need(recipe.text_column, None if split.role == "test" else target)
     tokenizer = models.load_tokenizer(recipe)
-    settings = new_model_settings(tokenizer) if recipe.model_type else {}
+    settings = models.new_model_settings(recipe, tokenizer)
     if settings:
         settings["decoder_start_token_id"] = tokenizer.pad_token_id
     config = models.load_config(recipe, **settings)
     models.need_pad_token(tokenizer, config)
-    check_length("max_length", recipe.max_length, tokenizer, config)
-    check_length("max_target_length", recipe.max_target_length, tokenizer, config)
+    longest, longest_target = recipe.max_length, recipe.max_target_length
+    models.need_length("max_length", longest, tokenizer, config)
+    models.need_length("max_target_length", longest_target, tokenizer, config)
 
-    def examples(part: Part) -> Dataset:
-        rows = {"text": labels.texts(part, recipe.text_column)}
-        if part not in parts.test:
-            rows["target"] = labels.texts(part, target)
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
+        texts = [recipe.source_prefix + text for text in batch["text"]]
+        limits = {"truncation": True, "max_length": longest}
+        made = dict(tokenizer(texts, return_token_type_ids=False, **limits))
+        if "target" in batch:
+            limits["max_length"] = longest_target
+            made["labels"] = tokenizer(text_target=batch["target"], **limits)["input_ids"]
+        else:
+            # Seq2SeqTrainer calls the model even where there is nothing to compare with, and T5
+            # refuses to be called without labels (transformers 5.23). Nothing reads these.
+            made["labels"] = [[tokenizer.pad_token_id] for _ in texts]
+        return made
 
-        def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
-            prefixed = [recipe.source_prefix + text for text in batch["text"]]
-            made = dict(
-                tokenizer(
-                    prefixed,
-                    truncation=True,
-                    max_length=recipe.max_length,
-                    return_token_type_ids=False,
-                )
-            )
-            if "target" in batch:
-                made["labels"] = tokenizer(
-                    text_target=batch["target"],
-                    truncation=True,
-                    max_length=recipe.max_target_length,
-                )["input_ids"]
-            else:
-                # Seq2SeqTrainer calls the model even where there is nothing to compare with, and
-                # T5 refuses to be called without (transformers 5.23). Nothing reads this.
-                made["labels"] = [[tokenizer.pad_token_id] for _ in prefixed]
-            return made
-
+    def examples(split: Split) -> Dataset:
+        rows = {"text": labels.texts(split, recipe.text_column)}
+        if split.role != "test":
+            rows["target"] = labels.texts(split, target)
         return Dataset.from_dict(rows).map(tokenize, batched=True, remove_columns=list(rows))
 
     def decode(ids: Any) -> list[str]:
@@ -72,15 +58,12 @@ def prepare(recipe: RecipeArguments, training: RecipeTrainingArguments, parts: P
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return metrics.compute(recipe.metrics, decode(prediction[0]), decode(prediction[1]))
 
-    model = models.load_model(recipe, config)
-    return Prepared(
-        train=examples(parts.train) if parts.train else None,
-        validation=[examples(part) for part in parts.validation],
-        test=[examples(part) for part in parts.test],
-        model=model,
+    return Task(
+        config=config,
         processing_class=tokenizer,
-        collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        examples=examples,
+        collator=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=compute_metrics if recipe.metrics else None,
-        # One line an example: a newline would make two.
-        written=lambda ids: [" ".join(text.split()) for text in decode(ids)],
+        # One line per example: a newline would make two.
+        to_lines=lambda ids: [" ".join(text.split()) for text in decode(ids)],
     )

@@ -1,4 +1,4 @@
-"""The model card of a run: its results, what was done to the LR, and how to make it again."""
+"""The model card of a run: its results, what was done to the LR, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -29,37 +29,35 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
     Args:
         path: the run folder.
         resolved: the recipe.
-        results: what `all_results.json` holds.
-        rate: the section on what was done to the LR, or `None` where nothing was.
+        results: the content of `all_results.json`.
+        rate: the section on what was done to the LR, if anything was.
     """
     recipe = resolved.recipe
-    base = recipe.model_name_or_path
+    model, dataset = recipe.model_name_or_path, recipe.dataset_name
     # A local folder or file is nobody else's to find.
-    on_hub = base is not None and ":" not in base and not Path(base).exists()
-    local = recipe.train_file or recipe.validation_file
-    named = recipe.dataset_name is not None and ":" not in recipe.dataset_name
-    scores = _scores(resolved, results) if named and not local else []
+    model_on_hub = model is not None and ":" not in model and not Path(model).exists()
+    is_local = bool(recipe.train_file or recipe.validation_file)
+    data_on_hub = dataset is not None and ":" not in dataset and not is_local
+    scores = _scores(resolved, results) if data_on_hub else []
+    name = path.resolve().name
     data = ModelCardData(
-        base_model=base if on_hub else None,
-        datasets=[str(recipe.dataset_name)] if named and not local else None,
+        base_model=model if model_on_hub else None,
+        datasets=[str(dataset)] if data_on_hub else None,
         eval_results=scores or None,
         library_name="peft" if recipe.lora_r else "transformers",
         metrics=[_METRIC.get(metric, metric) for metric in recipe.metrics] or None,
-        model_name=path.resolve().name if scores else None,
+        model_name=name if scores else None,
         pipeline_tag=_PIPELINE.get(recipe.task),
         tags=list(TAGS) if rate is not None else None,
     )
-    source = "local files" if local else recipe.dataset_name
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in results.items()}
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {path.resolve().name}",
-        f"`{base or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on {source}.",
-        "## Results",
-        table(("result", "value"), _result_rows(results)),
-    ]
-    if rate is not None:
-        sections.append(rate)
-    sections += [
+        f"# {name}",
+        f"`{model or 'a new ' + str(recipe.model_type)}` trained for `{recipe.task}` on "
+        f"{'local files' if is_local else dataset}.",
+        f"## Results\n\n{table(('result', 'value'), sorted(shown.items()))}",
+        *([rate] if rate is not None else []),
         "## To run it again",
         f"`{folder.RECIPE}` in this folder is the whole recipe: "
         f"`pulseopt-hf train {folder.RECIPE}`. Versions, command and commit are in "
@@ -73,16 +71,14 @@ def _scores(resolved: Resolved, results: dict[str, Any]) -> list[EvalResult]:
     recipe = resolved.recipe
     task = _PIPELINE.get(recipe.task)
     if task is None or recipe.max_eval_samples or recipe.validation_percentage:
-        return []  # no score of the whole split
+        return []  # not a score of the whole split
     scores = []
     for index, split in enumerate(recipe.validation_split):
-        suffixes = recipe.validation_suffixes
-        suffix = suffixes[index] if index < len(suffixes) else f"_{index + 1}"
         for metric in recipe.metrics:
             name = _METRIC.get(metric, metric)
-            keys = (f"eval_{name}{suffix}", f"eval_{metric}{suffix}")
-            value = next((results[key] for key in keys if key in results), None)
-            if value is not None and math.isfinite(value):
+            keys = [f"eval_{key}{recipe.suffix(index)}" for key in (name, metric)]
+            value = next((results[key] for key in keys if key in results), math.nan)
+            if math.isfinite(value):
                 score = EvalResult(
                     task_type=task,
                     dataset_type=str(recipe.dataset_name),
@@ -94,10 +90,3 @@ def _scores(resolved: Resolved, results: dict[str, Any]) -> list[EvalResult]:
                 )
                 scores.append(score)
     return scores
-
-
-def _result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (key, f"{value:.4g}" if isinstance(value, float) else str(value))
-        for key, value in sorted(results.items())
-    ]

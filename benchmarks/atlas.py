@@ -1,0 +1,243 @@
+"""The atlas: the learning rate that is found against the one that a sweep finds, on many settings.
+
+    python benchmarks/atlas.py --data FOLDER [--settings sst2_short,...] [--quick] [--write]
+
+A setting is a task of `benchmarks/tasks` with its data, model, optimizer, batch and length. On each
+the static LR is tuned on a grid of half decades, from a guess to where the eval loss rises on
+either side, and the default is run from 5e-5, the LR that `TrainingArguments` has. FOLDER is that
+of `compare_tasks.py`, with `glue/cola` and `glue/rte` beside. What was run before is kept in
+`--out` and not run again. `--write` puts what is there into `benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    from benchmarks import compare_tasks
+except ImportError:
+    import compare_tasks
+
+from pulseopt_hf.cli import main as pulseopt_hf
+from pulseopt_hf.compare.cells import Cell, run_apart
+from pulseopt_hf.recipes.folder import versions
+
+OUT = Path("runs/atlas")
+RESULT = Path(__file__).parent / "results" / "atlas.json"
+WARMUP = 0.05  # of the steps
+UNTOUCHED = 5e-5  # the default of `TrainingArguments.learning_rate`
+GRID = [float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how.
+
+    Attributes:
+        task: file of `benchmarks/tasks`.
+        data: data of that name in the data folder, with `{}` for the split; none is embedded.
+        layers: of MiniLM, or the name of a setting whose tuned model is fine-tuned; 0 is from
+            scratch.
+        guess: where tuning begins, an LR of the grid.
+        steps: of a static run.
+        batch: rows of a step.
+        rows: training rows; `None` is all.
+        options: further keys of the recipe.
+    """
+
+    task: str
+    data: str | None
+    layers: int | str
+    guess: float
+    steps: int
+    batch: int
+    rows: int | None = None
+    options: tuple[str, ...] = ()
+
+
+SIX = "{}.csv"  # made of three others
+_SST2, _SUBJ, _MPQA = "glue/sst2/{}.csv", "text/subj/{}.csv", "text/mpqa/{}.csv"
+_COLA, _RTE, _WIKI = "glue/cola/{}.csv", "glue/rte/{}.csv", "wikitext2/{}.txt"
+_SENTENCES = ("--dataset_name", "embedded:sentences", "--separate_texts", "true")
+_SGD = ("--optim", "sgd", "--optim_args", "momentum=0.9")
+
+
+def _gpt(width: int) -> tuple[str, ...]:
+    sizes = f'{{"n_positions": 64, "n_embd": {width}, "n_layer": 2, "n_head": 4}}'
+    return ("--model_config", sizes)
+
+
+SETTINGS = {
+    # Less than one pass, or one.
+    "sst2": Setting("sst2", _SST2, 2, 3e-4, 600, 8),
+    "sst2_short": Setting("sst2", _SST2, 2, 3e-4, 150, 16),
+    "sst2_batch_4": Setting("sst2", _SST2, 2, 3e-4, 600, 4),
+    "sst2_batch_64": Setting("sst2", _SST2, 2, 3e-4, 150, 64),
+    "sst2_4_layers": Setting("sst2", _SST2, 4, 1e-4, 600, 8),
+    "sst2_minilm": Setting("sst2", _SST2, 6, 1e-4, 300, 16),
+    "sst2_lora_4": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "4")),
+    "sst2_lora_32": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "32")),
+    "subj": Setting("subj", _SUBJ, 2, 3e-4, 600, 8),
+    "subj_adafactor": Setting("subj", _SUBJ, 2, 1e-3, 600, 8, None, ("--optim", "adafactor")),
+    "subj_sgd": Setting("subj", _SUBJ, 2, 3e-2, 600, 8, None, _SGD),
+    "subj_schedule_free": Setting(
+        "subj",
+        _SUBJ,
+        2,
+        1e-3,
+        600,
+        8,
+        None,
+        ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant"),
+    ),
+    "mpqa": Setting("mpqa", _MPQA, 2, 3e-4, 600, 8),
+    "six_classes": Setting("six_classes", SIX, 2, 1e-4, 600, 8),
+    # Several passes.
+    "sst2_5_passes": Setting("sst2", _SST2, 2, 1e-4, 312, 16, 1000),
+    "sst2_3_passes": Setting("sst2", _SST2, 2, 1e-4, 750, 16, 4000),
+    "sst2_8_passes": Setting("sst2", _SST2, 2, 1e-4, 2400, 16, 4800),
+    "cola_3_passes": Setting("cola", _COLA, 2, 1e-4, 800, 32),
+    "rte_3_passes": Setting("rte", _RTE, 6, 3e-5, 468, 16),
+    "subj_10_passes": Setting("subj", _SUBJ, 2, 1e-4, 312, 16, 500),
+    "mpqa_5_passes": Setting("mpqa", _MPQA, 2, 1e-4, 312, 16, 1000),
+    "six_classes_3_passes": Setting("six_classes", SIX, 2, 1e-4, 281, 32, 3000),
+    "wikitext2_8_passes": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, 600),
+    # Language models.
+    "wikitext2_64": Setting("wikitext2", _WIKI, 0, 1e-2, 600, 16, None, _gpt(64)),
+    "wikitext2_128": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, None, _gpt(128)),
+    "wikitext2_256": Setting("wikitext2", _WIKI, 0, 3e-3, 300, 16, None, _gpt(256)),
+    "wikitext2_short": Setting("wikitext2", _WIKI, 0, 1e-2, 150, 16, None, _gpt(64)),
+    "wikitext2_long": Setting("wikitext2", _WIKI, 0, 3e-3, 2400, 8, None, _gpt(64)),
+    "sentences": Setting("sentences", None, 0, 3e-3, 600, 16),
+    "wikitext2_to_sentences": Setting("gpt", None, "wikitext2_64", 1e-2, 300, 16, None, _SENTENCES),
+    "sentences_to_wikitext2": Setting("gpt", _WIKI, "sentences", 1e-2, 300, 16),
+    # Images.
+    "digits": Setting("digits", None, 0, 1e-2, 600, 16),
+}
+# One of each kind, and short.
+QUICK = ("sst2_short", "sst2_5_passes", "mpqa_5_passes", "wikitext2_short", "digits")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--settings", help="by default all")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
+    options = parser.parse_args()
+    names = options.settings.split(",") if options.settings else list(SETTINGS)
+    if options.quick:
+        names = list(QUICK)
+    torch.set_num_threads(1)
+    prepare(names, options.data, options.out)
+    with ProcessPoolExecutor(options.processes) as pool:
+        for line in pool.map(partial(measure, data=options.data, out=options.out), names):
+            print(line, flush=True)
+    if options.write:
+        result = {"versions": versions(), "settings": summarise(options.out)}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def prepare(names: list[str], data: Path, out: Path) -> None:
+    """Make the weights and data that several settings share."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        layers = SETTINGS[name].layers
+        if isinstance(layers, str):
+            pretrain(layers, data, out)
+    for name in names:
+        options_of(SETTINGS[name], data, out)
+
+
+def options_of(setting: Setting, data: Path, out: Path) -> tuple[str, ...]:
+    """Return the keys of the recipe that a setting sets."""
+    words = ["--max_eval_samples", "512", "--warmup_steps", str(round(WARMUP * setting.steps))]
+    words += ["--per_device_train_batch_size", str(setting.batch)]
+    if setting.data is not None:
+        folder = compare_tasks.six_classes(data, out) if setting.data == SIX else data
+        for key, split in (("--train_file", "train"), ("--validation_file", "validation")):
+            words += [key, str(folder / setting.data.format(split))]
+    if isinstance(setting.layers, str):
+        words += ["--model_name_or_path", str(out / f"pretrained-{setting.layers}")]
+    elif setting.layers:
+        words += ["--model_name_or_path", str(compare_tasks.first_layers(setting.layers, out))]
+    if setting.rows is not None:
+        words += ["--max_train_samples", str(setting.rows)]
+    return (*words, *setting.options)
+
+
+def pretrain(name: str, data: Path, out: Path) -> None:
+    """Train the model of a setting at its guess, for others to start from."""
+    folder, setting = out / f"pretrained-{name}", SETTINGS[name]
+    if (folder / "config.json").exists():
+        return
+    code = pulseopt_hf(
+        [
+            *("train", str(compare_tasks.TASKS_FOLDER / f"{setting.task}.yaml")),
+            *options_of(setting, data, out),
+            *("--max_steps", str(setting.steps), "--learning_rate", str(setting.guess)),
+            *("--calibration", "off", "--overwrite", "--quiet", "--output_dir", str(folder)),
+        ]
+    )
+    if code:
+        raise SystemExit(code)
+
+
+def measure(name: str, data: Path, out: Path) -> str:
+    """Run what is missing of a setting, and say in a line how found and tuned LR compare."""
+    torch.set_num_threads(1)
+    setting, folder = SETTINGS[name], out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = str(compare_tasks.TASKS_FOLDER / f"{setting.task}.yaml")
+    words = options_of(setting, data, out)
+
+    def run(method: str, learning_rate: float) -> dict[str, Any]:
+        return run_apart(Cell(recipe, words, method, learning_rate, 0, setting.steps), folder)
+
+    def loss(learning_rate: float) -> float:
+        after = run("static", learning_rate)["loss_after"]
+        return math.inf if after is None else after
+
+    losses = tune(loss, setting.guess)
+    run("static", UNTOUCHED)
+    found = run("default", UNTOUCHED)
+    best = min(losses, key=lambda rate: losses[rate])
+    scale = found["lr_scale"]
+    return (
+        f"{name}: tuned {best:g} ({losses[best]:.4f}), found "
+        f"{'nothing' if scale is None else format(scale * UNTOUCHED, '.2e')} "
+        f"({found['loss_after']:.4f})"
+    )
+
+
+def tune(loss: Callable[[float], float], guess: float) -> dict[float, float]:
+    """Walk from a guess along the grid to where the loss is higher on either side.
+
+    Returns:
+        The losses of the LRs that were tried.
+    """
+    place = GRID.index(guess)
+    known = {guess: loss(guess)}
+    while True:
+        for near in (place - 1, place + 1):
+            known.setdefault(GRID[near], loss(GRID[near]))
+        best = min((place - 1, place, place + 1), key=lambda at: known[GRID[at]])
+        if best == place:
+            return known
+        place = best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A run that goes over its data several times is calibrated for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from pulseopt_hf import AEES, PulseOptTrainer, find_learning_rate
+from tests.trainer.test_calibration import NAMED, calibrator_of, make
+
+ROWS, BATCH = 64, 8
+
+
+@pytest.mark.parametrize("road", ["subclass", "attached", "events"])
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 7}, 7.0),
+        ({"max_steps": -1, "num_train_epochs": 7.5}, 7.5),
+        ({"max_steps": 60}, 60 * BATCH / ROWS),
+        ({"max_steps": 60, "gradient_accumulation_steps": 2}, 60 * 2 * BATCH / ROWS),
+    ],
+)
+def test_the_arguments_say_how_often(
+    road: str, settings: Any, passes: float, tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(per_device_train_batch_size=BATCH, **settings)
+    trainer = make(tiny_model(), tiny_data[:ROWS], args, road)
+    trainer.train()
+    search = calibrator_of(trainer).search
+    assert search.learning_rate is not None
+    assert search.passes == passes
+    assert 1.0 < search.divisor <= passes
+    assert calibrator_of(trainer).outcome.divisor == search.divisor
+
+
+def test_data_without_a_length_counts_as_one_pass(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    rows = tiny_data[:ROWS]
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(list(rows) * 10)
+
+    trainer = make(tiny_model(), Stream(), arguments(max_steps=60))
+    trainer.train()
+    assert calibrator_of(trainer).search.passes == 1.0
+
+
+@pytest.mark.parametrize(("epochs", "batch"), [(1, 1), (7, BATCH)])
+def test_what_is_asked_for_is_what_training_finds(
+    epochs: int, batch: int, tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(per_device_train_batch_size=batch, max_steps=-1, num_train_epochs=epochs)
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data[:ROWS], pulse=NAMED)
+    asked = trainer.find_learning_rate().learning_rate
+    trainer.train()
+    assert calibrator_of(trainer).search.passes == epochs
+    assert calibrator_of(trainer).outcome.learning_rate == asked
+
+
+def test_a_loop_of_ones_own_says_it(tiny_model: Any, tiny_data: Any) -> None:
+    found = []
+    loader: Any = DataLoader(tiny_data[:ROWS], batch_size=BATCH)
+    for passes in (1.0, 8.0):
+        model = tiny_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        suggestion = find_learning_rate(
+            model=model,
+            optimizer=optimizer,
+            batches=loader,
+            loss=lambda model, batch: model(**batch).loss,
+            passes=passes,
+        )
+        aees = AEES(optimizer, model=model, calibration="auto", passes=passes)
+        assert aees.calibrator is not None
+        assert aees.calibrator.search.passes == passes
+        found.append(suggestion.learning_rate)
+    assert 1.0 < found[0] / found[1] <= 8.0

@@ -1,0 +1,34 @@
+"""A Trainer that trains again begins at the learning rate that was set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.trainer.test_calibration import calibrator_of, make
+
+
+@pytest.mark.parametrize("road", ["subclass", "attached", "events"])
+def test_a_second_training_is_calibrated_from_the_lr_that_was_set(
+    road: str, tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(max_steps=60, learning_rate=1e-6)
+    trainer = make(tiny_model(), tiny_data, args, road)
+    for _ in range(3):
+        trainer.train()
+        outcome = calibrator_of(trainer).outcome
+        assert outcome.learning_rate > 10 * args.learning_rate
+        assert outcome.set_lr == pytest.approx(args.learning_rate, rel=1e-12)
+
+
+def test_an_lr_that_was_set_in_between_is_kept(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = make(tiny_model(), tiny_data, arguments(max_steps=60, learning_rate=1e-6))
+    trainer.train()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 2e-5
+    trainer.lr_scheduler = None
+    trainer.train()
+    assert calibrator_of(trainer).outcome.set_lr == pytest.approx(2e-5)
