@@ -23,8 +23,9 @@ from pulseopt_hf.aees.state import (
 )
 
 SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
-OUTPUT_RADIUS = 3.0  # how far one step may move what the model computes, see `Trial.movement`
+OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
+PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
@@ -123,10 +124,10 @@ class Calibration:
     over trials b near the radius, each on a batch of its own: batches differ, and one that happens
     to be balanced hardly moves a classifier.
 
-    A run of n passes over its data divides that by n^(1 - w / WEIGHT_RADIUS), with w at that LR. A
-    pretrained model, whose weights such a step hardly moves, learns the rows by heart in later
-    passes: a row may move it as far in all passes together as it may in one. To a model from
-    scratch, whose weights a step moves by all that it may, the rows are still new.
+    A run of n passes over its data divides that by n^(PASSES_EXPONENT (1 - w / WEIGHT_RADIUS)),
+    with w at that LR. A pretrained model, whose weights such a step hardly moves, learns the rows
+    by heart in later passes. To a model from scratch, whose weights a step moves by all that it
+    may, the rows are still new.
 
     The search begins far below the LR that was set and goes to what the last trial allows. On the
     first batch it finds the order of magnitude, since one gradient serves any number of trials.
@@ -185,7 +186,10 @@ class Calibration:
     @property
     def divisor(self) -> float:
         """What the LR that one step allows is divided by, for repeated passes over the data."""
-        return 1.0 if not self._trusted else self.passes ** (1.0 - _allowed(self._trusted)[2])
+        if not self._trusted:
+            return 1.0
+        share = _allowed(self._trusted)[2]
+        return float(self.passes ** (PASSES_EXPONENT * (1.0 - share)))
 
     @property
     def failed(self) -> bool:

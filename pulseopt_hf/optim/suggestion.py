@@ -28,6 +28,7 @@ class Suggestion:
         trials: the steps that were tried, see `Trial`.
         set_lr: the LR that was set.
         reason: why nothing was found, or `None`.
+        divisor: of what one step allows, for repeated passes over the data.
         replayed_rows: rows that went forward, without gradient, to measure the trials.
     """
 
@@ -36,22 +37,19 @@ class Suggestion:
     trials: list[Trial]
     set_lr: float
     reason: str | None = None
+    divisor: float = 1.0
     replayed_rows: int = 0
 
     @classmethod
     def of(cls, calibrator: Calibrator) -> Suggestion:
         """Take the result of a calibration that has ended."""
-        trials, set_lr, outcome = (
-            calibrator.search.trials,
-            calibrator.search.set_lr,
-            calibrator.outcome,
-        )
+        search, outcome = calibrator.search, calibrator.outcome
         rows = calibrator.probe.replayed_rows
         if outcome is None:
             reason = "the data ended before the search did"
-            return cls(set_lr, None, trials, set_lr, reason, rows)
-        found, limited_by = outcome.learning_rate, outcome.limited_by
-        return cls(found, limited_by, trials, set_lr, outcome.reason, rows)
+            return cls(search.set_lr, None, search.trials, search.set_lr, reason, 1.0, rows)
+        found, limit, divisor = outcome.learning_rate, outcome.limited_by, outcome.divisor
+        return cls(found, limit, search.trials, search.set_lr, outcome.reason, divisor, rows)
 
     def plot(self) -> Any:
         """Return the picture of the trials, as in the report: an Altair chart.

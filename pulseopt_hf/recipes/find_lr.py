@@ -134,11 +134,15 @@ def _advice(suggestion: Suggestion, shown: str) -> list[str]:
     """Say what the number is, and what to do with it."""
     if suggestion.reason is not None:
         return [f"No learning rate was found: {suggestion.reason}. This one is set:"]
+    divided = ""
+    if suggestion.divisor > 1.0:
+        divided = f" That was divided by {suggestion.divisor:.2g} for the repeated passes."
     return [
-        f"{shown} is the highest learning rate at which one step moves the outputs, which are what",
-        f"the model computes, by at most {OUTPUT_RADIUS:.0%}, and the weights by at most "
-        f"{WEIGHT_RADIUS:.0%}. The {suggestion.limited_by} are what limits it.",
+        "A step is small enough where it moves the outputs, which are what the model computes, at most",
+        f"{OUTPUT_RADIUS:g} times as far as dropout of a tenth does, and the weights by at most "
+        f"{WEIGHT_RADIUS:.0%}.",
+        f"The {suggestion.limited_by} are what limits it.{divided}",
         "",
-        f"To train with it, set `learning_rate: {shown}` and `calibration: off`. Without these",
+        f"To train with {shown}, set `learning_rate: {shown}` and `calibration: off`. Without these",
         f"lines, a run of at least {SHORTEST_RUN} steps finds its learning rate by itself.",
     ]

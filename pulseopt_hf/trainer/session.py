@@ -184,8 +184,8 @@ class PulseSession:
         if resuming and saved is None:
             logger.warning(
                 "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
-                "Its weights and its learning rate are resumed; nothing is calibrated, and arms, if "
-                "there are any, start afresh.",
+                "Its weights and its learning rate are resumed; nothing is calibrated, and arms "
+                "start afresh.",
                 state.global_step,
             )
         self._aees = self.latest = trainer.aees = aees

@@ -12,6 +12,7 @@ from pulseopt_hf.aees.calibration import (
     MOST_TRIALS,
     NOT_FINITE,
     OUTPUT_RADIUS,
+    PASSES_EXPONENT,
     TRUSTED,
     WEIGHT_RADIUS,
     Calibration,
@@ -174,7 +175,8 @@ def test_a_state_with_more_trials_than_a_search_takes_is_refused() -> None:
 @pytest.mark.parametrize("passes", [0.3, 1.0, 3.0, 10.0])
 def test_passes_over_the_data_divide_the_lr_of_a_pretrained_model(passes: float) -> None:
     search = run(Model(1e-3, weight_lr=1e3), 1e-5, passes)
-    assert search.learning_rate == pytest.approx(1e-3 / max(1.0, passes), rel=0.01)
+    divisor = max(1.0, passes) ** PASSES_EXPONENT
+    assert search.learning_rate == pytest.approx(1e-3 / divisor, rel=0.01)
     assert search.limited_by == "outputs"
 
 
@@ -183,7 +185,8 @@ def test_passes_matter_the_less_the_more_a_step_moves_the_weights() -> None:
     assert scratch.learning_rate == pytest.approx(1e-3)
     assert scratch.divisor == 1.0
     between = run(Model(1e-3, weight_lr=2e-3), 1e-5, 9.0)  # half of the weights' radius
-    assert between.learning_rate == pytest.approx(1e-3 / 3.0, rel=0.01)
+    assert between.divisor == pytest.approx(3.0**PASSES_EXPONENT, rel=0.01)
+    assert between.learning_rate == pytest.approx(1e-3 / between.divisor)
 
 
 @pytest.mark.parametrize("passes", [0.0, -1.0, math.nan, math.inf])
