@@ -59,9 +59,8 @@ class Suggestion:
         """
         from pulseopt_hf.report.run_charts import trials_plot
 
-        return trials_plot(
-            self.trials, self.learning_rate, self.limited_by, self.set_lr
-        ).altair_chart()
+        found = self.learning_rate, self.limited_by, self.set_lr, self.divisor
+        return trials_plot(self.trials, *found).altair_chart()
 
 
 def suggest(

@@ -55,8 +55,8 @@ def calibration_plot(run: RunData) -> Plot | None:
     outcome, found = run.outcome, run.calibrated_lr
     failed = outcome is not None and found is None
     title = "Why no learning rate was found" if failed else "How the learning rate was found"
-    limited_by = None if outcome is None else outcome.limited_by
-    return trials_plot(run.trials, found, limited_by, run.base_lr, title, finding(run))
+    limit, divisor = (None, 1.0) if outcome is None else (outcome.limited_by, outcome.divisor)
+    return trials_plot(run.trials, found, limit, run.base_lr, divisor, title, finding(run))
 
 
 def trials_plot(
@@ -64,13 +64,15 @@ def trials_plot(
     found: float | None,
     limited_by: str | None,
     set_lr: float,
+    divisor: float = 1.0,
     title: str = "Calibration",
     text: str = "",
 ) -> Plot:
     """Draw how far each trial went, over its LR.
 
-    The LR that was found is marked where the limit `limited_by`, `outputs` or `weights`, is
-    reached. Where that is `None` nothing was found.
+    A line leads to where the limit `limited_by`, `outputs` or `weights`, is reached. The LR that was
+    found is marked on it: there, or lower by `divisor` for repeated passes over the data. Where
+    `limited_by` is `None` nothing was found.
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]
     data: dict[str, Rows] = {"trials": points, "limit": [{"share": 1.0, "label": "the limit"}]}
@@ -81,14 +83,16 @@ def trials_plot(
         label = f"found: {found:.3g}, limited by the {limited_by}"
         rates.append({"rate": rounded(found), "label": label, "top": 250, "found": True})
         lowest = min([found, *(trial.learning_rate for trial in trials)])
-        # A movement grows with the LR, so that a line leads to where the limit is reached.
-        line = [{"rate": rounded(lowest), "share": rounded(lowest / found)}]
-        data["star"] = [{"rate": rounded(found), "share": 1.0}]
-        data["line"] = [{**row, "measure": f"{limited_by} moved"} for row in [*line, *data["star"]]]
+        highest = found * divisor
+        data["star"] = [{"rate": rounded(found), "share": rounded(1.0 / divisor)}]
+        data["line"] = [
+            {"rate": rounded(r), "share": rounded(r / highest), "measure": f"{limited_by} moved"}
+            for r in (lowest, highest)  # movements grow in proportion to the LR
+        ]
     data["rates"] = rates
     labels = [f"{measure} moved" for measure in _MEASURES]
     shapes = alt.Scale(domain=labels, range=[shape for _, _, shape in _MEASURES.values()])
-    x_axis = log_axis([row["rate"] for row in [*points, *rates]])
+    x_axis = log_axis([row["rate"] for row in [*points, *rates, *data.get("line", [])]])
     y_axis = log_axis([1.0, *(row["share"] for row in points)], "~%")
     x = alt.X("rate:Q", title="learning rate of the trial", **x_axis)
     y = alt.Y("share:Q", title="share of what one step may move", **y_axis)

@@ -131,9 +131,11 @@ def finding(run: RunData) -> str:
         return f"{counted(len(run.trials), 'trial')} so far."
     if run.calibrated_lr is None:
         return str(run.outcome)
-    radius = OUTPUT_RADIUS if run.outcome.limited_by == "outputs" else WEIGHT_RADIUS
+    limit = f"{WEIGHT_RADIUS:.0%} of the weights"
+    if run.outcome.limited_by == "outputs":
+        limit = f"{OUTPUT_RADIUS:.3g} times what dropout of a tenth changes"
     trials = ", ".join(str(index + 1) for index in deciding_trials(run.trials))
     return (
-        f"{run.outcome} The most that it may move them is {radius:.0%}. The LR follows from the "
-        f"trials {trials} of {len(run.trials)}, each on a batch of its own."
+        f"{run.outcome} The most that one step may move is {limit}. The LR follows from the trials "
+        f"{trials} of {len(run.trials)}, each on a batch of its own."
     )

@@ -300,13 +300,16 @@ def test_the_lr_that_was_found_is_marked_where_its_movement_reaches_what_is_allo
     assert run.calibrated_lr is not None
     label = f"found: {run.calibrated_lr:.3g}, limited by the {run.outcome.limited_by}"
     assert [row["label"] for row in plot.data["rates"]] == ["set: 0.0001", label]
-    assert stars(plot) == [{"rate": pytest.approx(run.calibrated_lr, rel=1e-7), "share": 1.0}]
-    # The line of the movement that limits it leads there, in proportion to the LR.
-    first, last = plot.data["line"]
-    assert last["share"] / first["share"] == pytest.approx(last["rate"] / first["rate"])
-    assert {**last, **stars(plot)[0]} == last
+    (star,), (first, last) = stars(plot), plot.data["line"]
+    divisor = run.outcome.divisor
+    assert divisor > 1.0
+    assert star["rate"] == pytest.approx(run.calibrated_lr, rel=1e-7)
+    # The limit is reached where the line ends, and the LR lies on it, divided for repeated passes.
+    assert (last["rate"], last["share"]) == (pytest.approx(star["rate"] * divisor), 1.0)
+    for row in (first, star):
+        assert last["share"] / row["share"] == pytest.approx(last["rate"] / row["rate"])
     assert last["measure"] == f"{run.outcome.limited_by} moved"
-    assert shares(plot, "outputs") == pytest.approx([t.movement / 0.03 for t in run.trials])
+    assert shares(plot, "outputs") == pytest.approx([t.movement / 3.3 for t in run.trials])
     assert shares(plot, "weights") == pytest.approx([t.weight_movement / 0.25 for t in run.trials])
     assert plot.text.startswith(str(run.outcome))
     said = f"The LR was set to 0.0001 and calibrated to {run.calibrated_lr:.3g}."
@@ -333,7 +336,7 @@ def test_a_calibration_that_was_taken_back_has_no_lr_and_says_why(finished: Path
 
 def test_a_trial_that_broke_the_model_is_within_sight_and_no_percentage() -> None:
     broken = Trial(1.0, NOT_FINITE, NOT_FINITE, True, 0)
-    plot = trials_plot([Trial(1e-3, 0.03, 0.01, True, 0), broken], None, None, 1e-3)
+    plot = trials_plot([Trial(1e-3, 3.3, 0.01, True, 0), broken], None, None, 1e-3)
     assert shares(plot, "outputs") == [1.0, 1000.0]
     assert plot.data["trials"][1]["outputs moved"] == "inf or NaN"
     assert trial_line(2, broken).endswith("moved outputs by inf or NaN, weights by inf or NaN")
