@@ -70,9 +70,9 @@ def trials_plot(
 ) -> Plot:
     """Draw how far each trial went, over its LR.
 
-    A line leads to where the limit `limited_by`, `outputs` or `weights`, is reached. The LR that was
-    found is marked on it: there, or lower by `divisor` for repeated passes over the data. Where
-    `limited_by` is `None` nothing was found.
+    A line leads to where the limit `limited_by`, `outputs` or `weights`, is reached. The LR that
+    was found is marked on it: there, or lower by `divisor` for repeated passes over the data.
+    Where `limited_by` is `None` nothing was found.
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]
     data: dict[str, Rows] = {"trials": points, "limit": [{"share": 1.0, "label": "the limit"}]}
