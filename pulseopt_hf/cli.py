@@ -194,7 +194,7 @@ def _show_runs(command: str, words: list[str]) -> int:
 
         watch(words)
     else:
-        from pulseopt_hf.report.command import plot, report
+        from pulseopt_hf.report.commands import plot, report
 
         print(*([report(words)] if command == "report" else plot(words)), sep="\n")
     return DONE

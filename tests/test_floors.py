@@ -20,7 +20,9 @@ FORBIDDEN = {
         *("pulseopt_hf.quickstart", "pulseopt_hf.cli"),
         "pulseopt_hf.report",
     ],
-    "pulseopt_hf.report.reading": ["torch", "transformers", "numpy", "plotly", "jinja2"],
+    "pulseopt_hf.report.record_reader": [
+        *("torch", "transformers", "numpy", "altair", "jinja2", "pulseopt_hf.recipes"),
+    ],
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pulseopt_hf import quickstart
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 
 
 def test_the_quickstart_learns_and_says_where_to_look(

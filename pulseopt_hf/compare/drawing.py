@@ -2,73 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pulseopt_hf.compare.scores import Scores
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+_COLUMNS = 3
 
 
 def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Path) -> bool:
     """Draw one panel a task and save them as one SVG.
 
-    Lines are means over seeds, bars reach from the lowest to the highest. A run whose loss is not
-    finite, or above the loss before training, is drawn there.
+    Lines are means over seeds, bars reach from the lowest to the highest, and the dotted line is
+    the loss at the tuned base LR. A loss that is not finite, or above the loss before training, is
+    drawn as that.
 
     Args:
         tasks: name of each task, with its cells as `run_apart` returned them and their scores.
         file: where to save it.
 
     Returns:
-        Whether it was drawn: matplotlib is in the extra `report`.
+        Whether it was drawn: what it needs is in the extra `report`.
     """
     try:
-        import matplotlib
-    except ImportError:
-        return False
-    from matplotlib.figure import Figure
+        import altair as alt
 
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(1.5 + 3.6 * columns, 0.6 + 2.9 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        from pulseopt_hf.report.chart_files import write_chart
+        from pulseopt_hf.report.charts import FREE, Plot, log_axis
+    except ModuleNotFoundError:
+        return False
     methods = list(dict.fromkeys(c["cell"]["method"] for cells, _ in tasks.values() for c in cells))
-    lines: dict[str, Any] = {}
-    for axis, (name, (cells, scores)) in zip(axes, tasks.items(), strict=False):
-        for method in dict.fromkeys(c["cell"]["method"] for c in cells):
-            colour = _COLOURS[methods.index(method) % len(_COLOURS)]
-            lines[method] = _line(axis, method, cells, scores.loss_before, colour)
-        axis.axhline(scores.loss_tuned, color="#999999", linewidth=0.8, linestyle=":")
-        axis.set_xscale("log")
-        axis.set_title(name)
-        axis.set_xlabel("base learning rate")
-        axis.set_ylabel("final eval loss")
-        axis.grid(alpha=0.2)
-    for axis in axes[len(tasks) :]:
-        axis.set_axis_off()
-    figure.legend(lines.values(), lines, loc="outside upper left", ncols=8, frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": "pulseopt_hf"}):  # equal pictures are equal files
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    color = alt.Color("method:N", scale=alt.Scale(domain=methods))
+    panels, data = [], {"once": [{"once": True}]}
+    for name, (cells, scores) in tasks.items():
+        rows = data[name] = list(_points(cells, scores.loss_before))
+        base = alt.Chart(alt.NamedData(name)).encode(
+            x=alt.X("rate:Q", title="base learning rate", **log_axis([r["rate"] for r in rows])),
+            y=alt.Y("mean:Q", title="final eval loss", scale=FREE),
+            color=color,
+        )
+        tuned = alt.Chart(alt.NamedData("once"))
+        layers = (
+            tuned.mark_rule(strokeDash=[2, 2]).encode(y=alt.datum(scores.loss_tuned)),
+            base.mark_line(strokeWidth=1.6, point=True),
+            base.mark_rule().encode(y="lowest:Q", y2="highest:Q"),
+        )
+        panels.append(alt.layer(*layers, title=name).properties(width=230, height=180))
+    chart = alt.concat(*panels, columns=_COLUMNS, bounds="flush", spacing=76)
+    plot = Plot("compare", "", "", [chart], data, legend=methods)
+    write_chart(plot.picture(), file)
     return True
 
 
-def _line(
-    axis: Any, method: str, cells: Sequence[dict[str, Any]], loss_before: float, colour: str
-) -> Any:
-    losses: dict[float, list[float]] = {}
+def _points(cells: Sequence[dict[str, Any]], loss_before: float) -> Iterator[dict[str, Any]]:
+    losses: dict[tuple[str, float], list[float]] = {}
     for cell in cells:
-        if cell["cell"]["method"] == method:
-            loss = cell["loss_after"]
-            bounded = loss_before if loss is None else min(loss, loss_before)
-            losses.setdefault(cell["cell"]["learning_rate"], []).append(bounded)
-    rates = sorted(losses)
-    means = [sum(losses[rate]) / len(losses[rate]) for rate in rates]
-    # Rounding may put the mean of equal losses beside them, and matplotlib takes no length below 0.
-    below = [max(0.0, mean - min(losses[rate])) for rate, mean in zip(rates, means, strict=True)]
-    above = [max(0.0, max(losses[rate]) - mean) for rate, mean in zip(rates, means, strict=True)]
-    return axis.errorbar(
-        rates, means, yerr=[below, above], label=method, color=colour, marker="o", capsize=3
-    )
+        loss = cell["loss_after"]
+        bounded = loss_before if loss is None else min(loss, loss_before)
+        key = cell["cell"]["method"], cell["cell"]["learning_rate"]
+        if key[1] > 0:  # a logarithmic axis has no place for 0
+            losses.setdefault(key, []).append(bounded)
+    for (method, rate), own in losses.items():
+        ends = {"lowest": min(own), "mean": sum(own) / len(own), "highest": max(own)}
+        yield {"method": method, "rate": rate, **ends}

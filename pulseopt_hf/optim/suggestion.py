@@ -52,14 +52,15 @@ class Suggestion:
         return cls(found, limit, search.trials, search.set_lr, outcome.reason, divisor, rows)
 
     def plot(self) -> Any:
-        """Return the picture of the trials, as in the report: a plotly figure.
+        """Return the picture of the trials, as in the report: an Altair chart.
 
         Raises:
             ImportError: the extra `report` is not installed.
         """
-        from pulseopt_hf.report.figures import trials_figure
+        from pulseopt_hf.report.run_charts import trials_plot
 
-        return trials_figure(self.trials, self.learning_rate, self.limited_by)
+        found = self.learning_rate, self.limited_by, self.set_lr, self.divisor
+        return trials_plot(self.trials, *found).altair_chart()
 
 
 def suggest(

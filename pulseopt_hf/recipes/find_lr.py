@@ -64,7 +64,7 @@ def _check_picture(file: Path) -> None:
     if not file.parent.is_dir():
         raise UsageError(f"`--plot`: {file.parent}: there is no such folder.")
     try:
-        import pulseopt_hf.report.pictures  # noqa: F401
+        import pulseopt_hf.report.chart_files  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(
             f"`--plot` needs {error.name}, which is not installed: "
@@ -101,11 +101,10 @@ def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
 
 
 def _save(suggestion: Suggestion, file: Path) -> None:
-    from pulseopt_hf.report.drawing import Plot
-    from pulseopt_hf.report.pictures import write_picture
+    from pulseopt_hf.report.chart_files import write_chart
 
     try:
-        write_picture(Plot("calibration", "Calibration", "", suggestion.plot()), file)
+        write_chart(suggestion.plot().to_dict(), file)
     except OSError as error:
         raise UsageError(
             f"`--plot`: {file} cannot be written: {error.strerror or error}."

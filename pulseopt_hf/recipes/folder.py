@@ -20,7 +20,7 @@ from pulseopt_hf.files import write_whole
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
 from pulseopt_hf.recipes.yaml_file import read_yaml
-from pulseopt_hf.report.command import PAGE, PICTURES
+from pulseopt_hf.report.commands import PAGE, PICTURES
 from pulseopt_hf.trainer.checkpoints import checkpoints, newest_whole_checkpoint
 
 RECIPE, RUN, LOG = catalogue.RECIPE, "run.json", "train.log"

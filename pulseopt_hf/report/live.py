@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
@@ -14,11 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pulseopt_hf.report.arms import ArmStyles, shown
-from pulseopt_hf.report.data import RunData
-from pulseopt_hf.report.tables import progress, status_line
-from pulseopt_hf.report.watch import ENDED, News, silence
-from pulseopt_hf.report.wording import described, moved, printable
+from pulseopt_hf.report.palette import arm_styles
+from pulseopt_hf.report.record_reader import News
+from pulseopt_hf.report.run_data import RunData
+from pulseopt_hf.report.tables import Row, arm_rows, trial_rows
+from pulseopt_hf.report.wording import described, printable, progress, shown, silence, status_line
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 _BESIDE = 100  # columns from which on the two tables stand beside each other
@@ -38,12 +37,7 @@ class LiveView:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leave the last picture, and give the cursor back."""
         self._live.stop()
 
@@ -86,97 +80,74 @@ class Sparkline:
 
 def picture(run: RunData, width: int) -> RenderableType:
     """Return a run as it is drawn in a terminal of this many columns."""
-    parts: list[RenderableType] = [_title(run), _progress(run)]
-    if run.loss:
-        loss = Table.grid(padding=(0, 1), expand=True)
-        loss.add_column()
-        loss.add_column(ratio=1)
-        values = [value for _, value in run.loss]
-        loss.add_row("loss", Sparkline(values))
-        parts += [loss, Text(f"     {shown(values[0])} → {shown(values[-1])}")]
-    parts.append(_facts(run))
+    color = _COLORS.get(run.status, "red")
+    title = Text.assemble((printable(run.name), "bold"), "  ", (run.status, color))
+    if run.resumed_from is not None:
+        title.append(f"  resumed from step {run.resumed_from:,}")
+    bar = ProgressBar(total=max(1, run.max_steps), completed=run.step)
+    parts: list[RenderableType] = [title, _grid(f"step {progress(run)}", bar)]
+    if values := [value for _, value in run.loss]:
+        parts.append(_grid("loss", Sparkline(values)))
+        parts.append(Text(f"     {shown(values[0])} → {shown(values[-1])}"))
+    parts.append(Columns(_facts(run), padding=(0, 3)))
+    if run.metrics:
+        parts.append(Text(printable(described(run.metrics))))
     tables = [table for table in (_arms(run), _trials(run)) if table is not None]
     if len(tables) > 1 and width >= _BESIDE:
         beside = Table.grid(padding=(0, 3))
         beside.add_row(*tables)
         tables = [beside]
     parts += tables
-    if run.status in ENDED or run.status == "silent":
-        parts.append(_ending(run))
+    if run.status != "running":
+        parts.append(Text(silence(run) if run.status == "silent" else status_line(run), color))
     return Group(*parts)
 
 
-def _title(run: RunData) -> Text:
-    title = Text.assemble(
-        (printable(run.name), "bold"), "  ", (run.status, _COLORS.get(run.status, "red"))
-    )
-    if run.resumed_from is not None:
-        title.append(f"  resumed from step {run.resumed_from:,}")
-    return title
-
-
-def _progress(run: RunData) -> Table:
+def _grid(name: str, content: RenderableType) -> Table:
     grid = Table.grid(padding=(0, 1), expand=True)
     grid.add_column(no_wrap=True)
     grid.add_column(ratio=1)
-    bar = ProgressBar(total=max(1, run.max_steps), completed=run.step)
-    grid.add_row(f"step {progress(run)}", bar)
+    grid.add_row(name, content)
     return grid
 
 
-def _facts(run: RunData) -> RenderableType:
-    facts = [] if run.base_lr is None else [("LR that was set", shown(run.base_lr))]
+def _facts(run: RunData) -> list[Text]:
+    facts = {"LR that was set": shown(run.base_lr)}
     for name, series in (("base LR now", run.base_lrs), ("effective LR", run.effective_lrs)):
-        if series:
-            facts.append((name, shown(series[-1][1])))
+        facts |= {name: shown(series[-1][1])} if series else {}
     if run.calibrated_lr is not None:
-        facts.append(("calibrated LR", shown(run.calibrated_lr)))
+        facts["calibrated LR"] = shown(run.calibrated_lr)
     multipliers = run.series("pulse/lr_multiplier")
     if multipliers and run.status == "running":
-        facts.append(("arm now", f"×{multipliers[-1][1]:g}"))  # noqa: RUF001
-    facts += [("episodes", f"{len(run.episodes):,}"), ("skipped steps", f"{run.skipped_steps:,}")]
-    pairs = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in facts]
-    columns = Columns(pairs, padding=(0, 3))
-    if not run.metrics:
-        return columns
-    return Group(columns, Text(printable(described(run.metrics))))
+        facts["arm now"] = f"×{multipliers[-1][1]:g}"  # noqa: RUF001
+    facts |= {"episodes": f"{len(run.episodes):,}", "skipped steps": f"{run.skipped_steps:,}"}
+    return [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in facts.items()]
 
 
 def _arms(run: RunData) -> Table | None:
-    if not run.episodes:
-        return None
-    table = Table("arm", title="Arms", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("plays", "mean reward", "spread"):
-        table.add_column(name, justify="right")
-    for arm, style in zip(run.arms(), ArmStyles(run.episodes), strict=True):
-        table.add_row(
-            Text.assemble(("■ ", style.color), style.label),
-            f"{arm.plays:,}",
-            f"{arm.mean:+.4f}",
-            "–" if arm.spread is None else f"{arm.spread:.4f}",  # noqa: RUF001
-        )
-    return table
+    rows = arm_rows(run) if run.has_arms else []
+    marks = [Text("■ ", style.color) for style in arm_styles(run.episodes).values()]
+    return _table("Arms", rows, ["arm", "episodes", "mean reward", "spread"], marks)
 
 
 def _trials(run: RunData) -> Table | None:
-    if not run.trials:
-        return None
-    table = Table("trial", title="Calibration", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("LR", "outputs moved", "weights moved"):
-        table.add_column(name, justify="right")
-    for number, trial in enumerate(run.trials, 1):
-        table.add_row(
-            str(number),
-            f"{trial.learning_rate:.2e}",
-            moved(trial.movement),
-            moved(trial.weight_movement),
-        )
-    if run.calibrated_lr is not None:
+    rows = trial_rows(run.trials)
+    table = _table("Calibration", rows, ["trial", "LR", "outputs moved", "weights moved"])
+    if table is not None and run.calibrated_lr is not None:
         table.add_section()
         table.add_row("found", Text(f"{run.calibrated_lr:.2e}", "bold"), "", "")
     return table
 
 
-def _ending(run: RunData) -> Text:
-    line = silence(run) if run.status == "silent" else status_line(run)
-    return Text(line, _COLORS.get(run.status, "red"))
+def _table(
+    title: str, rows: list[Row], columns: list[str], marks: Sequence[Text] = ()
+) -> Table | None:
+    if not rows:
+        return None
+    table = Table(columns[0], title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    for mark, row in zip(marks or [Text()] * len(rows), rows, strict=False):
+        first, *others = (row[name] for name in columns)
+        table.add_row(mark + Text(first), *others)
+    return table

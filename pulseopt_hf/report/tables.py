@@ -1,183 +1,154 @@
-"""The tables of a page, as plain text cells. Standard library only."""
+"""The tables and tiles that show a run, as plain text cells. Standard library only."""
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from pulseopt_hf.report.arms import label, shown
-from pulseopt_hf.report.data import RunData
-from pulseopt_hf.report.wording import moved
+from pulseopt_hf.aees.calibration import Trial
+from pulseopt_hf.report.palette import arm_styles
+from pulseopt_hf.report.run_data import RunData, Series
+from pulseopt_hf.report.wording import counted, duration, metric_name, moved, progress, shown
+
+Row = dict[str, str]  # a cell for each column, by its name
 
 _LOGGED = {
     "loss": "loss",
-    "eval_loss": "evaluation loss",
     "learning_rate": "base LR",
     "pulse/learning_rate": "effective LR",
     "grad_norm": "gradient norm",
 }
 _MOST_LOGGED = 10_000  # rows; the run record has all
+MOST_METRICS = 6  # of a comparison or a chart; a run's own table has all
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        name: what its element is named after.
-        title: its heading.
-        head: names of the columns; the first column names the row.
-        rows: cells, as long as `head` each.
-    """
+class Table(NamedTuple):
+    """Rows that share their columns; elements are named after `name`."""
 
     name: str
     title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def progress(run: RunData) -> str:
-    """Say how far a run has got."""
-    return f"{run.step:,} of {run.max_steps:,}"
-
-
-def status_line(run: RunData) -> str:
-    """Say in a sentence how a run stands."""
-    done = f"{progress(run)} steps"
-    if run.status == "finished":
-        return f"Finished: {done}."
-    if run.status == "failed":
-        return f"Ended by {run.error} at step {run.step:,}: {done}."
-    if run.status == "stopped":
-        return f"Stopped before its last step: {done}."
-    when = "" if run.updated is None else f" Last written to at {clock(run.updated)}."
-    if run.status == "running":
-        return f"Still running: {done} so far.{when} Make the page again to see more."
-    return f"Broken off: {done}, and no end was recorded.{when} It was killed, or it waits."
-
-
-def facts(run: RunData) -> list[tuple[str, str]]:
-    """Return what a run is in names and values."""
-    loss, metrics = run.loss, run.metrics
-    found = [
-        ("steps", progress(run)),
-        ("episodes", f"{len(run.episodes):,}"),
-    ]
-    if run.base_lr is not None:
-        found.append(("LR that was set", shown(run.base_lr)))
-    if run.calibrated_lr is not None:
-        found.append(("calibrated LR", shown(run.calibrated_lr)))
-    if loss:
-        found.append(("training loss", f"{shown(loss[0][1])} → {shown(loss[-1][1])}"))
-    found += [
-        (key.removeprefix("eval_").replace("_", " ") + ", evaluated", shown(value))
-        for key, value in metrics.items()
-    ]
-    found.append(("skipped steps", f"{run.skipped_steps:,}"))
-    if run.resumed_from is not None:
-        found.append(("resumed from step", f"{run.resumed_from:,}"))
-    return found
+    rows: Sequence[Row]
 
 
 def tables_of_run(run: RunData) -> list[Table]:
     """Return a run's data: arms, episodes, trials, logged values, knobs and versions."""
+    every, logged = _logged_rows(run)
     found = [
-        _arms(run),
-        _episodes(run),
-        _trials(run),
-        _logged(run),
-        Table("knobs", "Knobs", ["knob", "value"], [(k, str(v)) for k, v in run.knobs.items()]),
-        Table("versions", "Versions", ["package", "version"], list(run.versions.items())),
+        Table("arms", "Arms", arm_rows(run) if run.has_arms else []),
+        Table("episodes", "Episodes", episode_rows(run)),
+        Table("trials", "Trials of the calibration", trial_rows(run.trials)),
+        Table("logged", f"Logged values{every}", logged),
+        Table("knobs", "Knobs", [{"knob": k, "value": str(v)} for k, v in run.knobs.items()]),
+        Table(
+            "versions", "Versions", [{"package": k, "version": v} for k, v in run.versions.items()]
+        ),
     ]
     return [table for table in found if table.rows]
 
 
-def _arms(run: RunData) -> Table:
-    head = ["arm", "episodes", "steps", "mean reward", "standard deviation", "lowest", "highest"]
-    noisy = any(arm.noise_std for arm in run.arms())
-    rows = [
-        (
-            label(arm.lr_multiplier, arm.noise_std, with_noise=noisy),
-            f"{arm.plays:,}",
-            f"{arm.steps:,}",
-            *(shown(value) for value in (arm.mean, arm.spread, arm.lowest, arm.highest)),
-        )
-        for arm in run.arms()
+def arm_rows(run: RunData) -> list[Row]:
+    """Return a row for each arm that was played."""
+    return [
+        {
+            "arm": style.label,
+            "episodes": f"{arm.plays:,}",
+            "steps": f"{arm.steps:,}",
+            "mean reward": f"{arm.mean:+.4f}",
+            "spread": "–" if arm.spread is None else f"{arm.spread:.4f}",  # noqa: RUF001
+            "lowest": f"{arm.lowest:+.4f}",
+            "highest": f"{arm.highest:+.4f}",
+        }
+        for arm, style in zip(run.arms(), arm_styles(run.episodes).values(), strict=True)
     ]
-    return Table("arms", "Arms", head, rows)
 
 
-def _episodes(run: RunData) -> Table:
-    head = ["episode", "steps", "LR", "noise", "first loss", "last loss", "reward", "note"]
-    rows = []
+def episode_rows(run: RunData) -> list[Row]:
+    """Return a row for each episode, with a note on what was out of the ordinary."""
+    styles, rows = arm_styles(run.episodes), []
     for number, (record, skipped) in enumerate(zip(run.episodes, run.skips(), strict=True), 1):
+        notes = [f"clipped from {record.reward_unclipped:+.4g}"] if run.was_clipped(record) else []
+        notes += [] if record.outcome is None else [record.outcome]
+        notes += [f"{counted(skipped, 'step')} skipped"] if skipped else []
         rows.append(
-            (
-                str(number),
-                f"{record.start_step} to {record.end_step}",
-                f"×{record.lr_value:g}",  # noqa: RUF001
-                f"{record.noise_value:g}",
-                shown(record.start_loss),
-                shown(record.end_loss),
-                f"{record.reward:+.4f}",
-                ", ".join(notes_on(run, number - 1, skipped)),
-            )
+            {
+                "episode": str(number),
+                "steps": f"{record.start_step} to {record.end_step}",
+                "arm": styles[record.lr_value, record.noise_value].label,
+                "first loss": shown(record.start_loss),
+                "last loss": shown(record.end_loss),
+                "reward": f"{record.reward:+.4f}",
+                "note": ", ".join(notes),
+            }
         )
-    return Table("episodes", "Episodes", head, rows)
+    return rows
 
 
-def notes_on(run: RunData, index: int, skipped: int) -> list[str]:
-    """Say what was out of the ordinary in an episode.
-
-    Args:
-        run: its run.
-        index: its place among the run's episodes.
-        skipped: steps that were skipped in it.
-    """
-    record, notes = run.episodes[index], []
-    if run.was_clipped(record):
-        notes.append(f"clipped from {record.reward_unclipped:+.4g}")
-    if record.outcome is not None:
-        notes.append(record.outcome)
-    if skipped:
-        notes.append(f"{skipped} step{'' if skipped == 1 else 's'} skipped")
-    return notes
-
-
-def _trials(run: RunData) -> Table:
-    head = ["trial", "step", "LR", "outputs moved", "weights moved", "measured on"]
-    rows = [
-        (
-            str(number),
-            str(trial.step),
-            shown(trial.learning_rate),
-            moved(trial.movement),
-            moved(trial.weight_movement),
-            "its own batch" if trial.own_batch else "other batches",
-        )
-        for number, trial in enumerate(run.trials, 1)
+def trial_rows(trials: Sequence[Trial]) -> list[Row]:
+    """Return a row for each trial of a calibration."""
+    return [
+        {
+            "trial": str(number),
+            "step": str(trial.step),
+            "LR": f"{trial.learning_rate:.2e}",
+            "outputs moved": moved(trial.movement),
+            "weights moved": moved(trial.weight_movement),
+            "measured on": "its own batch" if trial.own_batch else "other batches",
+        }
+        for number, trial in enumerate(trials, 1)
     ]
-    return Table("trials", "Trials of the calibration", head, rows)
 
 
-def _logged(run: RunData) -> Table:
-    """Return the logged values that plots show, a row for each step."""
-    by_step: dict[int, dict[str, float]] = {}
-    for key in _LOGGED:
-        for step, value in run.series(key):
-            by_step.setdefault(step, {})[key] = value
-    every = -(-len(by_step) // _MOST_LOGGED)  # rounded up
-    keys = [key for key in _LOGGED if any(key in row for row in by_step.values())]
+def _logged_rows(run: RunData) -> tuple[str, list[Row]]:
+    """Return the logged values that charts show, a row for each step, and how many are left out."""
+    names = {**_LOGGED, **{key: metric_name(key) for key in run.metrics}}
+    columns = {name: dict(run.series(key)) for key, name in names.items()}
+    columns = {name: values for name, values in columns.items() if values}
+    steps = sorted({step for values in columns.values() for step in values})
+    every = max(1, -(-len(steps) // _MOST_LOGGED))  # rounded up
     rows = [
-        (str(step), *(shown(row[key]) if key in row else "" for key in keys))
-        for step, row in sorted(by_step.items())[:: max(1, every)]
+        {"step": str(step)} | {n: shown(v[step]) if step in v else "" for n, v in columns.items()}
+        for step in steps[::every]
     ]
-    title = "Logged values" if every <= 1 else f"Logged values, one row in {every}"
-    return Table("logged", title, ["step", *(_LOGGED[key] for key in keys)], rows)
+    return "" if every == 1 else f", one row in {every}", rows
 
 
-def clock(seconds: float) -> str:
-    """Write a time, given in seconds since 1970."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+def facts(run: RunData) -> Row:
+    """Return what a run's tiles say, the learning rate first."""
+    found = {} if run.calibrated_lr is None else {"learning rate found": shown(run.calibrated_lr)}
+    found |= {"LR that was set": shown(run.base_lr), "steps": progress(run)}
+    if run.loss:
+        found["training loss"] = f"{shown(run.loss[0][1])} → {shown(run.loss[-1][1])}"
+    found |= {metric_name(key): shown(value) for key, value in run.metrics.items()}
+    if run.steps_per_second is not None:
+        found["wall time"] = duration(run.times[-1][1])
+        found["steps per second"] = f"{run.steps_per_second:.3g}"
+    for _, samples in run.series("train_samples_per_second")[-1:]:
+        found["samples per second"] = f"{samples:.4g}"
+    found |= {"episodes": f"{len(run.episodes):,}"} if run.has_arms else {}
+    found |= {"skipped steps": f"{run.skipped_steps:,}"} if run.skipped_steps else {}
+    found |= {} if run.resumed_from is None else {"resumed from step": f"{run.resumed_from:,}"}
+    return found
+
+
+def comparison_table(runs: Sequence[RunData], names: Sequence[str]) -> Table:
+    """Return a row for each run: how far it got, what it reached, and the settings that differ."""
+    settings = [{key: str(v) for key, v in {**run.knobs, **run.versions}.items()} for run in runs]
+    keys = dict.fromkeys(key for own in settings for key in own)
+    differing = [key for key in keys if len({own.get(key) for own in settings}) > 1]
+    metrics = list(dict.fromkeys(key for run in runs for key in run.metrics))[:MOST_METRICS]
+    rows = [
+        {"run": name, "status": run.status, "steps": progress(run)}
+        | {"LR that was set": shown(run.base_lr), "learning rate found": shown(run.calibrated_lr)}
+        | {"loss, last tenth": shown(last_tenth(run.loss))}
+        | {metric_name(key): shown(run.metrics.get(key)) for key in metrics}
+        | {"wall time": duration(run.times[-1][1]) if run.times else shown(None)}
+        | {key: own.get(key, shown(None)) for key in differing}
+        for run, name, own in zip(runs, names, settings, strict=True)
+    ]
+    return Table("comparison", "Comparison", rows)
+
+
+def last_tenth(series: Series) -> float | None:
+    """Return the mean of the last tenth of the points, at least one."""
+    values = [value for _, value in series][-max(1, len(series) // 10) :]
+    return sum(values) / len(values) if values else None

@@ -9,61 +9,43 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.report.arms import shown
-from pulseopt_hf.report.data import RunData
-from pulseopt_hf.report.reading import read_run, require_folder
-from pulseopt_hf.report.record_file import RecordFile
-from pulseopt_hf.report.tables import clock, progress, status_line
+from pulseopt_hf.report.record_reader import News, RecordReader, require_folder
+from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.wording import (
+    counted,
     described,
     episode_line,
     printable,
+    shown,
+    silence,
+    status_line,
     trial_line,
 )
 
-ENDED = ("finished", "stopped", "failed")
+if TYPE_CHECKING:
+    from pulseopt_hf.report.live import LiveView
+
 _PAUSE = 0.5  # seconds between two looks at the record
 _MOST_PAST = 20  # lines on what was before; `report` has all
 # What a run may leave in its folder before its record begins.
 _BEGUN = ("trainer_state.json", "checkpoint-*", "recipe.yaml", "run.json", "train.log", "runs")
 
-News = Sequence[tuple[Line, float | None]]
-
-
-class View(Protocol):
-    """Shows a run to a person."""
-
-    def wait(self, line: str) -> None:
-        """Say what is waited for; called again as long as it is."""
-
-    def show(self, run: RunData, news: News, replaced: int) -> None:
-        """Show a run.
-
-        Args:
-            run: as it is now.
-            news: the lines of the record since the last call, and when they were written.
-            replaced: how often the record was replaced so far.
-        """
-
 
 def watch(words: Sequence[str]) -> None:
-    """Follow a run, in a terminal live and else line by line, until training ends.
-
-    Args:
-        words: the run's folder.
+    """Follow a run until training ends: live in a terminal, elsewhere line by line.
 
     Raises:
-        UsageError: the folder is no run, its record is damaged, or rich is not installed.
+        UsageError: the folder is not a run, its record is damaged, or rich is not installed.
     """
     parser = Parser("watch")
-    parser.add_argument("run", metavar="RUN", help="the run's folder, its `output_dir`")
-    folder = Path(parser.parse_args(list(words)).run)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, its `output_dir`")
+    folder: Path = parser.parse_args(list(words)).run
     require_folder(folder)
     _require_begun(folder)
     live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
@@ -71,21 +53,20 @@ def watch(words: Sequence[str]) -> None:
         _follow(folder, view)
 
 
-def _follow(folder: Path, view: View) -> None:
-    record = RecordFile(folder)
+def _follow(folder: Path, view: PlainView | LiveView) -> None:
+    reader = RecordReader(folder)
     while True:
-        news = record.read()
-        if record.head is not None:
-            run = record.data(time.time())
-            view.show(run, news, record.replaced)
-            if run.status in ENDED:
-                return
+        news = reader.read()
+        if not reader.has_begun:
+            view.wait(
+                f"{printable(str(folder))}: has no record yet ({FILE_NAME}). Waiting for the run "
+                "to begin; a plain Trainer writes none. Ctrl-C ends this."
+            )
         else:
-            saved = _saved(folder)
-            if saved is not None and saved.status == "finished":
-                view.show(saved, [(log, None) for log in saved.logs], record.replaced)
+            run = reader.data(time.time())
+            view.show(run, news, reader.replaced)
+            if run.has_ended:
                 return
-            view.wait(_awaited(folder, saved))
         time.sleep(_PAUSE)
 
 
@@ -104,39 +85,35 @@ class PlainView:
         self._waiting = True
 
     def show(self, run: RunData, news: News, replaced: int) -> None:
-        """Print the news."""
+        """Print the news of a run whose record was replaced so often."""
+        again = self._replaced is not None
         if self._replaced != replaced:
-            again = self._replaced is not None
             self._replaced = replaced
-            _print([_begun(run, again)])
+            _print([_beginning(run, again)])
             # What a resumed run took over from its checkpoint has no time, and was told before.
-            told = [line for line, at in news if at is None] if again else []
-            self._lines(run, told)
-            _print(
-                _latest(
-                    self._lines(run, [line for line, at in news if not again or at is not None])
-                )
-            )
+            _print(_latest(_lines(line for line, at in news if not again or at is not None)))
         else:
-            _print(self._lines(run, [line for line, _ in news]))
-        if run.status in ENDED:
+            _print(_lines(line for line, _ in news))
+        if run.has_ended:
             _print(_ending(run))
         elif self._silent != (run.status == "silent"):
             self._silent = not self._silent
             _print([silence(run)] if self._silent else ["It goes on."])
 
-    def _lines(self, run: RunData, news: Iterable[Line]) -> list[str]:
-        lines = []
-        for line in news:
-            if isinstance(line, NumberedTrial):
-                lines.append(trial_line(line.number, line.trial))
-            elif isinstance(line, Outcome):
-                lines.append(str(line))
-            elif isinstance(line, NumberedEpisode):
-                lines.append(episode_line(line.number, line.record))
-            elif isinstance(line, Log) and "eval_loss" in line.values:
-                lines.append(f"step {line.step}  {described(evaluated(line))}")
-        return lines
+
+def _lines(news: Iterable[Line]) -> list[str]:
+    lines = []
+    for line in news:
+        if isinstance(line, NumberedTrial):
+            lines.append(trial_line(line.number, line.trial))
+        elif isinstance(line, Outcome):
+            lines.append(str(line))
+        elif isinstance(line, NumberedEpisode):
+            lines.append(episode_line(line.number, line.record))
+        elif isinstance(line, Log) and "eval_loss" in line.values:
+            metrics = {key: v for key, v in line.values.items() if key.startswith("eval_")}
+            lines.append(f"step {line.step}  {described(metrics)}")
+    return lines
 
 
 def _latest(lines: list[str]) -> list[str]:
@@ -148,60 +125,27 @@ def _latest(lines: list[str]) -> list[str]:
     return [left_out, *found, *lines[before:]]
 
 
-def evaluated(line: Log) -> dict[str, object]:
-    """Return what of a log entry an evaluation measured."""
-    return {key: value for key, value in line.values.items() if key.startswith("eval_")}
-
-
-def silence(run: RunData) -> str:
-    """Say that a run has written nothing for long."""
-    since = "" if run.updated is None else f" since {clock(run.updated)}"
-    return (
-        f"Nothing was written{since}, at step {progress(run)}: the run was killed, or it waits. "
-        "Ctrl-C ends this command, not the run."
-    )
-
-
-def _begun(run: RunData, again: bool) -> str:
+def _beginning(run: RunData, again: bool) -> str:
     first = "run" if not again else "the record was begun anew: run"
-    line = f"{first} {printable(run.name)}: {run.max_steps:,} steps"
-    if run.base_lr is not None:
-        line += f", LR set to {shown(run.base_lr)}"
-    if run.resumed_from is not None:
-        line += f", resumed from step {run.resumed_from:,}"
-    return line
+    line = f"{first} {printable(run.name)}: {run.max_steps:,} steps, LR set to {shown(run.base_lr)}"
+    since = "" if run.resumed_from is None else f", resumed from step {run.resumed_from:,}"
+    return line + since
 
 
 def _ending(run: RunData) -> list[str]:
     lines = [
         f"arm x{arm.lr_multiplier:g}"
         + (f" noise {arm.noise_std:g}" if arm.noise_std else "")
-        + f": {arm.plays:,} episode{'' if arm.plays == 1 else 's'}, mean reward {arm.mean:+.4f}"
+        + f": {counted(arm.plays, 'episode')}, mean reward {arm.mean:+.4f}"
         + ("" if arm.spread is None else f", spread {arm.spread:.4f}")
-        for arm in run.arms()
+        for arm in (run.arms() if run.has_arms else ())
     ]
-    if run.skipped_steps:
-        lines.append(f"skipped steps: {run.skipped_steps:,}")
-    return [*lines, status_line(run)]
-
-
-def _awaited(folder: Path, saved: RunData | None) -> str:
-    name = printable(str(folder))
-    since = "" if saved is None else f" since its checkpoint at step {progress(saved)}"
-    return (
-        f"{name}: has no record yet ({FILE_NAME}){since}. Waiting for the run to begin; Ctrl-C "
-        "ends this."
-    )
-
-
-def _saved(folder: Path) -> RunData | None:
-    """Read a run that keeps no record from what Trainer saved, or `None` if it saved nothing."""
-    saved = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
-    return read_run(folder) if saved else None
+    skipped = [f"skipped steps: {run.skipped_steps:,}"] if run.skipped_steps else []
+    return [*lines, *skipped, status_line(run)]
 
 
 def _require_begun(folder: Path) -> None:
-    """Refuse a folder that holds something, but no run and none that is about to begin."""
+    """Refuse a folder with files in it of which none is of a run."""
     known = (FILE_NAME, *_BEGUN)
     if any(folder.iterdir()) and not any(any(folder.glob(pattern)) for pattern in known):
         raise UsageError(
@@ -229,7 +173,7 @@ def _exit_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _live_view() -> contextlib.AbstractContextManager[View]:
+def _live_view() -> LiveView:
     try:
         from pulseopt_hf.report.live import LiveView
     except ModuleNotFoundError as error:

@@ -1,11 +1,14 @@
-"""The lines that tell of a run while it goes, wherever that is. Standard library only."""
+"""What is said of a run, wherever it is shown: lines, sentences, numbers. Standard library only."""
 
 from __future__ import annotations
 
+import datetime
+import math
 from collections.abc import Mapping
 
-from pulseopt_hf.aees.calibration import NOT_FINITE, Trial
+from pulseopt_hf.aees.calibration import NOT_FINITE, OUTPUT_RADIUS, WEIGHT_RADIUS, Trial
 from pulseopt_hf.aees.records import EpisodeRecord
+from pulseopt_hf.report.run_data import RunData, Series, deciding_trials
 
 _COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")
 _CLOCKS = ("epoch", "model_preparation_time")
@@ -26,28 +29,113 @@ def moved(movement: float) -> str:
 
 def episode_line(number: int, record: EpisodeRecord) -> str:
     """Tell of one episode, by its number from 1."""
-    shown = "" if record.learning_rate is None else f" = {record.learning_rate:.2e}"
+    rate = "" if record.learning_rate is None else f" = {record.learning_rate:.2e}"
     noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
     return (
         f"episode {number:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "
-        f"LR x{record.lr_value:<4g}{shown}{noise}  "
+        f"LR x{record.lr_value:<4g}{rate}{noise}  "
         f"loss {record.start_loss:.3f} to {record.end_loss:.3f}  "
         f"reward {record.reward:+.4f}" + (f"  {record.outcome}" if record.outcome else "")
     )
 
 
 def described(metrics: Mapping[str, object]) -> str:
-    """Write out the metrics of an evaluation that are no times or counts."""
-    shown = []
+    """Write out the metrics of an evaluation that are neither times nor counts."""
+    found = []
     for key, value in metrics.items():
         name = key.removeprefix("eval_")
         if name.split("_mm")[0] in _COUNTS:
             continue
         if isinstance(value, float) and name not in _CLOCKS:
-            shown.append(f"{name} {value:.3f}")
-    return "eval " + ", ".join(shown)
+            found.append(f"{name} {value:.3f}")
+    return "eval " + ", ".join(found)
 
 
 def printable(text: str) -> str:
-    """Replace what a terminal would not print but obey, such as escape codes and line ends."""
+    """Replace what a terminal would obey instead of print, such as escape codes and line ends."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def shown(value: float | None) -> str:
+    """Write a number in at most five figures, or a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"  # noqa: RUF001
+    return f"{value:.5g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
+
+
+def metric_name(key: str) -> str:
+    """Name a metric for people, by the key that Trainer logs it under."""
+    return "evaluation loss" if key == "eval_loss" else key.removeprefix("eval_").replace("_", " ")
+
+
+def counted(count: int, thing: str) -> str:
+    """Write how many of a thing there are."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def course(name: str, series: Series) -> str:
+    """Say what a curve did, from its first point to its last."""
+    (first, start), (last, end) = series[0], series[-1]
+    if len(series) == 1:
+        return f"{name} was {shown(end)} at step {last}"
+    verb = "fell" if end < start else "rose" if end > start else "stayed"
+    return f"{name} {verb} from {shown(start)} at step {first} to {shown(end)} at step {last}"
+
+
+def clock(seconds: float) -> str:
+    """Write a time, given in seconds since 1970."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def duration(seconds: float) -> str:
+    """Write how long something took."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes} min {left} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def progress(run: RunData) -> str:
+    """Say how far a run has got."""
+    return f"{run.step:,} of {run.max_steps:,}"
+
+
+def status_line(run: RunData) -> str:
+    """Say in a sentence how a run stands."""
+    done = f"{progress(run)} steps"
+    if run.status == "finished":
+        return f"Finished: {done}."
+    if run.status == "failed":
+        return f"Ended by {run.error} at step {run.step:,}: {done}."
+    if run.status == "stopped":
+        return f"Stopped before its last step: {done}."
+    when = "" if run.updated is None else f" Last written to at {clock(run.updated)}."
+    if run.status == "running":
+        return f"Still running: {done} so far.{when} Make the page again to see more."
+    return f"Broken off: {done}, and no end was recorded.{when} It was killed, or it waits."
+
+
+def silence(run: RunData) -> str:
+    """Say to someone who follows a run that it has written nothing for long."""
+    since = "" if run.updated is None else f" since {clock(run.updated)}"
+    return (
+        f"Nothing was written{since}, at step {progress(run)}: the run was killed, or it waits. "
+        "Ctrl-C ends this command, not the run."
+    )
+
+
+def finding(run: RunData) -> str:
+    """Say what the calibration found and why, or why it found nothing."""
+    if run.outcome is None:
+        return f"{counted(len(run.trials), 'trial')} so far."
+    if run.calibrated_lr is None:
+        return str(run.outcome)
+    limit = f"{WEIGHT_RADIUS:.0%} of the weights"
+    if run.outcome.limited_by == "outputs":
+        limit = f"{OUTPUT_RADIUS:.3g} times what dropout of a tenth changes"
+    trials = ", ".join(str(index + 1) for index in deciding_trials(run.trials))
+    return (
+        f"{run.outcome} The most that one step may move is {limit}. The LR follows from the trials "
+        f"{trials} of {len(run.trials)}, each on a batch of its own."
+    )

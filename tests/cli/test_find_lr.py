@@ -14,7 +14,7 @@ from pulseopt_hf.aees import calibration
 from pulseopt_hf.cli import main
 from pulseopt_hf.optim.suggestion import Suggestion
 from pulseopt_hf.recipes import find_lr
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.wording import moved
 from tests.cli.test_commands import HERE, LAUNCH, command
 from tests.recipes.tiny import files_of, train
@@ -77,7 +77,7 @@ def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_wri
     assert logs[0]["learning_rate"] == float(found)
 
 
-@pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<?xml"), ("lr.PNG", b"\x89PNG")])
+@pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<svg"), ("lr.PNG", b"\x89PNG")])
 def test_the_picture_is_all_that_is_written(
     recipe: list[str], work: Path, name: str, magic: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,10 +149,10 @@ def test_bad_usage_is_one_line(
 def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "pulseopt_hf.report.pictures", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pulseopt_hf.report.chart_files", raising=False)
+    monkeypatch.setitem(sys.modules, "altair", None)
     line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
-    assert "`--plot` needs matplotlib, which is not installed: pip install" in line
+    assert "`--plot` needs altair, which is not installed: pip install" in line
 
 
 def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:

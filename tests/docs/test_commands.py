@@ -92,7 +92,7 @@ def test_the_commands_on_reports_show_a_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     short = ["--max_steps", "60", "--logging_steps", "1", "--quiet", "--use_cpu"]
-    for name in ("first", "control", "plain"):
+    for name in ("first", "control", "other"):
         words = ["train", "quickstart/lm", "--output_dir", f"runs/{name}", *short]
         assert cli.main(words) == cli.DONE
     for words in PAGES["report.md"]:

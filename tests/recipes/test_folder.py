@@ -13,7 +13,7 @@ import yaml
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import folder
 from pulseopt_hf.recipes.parsing import resolve
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.trainer.checkpoints import checkpoints
 from tests.recipes.tiny import files_of, results, train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--no-first-run"),
 ]
+ARM_PLOTS = ["loss", "reward", "plays", "mean-reward", "calibration", "gradient-norm", "throughput"]
 HOSTILE = "<script>alert('&amp;')</script><img src=x onerror=alert(1)>%{x}"
 
 
@@ -80,6 +82,16 @@ def calibrated(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     knobs = {"lr_candidates": [0.5, 1.0, 2.0], "calibration": "trust_region", "episode_length": 5}
     folder = tmp_path_factory.mktemp("runs") / "calibrated"
     return train(folder, knobs, max_steps=100, learning_rate=1e-4)
+
+
+@pytest.fixture(scope="session")
+def one_arm(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of one arm that was calibrated and evaluated twice, with a metric."""
+    knobs = {"calibration": "trust_region", "episode_length": 5}
+    folder = tmp_path_factory.mktemp("runs") / "one-arm"
+    metrics = {"compute_metrics": lambda evaluated: {"score": float(evaluated.predictions.mean())}}
+    settings = {"max_steps": 100, "learning_rate": 1e-4, "eval_steps": 50}
+    return train(folder, knobs, functools.partial(PulseOptTrainer, **metrics), **settings)
 
 
 @pytest.fixture(scope="session")

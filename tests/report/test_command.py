@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +15,6 @@ import pytest
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.page import as_script_data
 from tests.report.conftest import edit_record
-
-
-@pytest.fixture
-def copy(calibrated: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(calibrated, tmp_path / "copy"))
 
 
 @pytest.fixture
@@ -48,24 +42,24 @@ def head_and_logs(run: Path, kinds: tuple[str, ...]) -> None:
 
 
 def test_the_page_of_one_run_lies_in_its_folder_and_is_made_anew(
-    copy: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        assert main(["report", str(copy)]) == 0
-        assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
-    assert (copy / "report.html").read_text().startswith("<!doctype html>")
-    assert not (copy / "report.html.new").exists()
+        assert main(["report", str(finished)]) == 0
+        assert capsys.readouterr().out == f"{finished / 'report.html'}\n"
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
+    assert not (finished / "report.html.new").exists()
 
 
-def test_half_a_surrogate_pair_does_not_keep_a_page_from_being_written(copy: Path) -> None:
-    edit_record(copy, lambda line: line["kind"] != "head" or line.update(name="half \ud800"))
-    assert main(["report", str(copy)]) == 0
-    assert "<title>half ?" in (copy / "report.html").read_text(encoding="utf-8")
+def test_half_a_surrogate_pair_does_not_keep_a_page_from_being_written(finished: Path) -> None:
+    edit_record(finished, lambda line: line["kind"] != "head" or line.update(name="half \ud800"))
+    assert main(["report", str(finished)]) == 0
+    assert "<title>half ?" in (finished / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_folder_whose_name_is_no_utf8_can_be_shown(copy: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_no_utf8_can_be_shown(finished: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")
-    copy.rename(odd)
+    finished.rename(odd)
     command = [sys.executable, "-m", "pulseopt_hf", "report", odd]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -80,64 +74,53 @@ def test_the_page_of_several_runs_lies_in_the_working_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_plain_trainers_run_is_welcome_beside_one_with_episodes(
+def test_a_run_that_keeps_no_record_is_refused_and_told_what_keeps_one(
     calibrated: Path, train: Any, tmp_path: Path, say: Callable[..., str]
 ) -> None:
-    """It keeps no record; its `trainer_state.json` has the loss to compare with."""
-    plain = train(tmp_path / "plain", None, save_strategy="steps", save_steps=40)
-    page = tmp_path / "page.html"
-    assert main(["report", str(calibrated), str(plain), "--out", str(page)]) == 0
-    text = page.read_text()
-    assert "<td>plain" in text
-    page.unlink()
-    assert "plain: has no finished episode at step 40 of 40" in say(plain)
+    saved = {"save_strategy": "steps", "save_steps": 20}
+    for name, knobs in (("plain", None), ("neutral", {"calibration": "off", "episode_length": 5})):
+        folder = train(tmp_path / name, knobs, **saved)
+        assert f"{name}: has no run record (pulse.jsonl)." in say(calibrated, folder)
 
 
-def test_a_neutral_run_is_shown_from_its_checkpoint(train: Any, tmp_path: Path) -> None:
-    knobs = {"lr_candidates": [1.0], "episode_length": 5}
-    neutral = train(tmp_path / "neutral", knobs, save_strategy="steps", save_steps=20)
-    assert not (neutral / "pulse.jsonl").exists()
-    assert main(["report", str(neutral)]) == 0
-
-
-def test_a_run_with_no_finished_episode_is_refused(copy: Path, say: Callable[..., str]) -> None:
-    head_and_logs(copy, ("head", "log"))
-    line = say(copy)
+def test_a_run_with_no_finished_episode_is_refused(finished: Path, say: Callable[..., str]) -> None:
+    head_and_logs(finished, ("head", "log"))
+    line = say(finished)
     assert "has no finished episode at step 100 of 100" in line
     assert "`logging_steps`" in line
-    head_and_logs(copy, ("head",))
-    assert "has no finished episode at step 0 of 100" in say(copy)
+    head_and_logs(finished, ("head",))
+    assert "has no finished episode at step 0 of 100" in say(finished)
 
 
-def test_a_run_in_its_calibration_has_trials_to_show(copy: Path) -> None:
-    head_and_logs(copy, ("head", "log", "trial"))
-    assert main(["report", str(copy)]) == 0
+def test_a_run_in_its_calibration_has_trials_to_show(finished: Path) -> None:
+    head_and_logs(finished, ("head", "log", "trial"))
+    assert main(["report", str(finished)]) == 0
 
 
 def test_folders_and_files_that_are_no_run_are_refused(
-    copy: Path, tmp_path: Path, say: Callable[..., str]
+    finished: Path, tmp_path: Path, say: Callable[..., str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert "gone: there is no such folder" in say(tmp_path / "gone")
-    assert "empty: is not a run" in say(tmp_path / "empty")
-    assert "is a file; name the run's folder" in say(copy / "pulse.jsonl")
-    assert "is not a run" in say(copy, tmp_path / "empty")
-    assert "A run was named twice" in say(copy, copy)
-    record = copy / "pulse.jsonl"
+    assert "empty: has no run record" in say(tmp_path / "empty")
+    assert "is a file; name the run's folder" in say(finished / "pulse.jsonl")
+    assert "has no run record" in say(finished, tmp_path / "empty")
+    assert "A run was named twice" in say(finished, finished)
+    record = finished / "pulse.jsonl"
     text = record.read_text()
     record.write_text(text.replace('"version": 2', '"version": 99', 1))
-    assert "has format version 99, and this release" in say(copy)
+    assert "has format version 99, and this release" in say(finished)
     record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
-    assert "is not valid JSON" in say(copy)
+    assert "is not valid JSON" in say(finished)
 
 
-def test_a_place_that_is_none_is_refused(
-    copy: Path, tmp_path: Path, say: Callable[..., str]
+def test_an_invalid_path_is_refused(
+    finished: Path, tmp_path: Path, say: Callable[..., str]
 ) -> None:
     (tmp_path / "mine.html").write_text("<html>mine</html>")
-    assert "is a folder; name a file in it" in say(copy, "--out", tmp_path)
-    assert "there is no such folder" in say(copy, "--out", tmp_path / "no" / "page.html")
-    line = say(copy, "--out", tmp_path / "mine.html")
+    assert "is a folder; name a file in it" in say(finished, "--out", tmp_path)
+    assert "there is no such folder" in say(finished, "--out", tmp_path / "no" / "page.html")
+    line = say(finished, "--out", tmp_path / "mine.html")
     assert "exists already and was not written by this command" in line
     assert (tmp_path / "mine.html").read_text() == "<html>mine</html>"
 
@@ -150,28 +133,26 @@ def test_a_place_that_is_none_is_refused(
         (["run", "--ou", "x"], "unrecognized arguments: --ou"),
     ],
 )
-def test_words_that_are_none_are_refused(
-    words: list[str], says: str, say: Callable[..., str]
-) -> None:
+def test_bad_words_are_refused(words: list[str], says: str, say: Callable[..., str]) -> None:
     line = say(*words)
     assert says in line
     assert "`pulseopt-hf report --help` shows how to use it" in line
 
 
-@pytest.mark.parametrize("package", ["plotly", "jinja2"])
-def test_where_the_extra_is_missing_it_is_named(copy: Path, package: str) -> None:
+@pytest.mark.parametrize("package", ["altair", "vl_convert", "jinja2"])
+def test_where_the_extra_is_missing_it_is_named(finished: Path, package: str) -> None:
     """In a process of its own, which finds no such package."""
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from pulseopt_hf.cli import main\n"
-        f"sys.exit(main(['report', {str(copy)!r}]))"
+        f"sys.exit(main(['report', {str(finished)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert package in line
     assert "pip install 'pulseopt-hf[report]'" in line
-    assert not (copy / "report.html").exists()
+    assert not (finished / "report.html").exists()
 
 
 def test_json_in_a_script_cannot_end_it() -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pulseopt_hf.aees.run_record import FILE_NAME
+from pulseopt_hf.aees.run_record import FILE_NAME, End
 from pulseopt_hf.report.live import Sparkline, picture
-from pulseopt_hf.report.reading import read_run
-from pulseopt_hf.report.record_file import RecordFile
+from pulseopt_hf.report.record_reader import RecordReader, read_run
 from tests.report.conftest import edit_record
 
 
@@ -22,33 +21,33 @@ def test_only_what_is_new_in_a_record_is_read(long: Path, tmp_path: Path) -> Non
     file = folder / FILE_NAME
     *lines, last = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines) + last[:9])
-    record = RecordFile(folder)
-    assert len(record.read()) == len(lines)
-    assert record.end is None  # the last line is not whole
+    reader = RecordReader(folder)
+    assert len(reader.read()) == len(lines)
+    assert reader.data(time.time()).status != "finished"  # the last line is not whole
     # Were any of it read again, it would be no JSON.
     file.write_bytes(lines[0] + b"x" * (sum(map(len, lines)) - len(lines[0])) + last)
     started = time.process_time()
-    ((end, _),) = record.read()
-    run = record.data(time.time())
+    ((end, _),) = reader.read()
+    run = reader.data(time.time())
     picture(run, 120)
     assert time.process_time() - started < 1.0
-    assert end == record.end
-    assert (run.status, len(run.episodes), record.replaced) == ("finished", 10_000, 0)
+    assert end == End(20_000, True)
+    assert (run.status, len(run.episodes), reader.replaced) == ("finished", 10_000, 0)
 
 
 @pytest.mark.parametrize("change", ["shorter", "another"])
 def test_a_record_that_was_replaced_is_read_anew(finished: Path, change: str) -> None:
-    record = RecordFile(finished)
-    record.read()
+    reader = RecordReader(finished)
+    reader.read()
     if change == "shorter":
         edit_record(finished, lambda line: line["kind"] == "head" or line.get("step", 60) < 20)
     else:
         edit_record(finished, lambda line: line.update(time=line["time"] + 1))
-    fresh = RecordFile(finished)
-    assert record.read() == fresh.read()
-    assert record.replaced == 1
-    assert record.read() == []
-    assert record.data(0.0) == fresh.data(0.0)
+    fresh = RecordReader(finished)
+    assert reader.read() == fresh.read()
+    assert reader.replaced == 1
+    assert reader.read() == []
+    assert reader.data(0.0) == fresh.data(0.0)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

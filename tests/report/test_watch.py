@@ -29,7 +29,7 @@ from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes.lines import EpisodeLines
 from pulseopt_hf.report.live import picture
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 from tests.report.conftest import edit_record
 
 WATCH = [sys.executable, "-m", "pulseopt_hf", "watch"]
@@ -352,18 +352,6 @@ def test_a_run_that_has_ended_is_shown_at_once_with_its_latest_lines(
     assert lines[2].startswith("episode 9981 ")
     assert lines[21].startswith("episode 10000 ")
     assert lines[-1] == "Finished: 20,000 of 20,000 steps."
-
-
-def test_a_run_without_a_record_is_shown_if_it_has_finished(
-    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain = train(tmp_path / "plain", None, save_strategy="steps", save_steps=20)
-    capsys.readouterr()  # what Trainer printed
-    assert main(["watch", str(plain)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run plain: 40 steps"
-    assert [line.split("  ")[0] for line in lines[1:-1]] == ["step 20", "step 40"]
-    assert lines[-1] == "Finished: 40 of 40 steps."
 
 
 def test_names_are_shown_as_they_are_and_obeyed_by_no_terminal(

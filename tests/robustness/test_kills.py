@@ -19,7 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 from tests.recipes.tiny import files_of
 
 CONFIG = {

@@ -241,11 +241,11 @@ def test_few_batches_are_taken_again_and_none_is_said(tiny_model: Any, tiny_data
 
 
 def test_the_picture_is_that_of_the_report(tiny_model: Any, tiny_data: Any) -> None:
-    pytest.importorskip("plotly", reason="install the extra `report` to run this")
+    pytest.importorskip("altair", reason="install the extra `report` to run this")
     suggestion = Loop(tiny_model(), tiny_data).ask()
-    figure = suggestion.plot()
-    assert len(figure.data[0].x) == len(suggestion.trials)
-    assert figure.data[-1].x[0] == pytest.approx(suggestion.learning_rate, rel=1e-3)
+    data = suggestion.plot().to_dict()["datasets"]
+    assert len(data["trials"]) == 2 * len(suggestion.trials)
+    assert data["star"][0]["rate"] == pytest.approx(suggestion.learning_rate, rel=1e-3)
 
 
 def test_the_knobs_of_a_trainer_do_not_matter(

@@ -23,7 +23,7 @@ from pulseopt_hf import (
     PulseOptTrainingArguments,
     with_pulseopt,
 )
-from pulseopt_hf.report.reading import read_run
+from pulseopt_hf.report.record_reader import read_run
 from tests.conftest import parameters_equal
 
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)

@@ -1,101 +1,98 @@
 "use strict";
 (() => {
-  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const { themes, plots, rows } = JSON.parse(document.getElementById("data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const print = matchMedia("print");
-  const narrow = matchMedia("(max-width: 700px)");
 
-  const palette = () => {
-    const style = getComputedStyle(document.documentElement);
-    const read = (name) => style.getPropertyValue(`--${name}`).trim();
-    return Object.fromEntries(
-      ["card", "ink", "soft", "line", "accent", "second"].map((name) => [name, read(name)]),
-    );
-  };
+  // What is left of a plot's width beside its axes.
+  const inner = (width) => Math.max(120, width - 96);
 
-  // Traces name a role where their colour has to follow the page's.
-  const colored = (trace, colors) => {
-    const color = colors[trace.meta?.role];
-    if (!color) return trace;
-    const copy = { ...trace };
-    if (trace.line) copy.line = { ...trace.line, color };
-    if (trace.marker && !Array.isArray(trace.marker.color)) copy.marker = { ...trace.marker, color };
-    if (trace.error_y) copy.error_y = { ...trace.error_y, color };
-    return copy;
-  };
-
-  const layoutOf = (data, layout, colors) => {
-    const copy = structuredClone(layout);
-    copy.paper_bgcolor = copy.plot_bgcolor = colors.card;
-    copy.font = { ...copy.font, color: colors.ink };
-    copy.hoverlabel = {
-      ...copy.hoverlabel, bgcolor: colors.card, bordercolor: colors.soft, font: { color: colors.ink },
-    };
-    copy.modebar = { bgcolor: "rgba(0,0,0,0)", color: colors.soft, activecolor: colors.accent };
-    for (const [name, axis] of Object.entries(copy)) {
-      if (/^[xy]axis/.test(name)) {
-        Object.assign(axis, { gridcolor: colors.line, linecolor: colors.line, tickcolor: colors.line });
-      }
-    }
-    copy.legend = { ...copy.legend, font: { size: narrow.matches ? 11 : 13 } };
-    if (narrow.matches) {
-      copy.margin = { ...copy.margin, l: 48, r: 8 };
-      // A legend takes a line for each entry here, and the curves keep their room.
-      const entries = data.filter((trace) => trace.name && trace.showlegend !== false).length;
-      copy.height += 18 * Math.max(0, entries - 3);
-    }
-    return copy;
-  };
-
-  const save = (format) => (element) =>
-    Plotly.downloadImage(element, { format, filename: element.id, scale: format === "png" ? 2 : 1 });
-
-  const config = {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: true,
-    modeBarButtons: [[
-      { name: "png", title: "Save as PNG", icon: Plotly.Icons.camera, click: save("png") },
-      { name: "svg", title: "Save as SVG", icon: Plotly.Icons.disk, click: save("svg") },
-      "resetScale2d",
-    ]],
-  };
-
-  const draw = (name) => {
+  const draw = async (name) => {
     const element = document.getElementById(name);
-    const colors = palette();
-    const { data, layout } = figures[name];
-    return Plotly.react(
-      element, data.map((trace) => colored(trace, colors)), layoutOf(data, layout, colors), config,
-    );
+    const { spec: { datasets, ...spec }, columns } = plots[name];
+    const theme = structuredClone(themes[dark.matches && !print.matches ? 1 : 0]);
+    const width = inner(element.clientWidth);
+    const entries = Math.max(1, Math.min(columns, Math.round((columns * width) / 720)));
+    Object.assign(theme.legend, { columns: entries, labelLimit: width / entries - 24 });
+    const fitted = spec.vconcat
+      ? { ...spec, vconcat: spec.vconcat.map((part) => ({ ...part, width })) }
+      : { ...spec, width };
+    // Vega marks the rows that it takes, so that each drawing needs its own.
+    fitted.datasets = structuredClone(datasets);
+    element.drawn?.finalize();
+    element.drawn = await vegaEmbed(element, fitted, {
+      config: theme,
+      actions: false,
+      renderer: Math.max(...Object.values(datasets).map((rows) => rows.length)) > 2000 ? "canvas" : "svg",
+      ast: true, // evaluates nothing, which the page forbids
+      tooltip: { disableDefaultStyle: true },
+    });
+    element.width = element.clientWidth;
   };
 
-  const names = Object.keys(figures);
+  const names = Object.keys(plots);
   const drawAll = () => Promise.all(names.map(draw));
 
   // One after the other, so that the first is there to be seen while the rest are drawn.
-  const next = (index) => {
+  const next = async (index) => {
     if (index === names.length) {
       document.documentElement.dataset.drawn = "all";
       return;
     }
-    draw(names[index]).then(() => setTimeout(() => next(index + 1)));
+    await draw(names[index]);
+    setTimeout(() => next(index + 1));
   };
   next(0);
 
-  // Long tables are made when they are opened.
-  const fill = (details, rows) => {
-    const body = details.querySelector("tbody");
-    for (const row of rows) {
-      const line = body.insertRow();
-      for (const cell of row) line.insertCell().textContent = cell;
-    }
+  const save = async (name, format) => {
+    const link = document.createElement("a");
+    link.href = await document.getElementById(name).drawn.view.toImageURL(format, 2);
+    link.download = `${name}.${format}`;
+    link.click();
   };
-  const rows = JSON.parse(document.getElementById("rows").textContent);
-  for (const [id, table] of Object.entries(rows)) {
-    const details = document.getElementById(id);
-    details.addEventListener("toggle", () => fill(details, table), { once: true });
+  for (const button of document.querySelectorAll("[data-save]")) {
+    const name = button.closest("figure").querySelector(".canvas").id;
+    button.addEventListener("click", () => save(name, button.dataset.save));
   }
 
-  for (const query of [dark, print, narrow]) query.addEventListener("change", drawAll);
+  // Long tables are filled when they are opened.
+  for (const [id, table] of Object.entries(rows)) {
+    const fill = () => {
+      const body = document.querySelector(`#${id} tbody`);
+      for (const row of table) {
+        const line = body.insertRow();
+        for (const cell of Object.values(row)) line.insertCell().textContent = cell;
+      }
+    };
+    document.getElementById(id).addEventListener("toggle", fill, { once: true });
+  }
+
+  // A head's button sorts its table by that column, numbers as numbers.
+  const order = new Intl.Collator(undefined, { numeric: true }).compare;
+  const compare = (a, b) => (isNaN(a) || isNaN(b) ? order(a, b) : a - b);
+  for (const button of document.querySelectorAll("th button")) {
+    button.addEventListener("click", () => {
+      const head = button.parentElement;
+      const up = head.ariaSort !== "ascending";
+      for (const other of head.parentElement.cells) other.ariaSort = null;
+      head.ariaSort = up ? "ascending" : "descending";
+      const body = head.closest("table").tBodies[0];
+      const cell = (row) => row.cells[head.cellIndex].textContent;
+      const sorted = [...body.rows].sort((a, b) => (up ? 1 : -1) * compare(cell(a), cell(b)));
+      body.append(...sorted);
+    });
+  }
+
+  for (const query of [dark, print]) query.addEventListener("change", drawAll);
+  let waiting;
+  addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      const moved = (name) => {
+        const element = document.getElementById(name);
+        return element.clientWidth !== element.width;
+      };
+      for (const name of names.filter(moved)) draw(name);
+    }, 150);
+  });
 })();

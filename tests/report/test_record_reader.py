@@ -5,36 +5,28 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.report.reading import read_run, require_episodes
+from pulseopt_hf.report.record_reader import read_run
 
-CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
+CONFIG = PulseOptConfig(calibration="off", lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
 
 
 @pytest.fixture
 def run(tiny_model: Any, tiny_data: Any, arguments: Any) -> Path:
-    """Return the folder of a run of 24 steps with a record, two checkpoints and a state."""
-    args = arguments(save_strategy="steps", save_steps=10)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
+    """Return the folder of a run of 24 steps."""
+    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=CONFIG)
     trainer.train()
-    trainer.save_state()
-    assert trainer.aees is not None
-    logs = trainer.aees.get_logs()
-    (Path(args.output_dir) / "episodes.json").write_text(json.dumps(logs))
-    return Path(args.output_dir)
+    return Path(trainer.args.output_dir)
 
 
 @pytest.fixture
@@ -55,61 +47,6 @@ def refused(run: Path) -> Callable[[], str]:
 def rewrite(run: Path, change: Callable[[list[str]], list[str]]) -> None:
     file = run / FILE_NAME
     file.write_text("\n".join(change(file.read_text().splitlines())))
-
-
-def test_a_run_without_a_record_is_read_from_what_trainer_and_recipes_save(run: Path) -> None:
-    whole = read_run(run)
-    (run / FILE_NAME).unlink()
-    old = read_run(run)
-    # The published log keys, which these files have, know nothing of an episode's LR.
-    assert old.episodes == [replace(record, learning_rate=None) for record in whole.episodes]
-    assert old.logs == whole.logs
-    assert (old.status, old.step, old.max_steps) == ("finished", 24, 24)
-    assert old.base_lr is None  # the first LR that was logged need not be the base LR
-    (run / "recipe.yaml").write_text("learning_rate: 3e-3\n")
-    assert read_run(run).base_lr == 3e-3
-    assert old.knobs["lr_candidates"] == [0.5, 1.0, 2.0]
-
-
-def test_a_checkpoint_alone_is_enough(run: Path) -> None:
-    whole = read_run(run)
-    for name in (FILE_NAME, "trainer_state.json", "episodes.json"):
-        (run / name).unlink()
-    shutil.rmtree(run / "checkpoint-24")
-    old = read_run(run)
-    assert old.episodes == whole.episodes[:4]
-    assert (old.status, old.step, old.max_steps) == ("stopped", 20, 24)
-    assert [step for step, _ in old.loss] == list(range(1, 21))
-
-
-def test_a_calibration_is_read_from_a_checkpoint(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    config = PulseOptConfig(calibration="trust_region")
-    args = arguments(max_steps=60, save_strategy="steps", save_steps=60)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=config)
-    trainer.train()
-    folder = Path(args.output_dir)
-    (folder / FILE_NAME).unlink()
-    old = read_run(folder)
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
-    assert old.trials == trainer.aees.calibrator.search.trials != []
-    assert old.outcome == trainer.aees.calibrator.outcome
-    assert old.calibrated_lr == trainer.aees.calibrator.search.learning_rate is not None
-
-
-def test_a_plain_trainers_run_has_a_loss_and_no_episodes(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    args = arguments(save_strategy="steps", save_steps=24)
-    Trainer(tiny_model(), args, train_dataset=tiny_data).train()
-    plain = read_run(args.output_dir)
-    assert len(plain.loss) == 24
-    assert plain.episodes == []
-    assert plain.knobs == {}
-    with pytest.raises(UsageError, match="has no finished episode at step 24 of 24"):
-        require_episodes(plain)
 
 
 def test_a_last_line_that_was_cut_off_is_passed_over(run: Path) -> None:
@@ -188,7 +125,7 @@ def test_arms_are_summed_up(run: Path) -> None:
     assert sum(arm.plays for arm in arms) == 5
     assert sum(arm.steps for arm in arms) == 24
     for arm in arms:
-        rewards = [r.reward for r in data.episodes if r.name == arm.name]
+        rewards = [r.reward for r in data.episodes if r.lr_value == arm.lr_multiplier]
         assert arm.mean == pytest.approx(sum(rewards) / len(rewards))
         assert (arm.lowest, arm.highest) == (min(rewards), max(rewards))
         assert (arm.spread is None) == (len(rewards) == 1)
@@ -230,33 +167,32 @@ def test_a_kind_of_line_from_a_later_release_is_passed_over(run: Path) -> None:
     assert read_run(run).episodes == whole.episodes
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("trainer_state.json", "{", "is not valid JSON"),
-        ("trainer_state.json", "[]", "must hold a mapping, got list"),
-        ("trainer_state.json", "{}", "has no `global_step`"),
-        ("episodes.json", "{", "is not valid JSON"),
-        ("episodes.json", "{}", "has no `selected_lr_indices`"),
-    ],
-)
-def test_an_older_runs_broken_file_is_named(
-    run: Path, refused: Callable[[], str], name: str, text: str, says: str
-) -> None:
-    (run / FILE_NAME).unlink()
-    (run / name).write_text(text)
-    problem = refused()
-    assert name in problem
-    assert says in problem
-
-
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+def test_what_has_no_record_is_named_and_what_writes_one(tmp_path: Path, run: Path) -> None:
     (tmp_path / "file").write_text("")
-    for name, says in (
-        ("gone", "there is no such folder"),
-        ("file", "is a file; name the run's folder"),
-        ("empty", "is not a run: it has no pulse.jsonl, no trainer_state.json and no checkpoint"),
+    (run / FILE_NAME).unlink()
+    (run / "trainer_state.json").write_text("{}")  # as a plain Trainer's run has it
+    for path, says in (
+        (tmp_path / "gone", "there is no such folder"),
+        (tmp_path / "file", "is a file; name the run's folder"),
+        (run, r"has no run record \(pulse.jsonl\). `PulseOptTrainer` and an attached"),
     ):
         with pytest.raises(UsageError, match=says):
-            read_run(tmp_path / name)
+            read_run(path)
+
+
+def test_times_are_counted_until_training_ends(run: Path) -> None:
+    clock = iter(range(1000))
+
+    def tick(lines: list[str]) -> list[str]:
+        logged = {"kind": "log", "step": 24, "values": {"eval_loss": 1.0}}
+        lines = [*lines, json.dumps(logged)]
+        return [*(json.dumps({**json.loads(line), "time": next(clock)}) for line in lines), ""]
+
+    rewrite(run, tick)
+    data = read_run(run)
+    # 24 logs and Trainer's summary, with five episodes between them, then the end.
+    assert data.times[0] == (1, 1)
+    assert data.times[-1] == (24, 31)
+    assert data.steps_per_second == 24 / 31
+    assert {speed for _, speed in data.speed} == {1.0, 0.5}  # an episode's line takes a second
+    assert len(data.speed) == 23

@@ -1,0 +1,190 @@
+"""What is known of a run, and what follows from it by counting. Standard library only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pulseopt_hf.aees.calibration import Outcome, Trial
+from pulseopt_hf.aees.records import EpisodeRecord
+from pulseopt_hf.aees.run_record import Log
+
+Status = Literal["finished", "stopped", "failed", "running", "silent"]
+Series = list[tuple[int, float]]
+
+_FEW_LOGS = 20  # with fewer, and more episodes than logs, curves are drawn from the episodes
+_NO_METRIC = ("runtime", "per_second", "_time")  # how the names of measured times end
+
+
+class ArmSummary(NamedTuple):
+    """How often an arm was played, for how many steps, and how its rewards were.
+
+    `spread` is their standard deviation, `None` for a single episode.
+    """
+
+    lr_multiplier: float
+    noise_std: float
+    plays: int
+    steps: int
+    mean: float
+    spread: float | None
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run, as far as it has got. Steps are global steps of the optimizer."""
+
+    folder: Path
+    name: str  # what the user called it
+    status: Status  # `silent`: neither ended nor written to lately, so it was killed or waits
+    step: int  # steps done, as far as is recorded
+    max_steps: int  # of the whole run
+    base_lr: float  # the highest of the schedule, as it was set
+    knobs: dict[str, Any]  # the method's settings
+    versions: dict[str, str]  # of each package
+    resumed_from: int | None  # step of the checkpoint that it was resumed from last
+    logs: list[Log]  # what Trainer logged, oldest first, as all that follow
+    times: Series  # step and seconds since this process began to train, of logs until the end
+    episodes: list[EpisodeRecord]
+    trials: list[Trial]
+    outcome: Outcome | None  # of the calibration
+    error: str | None  # class of the exception that ended the run
+    updated: float | None  # when it was last written to, in seconds since 1970
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether training has ended, however it did."""
+        return self.status in ("finished", "stopped", "failed")
+
+    @property
+    def has_arms(self) -> bool:
+        """Whether more than one arm was played."""
+        return len({(record.lr_value, record.noise_value) for record in self.episodes}) > 1
+
+    def series(self, key: str) -> Series:
+        """Return the finite values that were logged under a key, with their steps."""
+        return [
+            (log.step, float(value))
+            for log in self.logs
+            if isinstance(value := log.values.get(key), int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        ]
+
+    @property
+    def logged_seldom(self) -> bool:
+        """Whether the episodes tell more of the training loss than the logs do."""
+        return len(self.series("loss")) < min(_FEW_LOGS, len(self.episodes))
+
+    @property
+    def loss(self) -> Series:
+        """Training loss: the means that were logged.
+
+        Of a run that logged seldom, the step losses at both ends of each episode.
+        """
+        if not self.logged_seldom:
+            return self.series("loss")
+        ends = [
+            point
+            for r in self.episodes
+            for point in ((r.start_step + 1, r.start_loss), (r.end_step + 1, r.end_loss))
+        ]
+        return [(step, loss) for step, loss in ends if math.isfinite(loss)]
+
+    @property
+    def base_lrs(self) -> Series:
+        """Base LR, as the scheduler set it."""
+        return [(step, rate) for step, rate in self.series("learning_rate") if rate > 0]
+
+    @property
+    def effective_lrs(self) -> Series:
+        """LR that `optimizer.step()` used; of a run that logged seldom, where episodes ended."""
+        rates = self.series("pulse/learning_rate")
+        if self.logged_seldom:
+            ends = [(r.end_step + 1, r.learning_rate) for r in self.episodes]
+            rates = [(step, rate) for step, rate in ends if rate is not None]
+        return [(step, rate) for step, rate in rates if rate > 0]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Latest value of every metric of an evaluation, `eval_loss` first, without times."""
+        keys = dict.fromkeys(key for log in self.logs for key in log.values)
+        return {
+            key: series[-1][1]
+            for key in sorted(keys, key=lambda key: key != "eval_loss")
+            if key.startswith("eval_") and not key.endswith(_NO_METRIC)
+            if (series := self.series(key))
+        }
+
+    @property
+    def calibrated_lr(self) -> float | None:
+        """The LR that a calibration found; `None` before it has, without one, and if it failed."""
+        found = self.outcome
+        return None if found is None or found.reason is not None else found.learning_rate
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Optimizer steps per second of this process, all that it did besides included."""
+        if not self.times or self.times[-1][1] <= 0:
+            return None
+        return (self.times[-1][0] - (self.resumed_from or 0)) / self.times[-1][1]
+
+    @property
+    def speed(self) -> Series:
+        """Optimizer steps per second from one log to the next, without evaluations."""
+        logs = pairwise(self.times)
+        return [(s2, (s2 - s1) / (t2 - t1)) for (s1, t1), (s2, t2) in logs if s2 > s1 and t2 > t1]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that did not happen because something was not finite."""
+        logged = self.series("pulse/skipped_steps")
+        return int(logged[-1][1]) if logged else 0
+
+    def skips(self) -> list[int]:
+        """Return how many steps were skipped in each episode, as far as the log can tell.
+
+        The log has a running count; what it grew by belongs to the episode of the step before.
+        """
+        counts = [0] * len(self.episodes)
+        ends = [record.end_step for record in self.episodes]
+        before = 0
+        for step, total in self.series("pulse/skipped_steps"):
+            grown, before = int(total) - before, int(total)
+            index = bisect_left(ends, step - 1)
+            if grown > 0 and index < len(counts):
+                counts[index] += grown
+        return counts
+
+    @staticmethod
+    def was_clipped(record: EpisodeRecord) -> bool:
+        """Whether an episode's reward was clipped; one that diverged has the lowest instead."""
+        return record.outcome is None and record.reward != record.reward_unclipped
+
+    def arms(self) -> list[ArmSummary]:
+        """Sum up the arms that were played, lowest LR multiplier first."""
+        played: dict[tuple[float, float], list[EpisodeRecord]] = {}
+        for record in self.episodes:
+            played.setdefault((record.lr_value, record.noise_value), []).append(record)
+        found = []
+        for arm, records in sorted(played.items()):
+            rewards = [record.reward for record in records]
+            steps = sum(record.end_step - record.start_step + 1 for record in records)
+            spread = statistics.stdev(rewards) if len(rewards) > 1 else None
+            mean, ends = statistics.fmean(rewards), (min(rewards), max(rewards))
+            found.append(ArmSummary(*arm, len(records), steps, mean, spread, *ends))
+        return found
+
+
+def deciding_trials(trials: Sequence[Trial]) -> list[int]:
+    """Return the indices of the trials that a LR that was found follows from; see `Calibration`."""
+    latest = {trial.step: index for index, trial in enumerate(trials) if not trial.own_batch}
+    return [index for index in latest.values() if trials[index].is_near]
