@@ -115,8 +115,7 @@ def _table(trials: Sequence[Trial]) -> list[str]:
     """Return a row for each trial, aligned, with a head."""
     rows = [("trial", "LR", "outputs moved", "weights moved", "one such step")]
     for number, trial in enumerate(trials, 1):
-        movements = moved(trial.movement), moved(trial.weight_movement)
-        rows.append((str(number), f"{trial.learning_rate:.2e}", *movements, _verdict(trial)))
+        rows.append((str(number), f"{trial.learning_rate:.2e}", *moved(trial), _verdict(trial)))
     return aligned(rows, right=True)
 
 
@@ -138,11 +137,11 @@ def _advice(suggestion: Suggestion, shown: str) -> list[str]:
     if suggestion.divisor > 1.0:
         divided = f" That was divided by {suggestion.divisor:.2g} for the repeated passes."
     return [
-        "A step is small enough where it moves the outputs, which are what the model computes, at most",
-        f"{OUTPUT_RADIUS:g} times as far as dropout of a tenth does, and the weights by at most "
-        f"{WEIGHT_RADIUS:.0%}.",
+        "A step may move the outputs, which are what the model computes, at most "
+        f"{OUTPUT_RADIUS:g} times as far as",
+        f"dropout of a tenth does, and the weights by at most {WEIGHT_RADIUS:.0%}. "
         f"The {suggestion.limited_by} are what limits it.{divided}",
         "",
-        f"To train with {shown}, set `learning_rate: {shown}` and `calibration: off`. Without these",
+        f"To train with it, set `learning_rate: {shown}` and `calibration: off`. Without these",
         f"lines, a run of at least {SHORTEST_RUN} steps finds its learning rate by itself.",
     ]

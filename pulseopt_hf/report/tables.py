@@ -90,8 +90,8 @@ def trial_rows(trials: Sequence[Trial]) -> list[Row]:
             "trial": str(number),
             "step": str(trial.step),
             "LR": f"{trial.learning_rate:.2e}",
-            "outputs moved": moved(trial.movement),
-            "weights moved": moved(trial.weight_movement),
+            "outputs moved": moved(trial)[0],
+            "weights moved": moved(trial)[1],
             "measured on": "its own batch" if trial.own_batch else "other batches",
         }
         for number, trial in enumerate(trials, 1)

@@ -18,13 +18,17 @@ def trial_line(number: int, trial: Trial) -> str:
     """Tell of one trial of the calibration, by its number from 1."""
     return (
         f"trial {number:>2}  step {trial.step:>3}  LR {trial.learning_rate:.2e}  "
-        f"moved outputs by {moved(trial.movement)}, weights by {moved(trial.weight_movement)}"
+        "outputs moved {}, weights {}".format(*moved(trial))
     )
 
 
-def moved(movement: float) -> str:
-    """Write how far a trial moved something."""
-    return f"{movement:.2%}" if movement < NOT_FINITE else "inf or NaN"
+def moved(trial: Trial) -> tuple[str, str]:
+    """Write how far a trial moved the outputs, in units of dropout's, and the weights."""
+    outputs, weights = trial.movement, trial.weight_movement
+    return (
+        f"{outputs:.2f}x" if outputs < NOT_FINITE else "inf or NaN",
+        f"{weights:.2%}" if weights < NOT_FINITE else "inf or NaN",
+    )
 
 
 def episode_line(number: int, record: EpisodeRecord) -> str:

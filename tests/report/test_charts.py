@@ -339,7 +339,7 @@ def test_a_trial_that_broke_the_model_is_within_sight_and_no_percentage() -> Non
     plot = trials_plot([Trial(1e-3, 3.3, 0.01, True, 0), broken], None, None, 1e-3)
     assert shares(plot, "outputs") == [1.0, 1000.0]
     assert plot.data["trials"][1]["outputs moved"] == "inf or NaN"
-    assert trial_line(2, broken).endswith("moved outputs by inf or NaN, weights by inf or NaN")
+    assert trial_line(2, broken).endswith("outputs moved inf or NaN, weights inf or NaN")
 
 
 def test_no_trials_and_no_lr_make_an_empty_picture(tmp_path: Path) -> None:
