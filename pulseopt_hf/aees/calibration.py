@@ -29,7 +29,8 @@ PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divid
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
-READABLE = 0.2  # share of a radius that a trial must reach to count
+TRIAL_SHARE = 0.5  # of what a step may move that a trial aims at, since large steps saturate
+READABLE = 0.1  # share of a radius that a trial must reach to count
 FAINT = 0.05  # share of its radius that the outputs' movement must reach, whatever the weights' is
 NEAR = 3.0  # factor within which a trial is near the radius
 SMALL = NEAR * NEAR  # how much smaller a trial must be to show that movement answers to the LR
@@ -129,8 +130,10 @@ class Calibration:
     by heart in later passes. To a model from scratch, whose weights a step moves by all that it
     may, the rows are still new.
 
-    The search begins far below the LR that was set and goes to what the last trial allows. On the
-    first batch it finds the order of magnitude, since one gradient serves any number of trials.
+    The search begins far below the LR that was set and goes to half of what the last trial allows:
+    the outputs of a model from scratch soon saturate, and a step that hardly moves them further may
+    be far too long. On the first batch it finds the order of magnitude, since one gradient serves
+    any number of trials.
 
     That the step of a well-chosen LR moves what the model computes by a set amount, whatever its
     width, is the condition of maximal-update parametrisation (Yang et al., "Tensor Programs V",
@@ -164,7 +167,7 @@ class Calibration:
             return _bounded(last.learning_rate * _step_towards(last))
         if not self._answers:  # it began too near to tell whether the outputs answer to the LR
             return _bounded(last.learning_rate / (SMALL * NEAR))
-        return _bounded(_allowed(self._trusted or [last])[0])
+        return _bounded(TRIAL_SHARE * _allowed(self._trusted or [last])[0])
 
     @property
     def batch_is_done(self) -> bool:
@@ -283,14 +286,15 @@ def finite_movement(movement: float) -> float:
 
 
 def _step_towards(trial: Trial) -> float:
-    """Return the factor on a trial's LR that should bring the next one to the radius."""
+    """Return the factor on a trial's LR that should bring the next one where trials aim at."""
     if trial.movement >= NOT_FINITE or trial.weight_movement >= NOT_FINITE:
         return 1.0 / RETREAT  # how far such a step went says nothing of how far is too far
     if trial.movement < FAINT * OUTPUT_RADIUS:
         # Rounding hides small movements: trust only that it was too small.
-        readable = GROWTH if trial.movement <= 0.0 else OUTPUT_RADIUS / trial.movement
+        aim = TRIAL_SHARE * OUTPUT_RADIUS
+        readable = GROWTH if trial.movement <= 0.0 else aim / trial.movement
         return min(GROWTH, max(NEAR, readable))
-    return max(1.0 / trial.share, 1.0 / RETREAT)
+    return max(TRIAL_SHARE / trial.share, 1.0 / RETREAT)
 
 
 def _allowed(trials: Sequence[Trial]) -> tuple[float, str, float]:
