@@ -35,6 +35,7 @@ from pulseopt_hf.recipes.folder import versions
 
 OUT = Path("runs/atlas")
 RESULT = Path(__file__).parent / "results" / "atlas.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "atlas.svg"
 WARMUP = 0.05  # of the steps
 UNTOUCHED = 5e-5  # the default of `TrainingArguments.learning_rate`
 GRID = [float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3)]
@@ -149,6 +150,7 @@ def main() -> None:
     result = {"versions": versions(), "settings": summarise(options.out)}
     print(to_markdown(result))
     if options.write:
+        draw(result, PICTURE)
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -317,6 +319,45 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def to_short_markdown(result: dict[str, Any]) -> str:
+    """Return a table of the final eval losses: tuned by hand, at 5e-5 as it is, and ours."""
+    lines = ["| setting | tuned by hand | untouched 5e-5 | ours |", "|---|---|---|---|"]
+    for name, row in result["settings"].items():
+        losses = (f"{row['loss'][kind]:.3f}" for kind in ("tuned", "untouched", "ours"))
+        lines.append(f"| {name} | {' | '.join(losses)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Draw the LR found over the tuned one, a point for each setting, with the factor-2 band."""
+    import altair as alt
+
+    from pulseopt_hf.report.chart_files import write_chart
+    from pulseopt_hf.report.charts import Plot, log_axis
+
+    rows = [
+        {"setting": name, "tuned": row["tuned"], "found": row["found"]}
+        for name, row in result["settings"].items()
+        if row["found"] is not None
+    ]
+    values = [value for row in rows for value in (row["tuned"], row["found"])]
+    ends = [min(values) / 3, max(values) * 3]
+    band = [{"tuned": end, "low": end / 2, "high": end * 2} for end in ends]
+    x = alt.X("tuned:Q", title="tuned learning rate", **log_axis(ends))
+    y = alt.Y("found:Q", title="learning rate found", **log_axis(ends))
+    limits = alt.Chart(alt.NamedData("band"))
+    points = alt.Chart(alt.NamedData("points"))
+    layers = (
+        limits.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", **log_axis(ends)), y2="high:Q"),
+        limits.mark_line(strokeDash=[2, 2]).encode(x=x, y=alt.Y("tuned:Q", **log_axis(ends))),
+        points.mark_point(filled=True, size=60).encode(x=x, y=y),
+        points.mark_text(align="left", dx=6, fontSize=9).encode(x=x, y=y, text="setting:N"),
+    )
+    chart = alt.layer(*layers).properties(width=520, height=420)
+    plot = Plot("atlas", "", "", [chart], {"band": band, "points": rows})
+    write_chart(plot.picture(), file)
 
 
 def _ratio(row: dict[str, Any]) -> float | None:

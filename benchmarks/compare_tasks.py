@@ -267,22 +267,6 @@ def _by_seed(content: dict[str, Any], method: str) -> list[float]:
     return [sum(values) / len(values) for values in seeds.values()]
 
 
-def to_short_markdown(result: dict[str, Any]) -> str:
-    """Return the mean excess of every method on every task, a column for each method."""
-    tasks = result["tasks"]
-    known = {row["method"] for content in tasks.values() for row in content["scores"]}
-    methods = [method for method in METHODS if method in known]
-    lines = ["| task | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
-    for task, content in tasks.items():
-        rows = {row["method"]: row for row in content["scores"]}
-        cells = [f"{rows[m]['robustness']:.3f}" if m in rows else "" for m in methods]
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    means = overall(result)
-    cells = [f"{means[m]['robustness']:.3f}" if m in means else "" for m in methods]
-    lines.append("| **mean** | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def six_classes(data: Path, folder: Path) -> Path:
     """Save rows of three tasks as one of six classes, and return where."""
     path = folder / "six-classes"

@@ -1,8 +1,8 @@
-"""Make the pictures of the documentation: of a short run of `quickstart/lm`, and of the comparison.
+"""Make the pictures of the documentation: of a short run of `quickstart/lm`, and of benchmarks.
 
 python benchmarks/figures.py [--run runs/figures] [--steps 300] [--out docs/figures]
 
-The comparison is drawn from `benchmarks/results/compare-tasks.json`.
+The benchmarks are drawn from `benchmarks/results`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 try:
-    from benchmarks import compare_tasks
+    from benchmarks import atlas, compare_tasks
 except ImportError:
+    import atlas
     import compare_tasks
 
 from pulseopt_hf.compare.drawing import draw
@@ -42,6 +43,8 @@ def main() -> None:
     command("plot", str(options.run), "--out", str(options.out))
     compared = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))
     draw(compare_tasks.pictured(compared), options.out / compare_tasks.PICTURE.name)
+    settings = json.loads(atlas.RESULT.read_text(encoding="utf-8"))
+    atlas.draw(settings, options.out / atlas.PICTURE.name)
 
 
 def command(*words: str) -> None:

@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from benchmarks import ablation, compare_tasks, planted_bandit, small_models, trust_region
+    from benchmarks import (
+        ablation,
+        atlas,
+        compare_tasks,
+        planted_bandit,
+        small_models,
+        trust_region,
+    )
 except ImportError:
     import ablation
+    import atlas
     import compare_tasks
     import planted_bandit
     import small_models
@@ -41,7 +49,8 @@ TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
     (METHOD, "ablation", ablation.RESULT, ablation.to_markdown),
     (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
-    (README, "tasks", compare_tasks.RESULT, compare_tasks.to_short_markdown),
+    (BENCHMARK, "atlas", atlas.RESULT, atlas.to_markdown),
+    (README, "atlas", atlas.RESULT, atlas.to_short_markdown),
 ]
 
 

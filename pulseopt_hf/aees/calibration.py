@@ -26,6 +26,9 @@ SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
+FROM_SCRATCH = (
+    0.0625  # share of its norm by which a step moves a model that has learned nothing yet
+)
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
@@ -125,10 +128,10 @@ class Calibration:
     over trials b near the radius, each on a batch of its own: batches differ, and one that happens
     to be balanced hardly moves a classifier.
 
-    A run of n passes over its data divides that by n^(PASSES_EXPONENT (1 - w / WEIGHT_RADIUS)),
-    with w at that LR. A pretrained model, whose weights such a step hardly moves, learns the rows
-    by heart in later passes. To a model from scratch, whose weights a step moves by all that it
-    may, the rows are still new.
+    A run of n passes over its data divides that by n^(PASSES_EXPONENT (1 - w / FROM_SCRATCH)), with
+    w at that LR, and by nothing where w is larger. A pretrained model, whose weights such a step
+    hardly moves, learns the rows by heart in later passes. To a model from scratch the rows are
+    still new.
 
     The search begins far below the LR that was set and goes to half of what the last trial allows:
     the outputs of a model from scratch soon saturate, and a step that hardly moves them further may
@@ -191,8 +194,8 @@ class Calibration:
         """What the LR that one step allows is divided by, for repeated passes over the data."""
         if not self._trusted:
             return 1.0
-        share = _allowed(self._trusted)[2]
-        return float(self.passes ** (PASSES_EXPONENT * (1.0 - share)))
+        weights = _allowed(self._trusted)[2]
+        return float(self.passes ** (PASSES_EXPONENT * max(0.0, 1.0 - weights / FROM_SCRATCH)))
 
     @property
     def failed(self) -> bool:
@@ -301,8 +304,7 @@ def _allowed(trials: Sequence[Trial]) -> tuple[float, str, float]:
     """Return the LR that keeps both movements within their radii.
 
     Returns:
-        The LR, which of the movements limits it, and the share of its radius by which such a step
-        moves the weights.
+        The LR, which of the movements limits it, and how far such a step moves the weights.
     """
 
     def slope(movements: Sequence[float]) -> float:
@@ -312,8 +314,8 @@ def _allowed(trials: Sequence[Trial]) -> tuple[float, str, float]:
     outputs = slope([trial.movement for trial in trials]) / OUTPUT_RADIUS
     weights = slope([trial.weight_movement for trial in trials]) / WEIGHT_RADIUS
     if outputs >= weights:
-        return 1.0 / outputs, "outputs", weights / outputs
-    return 1.0 / weights, "weights", 1.0
+        return 1.0 / outputs, "outputs", WEIGHT_RADIUS * weights / outputs
+    return 1.0 / weights, "weights", WEIGHT_RADIUS
 
 
 def _bounded(learning_rate: float) -> float:

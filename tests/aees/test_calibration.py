@@ -9,6 +9,7 @@ import random
 import pytest
 
 from pulseopt_hf.aees.calibration import (
+    FROM_SCRATCH,
     MOST_TRIALS,
     NOT_FINITE,
     OUTPUT_RADIUS,
@@ -184,7 +185,8 @@ def test_passes_matter_the_less_the_more_a_step_moves_the_weights() -> None:
     scratch = run(Model(1e-2, weight_lr=1e-3), 1e-5, 10.0)
     assert scratch.learning_rate == pytest.approx(1e-3)
     assert scratch.divisor == 1.0
-    between = run(Model(1e-3, weight_lr=2e-3), 1e-5, 9.0)  # half of the weights' radius
+    # A step at 1e-3 moves the weights by half of `FROM_SCRATCH`.
+    between = run(Model(1e-3, weight_lr=1e-3 * 2 * WEIGHT_RADIUS / FROM_SCRATCH), 1e-5, 9.0)
     assert between.divisor == pytest.approx(3.0**PASSES_EXPONENT, rel=0.01)
     assert between.learning_rate == pytest.approx(1e-3 / between.divisor)
 
