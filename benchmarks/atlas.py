@@ -258,18 +258,17 @@ def _summary(name: str, folder: Path) -> dict[str, Any] | None:
     ours = next((c for c in cells if c["cell"]["method"] == "default"), None)
     if ours is None or UNTOUCHED not in static:
         return None
-    grid = {rate: cell for rate, cell in sorted(static.items()) if rate != UNTOUCHED}
-    losses = {rate: _loss(cell) for rate, cell in grid.items()}
+    losses = {rate: _loss(cell) for rate, cell in sorted(static.items())}
     best = min(losses, key=lambda rate: losses[rate])
     before = ours["loss_before"]
-    runs = {"tuned": grid[best], "untouched": static[UNTOUCHED], "ours": ours}
+    runs = {"tuned": static[best], "untouched": static[UNTOUCHED], "ours": ours}
     scale = ours["lr_scale"]
     return {
         "steps": SETTINGS[name].steps,
         "tuned": tuned_lr(losses),
         "found": None if scale is None else scale * UNTOUCHED,
         "loss_before": before,
-        "losses": {f"{rate:g}": cell["loss_after"] for rate, cell in grid.items()},
+        "losses": {f"{rate:g}": static[rate]["loss_after"] for rate in losses},
         "loss": {kind: run["loss_after"] for kind, run in runs.items()},
         "excess": {
             kind: excess(run["loss_after"], before, losses[best]) for kind, run in runs.items()
