@@ -61,6 +61,9 @@ VARIANTS = {
     "outputs": Variant(
         "trust region of the outputs only", {"WEIGHT_RADIUS": math.inf}, tasks=_FROM_SCRATCH
     ),
+    "full_trials": Variant(
+        "trials that go as far as a step may", {"TRIAL_SHARE": 1.0}, tasks=_FROM_SCRATCH
+    ),
     "one_trial": Variant("one batch near the edge instead of five", {"TRUSTED": 1}),
     "cold": Variant("no warm-up", options=_COLD),
     "arms": Variant("arms of 0.5, 1 and 2", options=_ARMS),

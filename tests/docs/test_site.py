@@ -148,7 +148,8 @@ def test_search_works_where_the_site_is_opened_from_disk(site: Path, tmp_path: P
         [str(CHROMIUM), *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120
     )
     assert re.search(r"\d+ matching documents", done.stdout)
-    found = f'<a href="{(site / "report.html").as_uri()}#calibration" class="md-search-result'
+    page = (site / "method.html").as_uri()
+    found = f'<a href="{page}#calibration-a-trust-region-for-one-step" class="md-search-result'
     assert found in done.stdout
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
 
