@@ -26,9 +26,7 @@ SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
-FROM_SCRATCH = (
-    0.0625  # share of its norm by which a step moves a model that has learned nothing yet
-)
+FROM_SCRATCH = 0.0625  # share of its norm by which a step moves the weights of a new model
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite

@@ -84,6 +84,8 @@ class AEES:
         reward: see `PulseOptConfig`.
         calibration: see `PulseOptConfig`; it needs `model`.
         model: the model as the loop calls it, for the calibration, which replays its first calls.
+        passes: of the loop over its data, for the calibration, > 0. Several lower the LR of a
+            pretrained model.
         nonfinite: `raise` as published, or `skip` to leave out the step, on all ranks alike. Both
             read each loss from the device.
         max_consecutive_skips: see `PulseOptConfig`.

@@ -7,18 +7,45 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
 
 from pulseopt_hf import AEES, PulseOptTrainer, find_learning_rate
 from pulseopt_hf.aees import calibration
+from pulseopt_hf.embedded import minilm_folder
 from tests.trainer.test_calibration import NAMED, calibrator_of, make
 
 ROWS, BATCH = 64, 8
 
 
 @pytest.fixture(autouse=True)
-def as_if_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_if_pretrained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the tiny models, which are new, for pretrained ones, whose LR passes divide."""
-    monkeypatch.setattr(calibration, "FROM_SCRATCH", 10.0)
+    if "real" not in request.node.name:
+        monkeypatch.setattr(calibration, "FROM_SCRATCH", 10.0)
+
+
+def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(per_device_train_batch_size=BATCH, max_steps=-1, num_train_epochs=7)
+    pretrained = AutoModelForSequenceClassification.from_pretrained(
+        minilm_folder(), num_hidden_layers=1
+    )
+    rows = [
+        {"input_ids": row["input_ids"], "labels": index % 2}
+        for index, row in enumerate(tiny_data[:ROWS])
+    ]
+    found = {
+        name: PulseOptTrainer(model, args, train_dataset=data).find_learning_rate()
+        for name, model, data in (
+            ("pretrained", pretrained, rows),
+            ("new", tiny_model(), tiny_data[:ROWS]),
+        )
+    }
+    assert found["pretrained"].reason is None
+    assert found["pretrained"].divisor > 0.9 * 7 ** (2 / 3)
+    assert found["new"].reason is None
+    assert found["new"].divisor == 1.0
 
 
 @pytest.mark.parametrize("road", ["subclass", "attached", "events"])
