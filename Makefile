@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install quickstart browser test test-slow test-oldest lint format readme docs figures \
-	benchmark clean
+	gpu benchmark clean
 
 install: $(INSTALLED)
 
@@ -65,6 +65,15 @@ docs: install
 
 figures: install
 	$(BIN)/python benchmarks/figures.py
+
+# All that needs a GPU, on a machine where nothing can be downloaded: $(PYTHON) has torch for CUDA,
+# WHEELS is a folder with the packages it lacks, this one's among them, and DATA one as
+# `benchmarks/atlas.py` reads it. What was measured before is kept in runs/gpu.
+gpu:
+	if [ -n "$(WHEELS)" ]; then \
+		$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/site $(WHEELS)/*.whl; fi
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/site $(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/site $(PYTHON) benchmarks/gpu.py --data $(DATA) --write
 
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py

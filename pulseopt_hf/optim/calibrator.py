@@ -270,9 +270,7 @@ class Calibrator:
         # A net has to hold the buffers that forward passes move, such as running statistics; a
         # quantised model keeps weights in buffers, which stay where they are.
         pairs = zip(self._buffers, self._versions, strict=True)
-        moving = [buffer for buffer, version in pairs if buffer._version != version]
-        self._origin = Snapshot(self._optimizer, moving, self._parameters)
-        self._origin.take()
+        self._origin.add(buffer for buffer, version in pairs if buffer._version != version)
         base_lr.multiply(self._optimizer, self._scheduler, found / search.set_lr)
         self.phase = "watching"
         self._decide(outcome)

@@ -67,6 +67,14 @@ class Snapshot:
             self._copies[name] = self._copy(name, _local(tensor))
 
     @torch.no_grad()
+    def add(self, buffers: Iterable[Tensor]) -> None:
+        """Copy further buffers, as they are now, beside what was copied before."""
+        first = len(self._buffers)
+        self._buffers += buffers
+        for index, buffer in enumerate(self._buffers[first:], first):
+            self._copies[f"buffer.{index}"] = self._copy(f"buffer.{index}", buffer)
+
+    @torch.no_grad()
     def restore(self, *, buffers: bool = True) -> None:
         """Put the copy back in place, bit for bit; it stays and can be restored again.
 
@@ -82,7 +90,7 @@ class Snapshot:
             raise RuntimeError("There is no snapshot to restore; call `take` first.")
         for name, tensor in self._named_tensors():
             if buffers or not name.startswith("buffer."):
-                _local(tensor).copy_(self._copies[name])
+                _local(tensor).copy_(self._copies[name], non_blocking=True)
         now: dict[str, Tensor] = {}
         for name, tree in self._named_trees():
             trees.take_apart(tree, name, now)
@@ -101,21 +109,23 @@ class Snapshot:
             group.update(saved)
 
     @torch.no_grad()
-    def distance(self) -> tuple[float, float]:
+    def distance(self) -> tuple[Tensor, Tensor]:
         """Return how far the trained matrices have moved since `take`, and how large they were.
 
         Both are squared L2 norms over this rank's parts of all trained parameters of two or more
-        dimensions. One that was all zeros is left out, since any step is infinitely large for it.
-        Reads the device for each.
+        dimensions, float64 of shape (). One that was all zeros is left out, since any step is
+        infinitely large for it. Computed where the parameters are, one parameter at a time.
         """
-        moved = size = 0.0
+        norms = []
         for name, tensor in self._named_tensors():
-            before = self._copies[name]
-            norm = float(before.float().square().sum())
-            if name.startswith("matrix.") and norm > 0.0:
-                size += norm
-                moved += float((_local(tensor).cpu() - before).float().square().sum())
-        return moved, size
+            if name.startswith("matrix."):
+                now = _local(tensor)
+                before = self._copies[name].to(now.device, non_blocking=True)
+                norms.append(torch.stack([_norm(now - before), _norm(before)]))
+        if not norms:
+            return torch.zeros(()), torch.zeros(())
+        moved, size = torch.stack(norms).double().square().unbind(dim=1)
+        return torch.where(size > 0.0, moved, 0.0).sum(), size.sum()
 
     def discard(self) -> None:
         """Let go of the copy and its memory."""
@@ -195,6 +205,10 @@ def _engine_parts(index: int, parameter: Tensor) -> Iterable[tuple[str, Tensor]]
         name = f"whole.{index}"
     if part is None or parameter.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
         yield name, parameter.data
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32)
 
 
 def _local(tensor: Tensor) -> Tensor:
