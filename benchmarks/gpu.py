@@ -243,7 +243,6 @@ def overhead(rounds: int, batch: int, steps: int = 8) -> dict[str, Any]:
                 NonFiniteGuard.is_finite = lambda self: True
             trainers[variant].train()
             NonFiniteGuard.is_finite = is_finite
-            vars(model).pop("forward", None)  # Accelerate's mixed precision, one more each time
             trainers[variant].remove_callback(clock)
             if number:  # the first round warms up
                 times[variant].append(clock.seconds)
@@ -276,7 +275,7 @@ def calibration_cost(
     model: GPT2LMHeadModel, data: Rows, batch: int, step: float, rounds: int = 2
 ) -> dict[str, float]:
     """Return what calibration takes, in optimizer steps of the same model: medians over rounds."""
-    taken, lost = [], []
+    taken, lost, peaks = [], [], {}
     for _ in range(rounds + 1):
         seconds = {}
         for calibration in ("off", "trust_region"):
@@ -289,11 +288,12 @@ def calibration_cost(
                 optimizers=(optimizer, None),
                 pulse=PulseOptConfig(calibration=calibration),
             )
-            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             trainer.train()
             torch.cuda.synchronize()
-            vars(model).pop("forward", None)
+            peaks[calibration] = torch.cuda.max_memory_allocated()
             seconds[calibration] = time.perf_counter() - start
         assert trainer.aees is not None
         assert trainer.aees.calibrator is not None
@@ -305,6 +305,7 @@ def calibration_cost(
         "calibration_steps": steps,
         "calibration_batches": batches,
         "calibration_share": (steps + batches) / LONG_RUN,
+        "calibration_extra_peak_mib": (peaks["trust_region"] - peaks["off"]) / 2**20,
     }
 
 

@@ -39,6 +39,7 @@ from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.hooks import ArmHooks
 from pulseopt_hf.optim.losses import LossBuffer
 from pulseopt_hf.optim.probe import Probe
+from pulseopt_hf.optim.scalars import norm
 from pulseopt_hf.optim.snapshot import Snapshot
 from pulseopt_hf.optim.unwrap import (
     has_scaler,
@@ -251,7 +252,7 @@ class Calibrator:
         gradients = [p.grad for p in stepped_parameters(self._optimizer) if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in dense]
+        norms = [norm(g) for g in dense]
         return torch.stack(norms) if norms else torch.zeros(0)
 
     def _finish(self, step: int) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from pulseopt_hf.optim.scalars import norm
+
 # A gradient is cut into blocks with a seed each, so that blocks can be drawn in any order, and a
 # block is drawn in chunks: on a CPU small enough for the cache and large enough that threads do not
 # queue for the interpreter, on an accelerator large enough to be worth a kernel launch. The values
@@ -90,8 +92,7 @@ class GradientNoise:
             flat = _flat_view(gradient)
             factor = grad_scale
             if self.mode == "relative":
-                norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
-                factor = norm / math.sqrt(max(1, flat.numel()))
+                factor = norm(flat) / math.sqrt(max(1, flat.numel()))
             size = CPU_BLOCK if flat.device.type == "cpu" else ACCELERATOR_BLOCK
             for number, piece in enumerate(torch.split(flat, size)):
                 seed = _mix(self.seed, step, index, part, number)

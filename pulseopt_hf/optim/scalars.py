@@ -28,3 +28,9 @@ def to_floats(values: Sequence[float | Tensor]) -> list[float]:
         return []
     result: list[float] = stack(values).tolist()
     return result
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """Return the L2 norm of a tensor of any type, float32 of shape (), on its device."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=wide).float()

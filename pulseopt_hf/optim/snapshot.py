@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from pulseopt_hf.aees.state import StateError
 from pulseopt_hf.optim import trees
+from pulseopt_hf.optim.scalars import norm
 from pulseopt_hf.optim.unwrap import innermost, stepped_parameters
 
 # A scheduler owns these; a step only reads them.
@@ -121,7 +122,7 @@ class Snapshot:
             if name.startswith("matrix."):
                 now = _local(tensor)
                 before = self._copies[name].to(now.device, non_blocking=True)
-                norms.append(torch.stack([_norm(now - before), _norm(before)]))
+                norms.append(torch.stack([norm(now - before), norm(before)]))
         if not norms:
             return torch.zeros(()), torch.zeros(())
         moved, size = torch.stack(norms).double().square().unbind(dim=1)
@@ -205,10 +206,6 @@ def _engine_parts(index: int, parameter: Tensor) -> Iterable[tuple[str, Tensor]]
         name = f"whole.{index}"
     if part is None or parameter.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
         yield name, parameter.data
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pulseopt_hf.optim.scalars import to_floats
+from pulseopt_hf.optim.scalars import norm, to_floats
 
 MAX_ELEMENTS = 1 << 22  # 16 MiB of float32
 
@@ -48,9 +48,7 @@ class UpdateNorm:
     def after_step(self) -> None:
         """Measure how far they went. Reads nothing from the device."""
         squares = [
-            torch.linalg.vector_norm(self._watched(parameter) - before, dtype=torch.float32)
-            .square()
-            .mul(parameter.numel() / before.numel())
+            norm(self._watched(parameter) - before).square().mul(parameter.numel() / before.numel())
             for parameter, before in zip(self._parameters, self._before, strict=True)
             if before.numel()
         ]

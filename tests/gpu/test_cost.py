@@ -145,6 +145,7 @@ def test_memory_beyond_the_models_is_bounded_and_so_is_that_of_calibration(
         return found
 
     plain = peak(None)
+    parameters = 8 * 12 * 1024**2  # about
     largest = 4 * 1024 * 4096  # bytes of the largest weight matrix
     assert plain > 1.5e9  # there was something to copy
     off = {"lr_candidates": [0.5, 2.0], "episode_length": 5, "calibration": "off"}
@@ -152,6 +153,7 @@ def test_memory_beyond_the_models_is_bounded_and_so_is_that_of_calibration(
     assert peak(PulseOptConfig(**off)) - plain <= small
     noise = 4 * ACCELERATOR_BLOCK
     assert peak(PulseOptConfig(**off, noise_candidates=[0.01])) - plain <= noise + small
-    # A trial is measured one matrix at a time, and by outputs of bounded size.
+    # A trial is measured one matrix at a time, and by outputs of bounded size. Under autocast the
+    # probe's forward keeps the weights in 16 bits, as any forward does, and gradients are there.
     calibration = PulseOptConfig(calibration="trust_region")
-    assert peak(calibration) - plain <= 3 * largest + 4 * noise
+    assert peak(calibration) - plain <= 2 * parameters + 3 * largest + noise

@@ -64,6 +64,7 @@ def test_arms_and_rewards_are_the_cpus_for_the_same_losses(settings: Any) -> Non
             noise_candidates=[0.0, 0.1],
             episode_length=4,
             calibration="off",
+            seed=0,
         )
         aees = AEES.from_config(optimizer, config)
         for step, loss in enumerate(losses.to(device)):
@@ -159,7 +160,8 @@ def test_ranks_agree_over_nccl(ranks: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     assert all(one["backend"] == "nccl" and one["world"] == ranks for one in found)
-    assert all(one["wrapped"] == "DistributedDataParallel" for one in found)
+    if ranks > 1:
+        assert all(one["wrapped"] == "DistributedDataParallel" for one in found)
     assert all(one["logs"] == found[0]["logs"] for one in found)
     assert all(one["found"] == found[0]["found"] is not None for one in found)
     assert len(set(found[0]["logs"]["selected_combined_names"])) > 2

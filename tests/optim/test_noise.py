@@ -126,6 +126,18 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "scalar"])
+def test_every_layout_and_type_of_gradient_gets_relative_noise(layout: str) -> None:
+    gradient = torch.full_like(LAYOUTS[layout](), 4.0)
+    parameter = nn.Parameter(torch.empty_like(gradient))
+    parameter.grad = gradient.clone()
+    GradientNoise(7, "relative").add([parameter], 0.5, 0)
+    added = parameter.grad - gradient
+    added = torch.view_as_real(added) if added.is_complex() else added
+    rms = 4.0 / (2**0.5 if gradient.is_complex() else 1.0)  # of real and imaginary parts
+    assert added.double().std() == pytest.approx(0.5 * rms, rel=0.1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_type_of_gradient_gets_noise_in_place(layout: str) -> None:
     gradient = LAYOUTS[layout]()
