@@ -117,6 +117,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def without_dropout(model: Any) -> Any:
+    """Return the model, whose dropout does nothing from now on."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def parameters_equal(one: Any, other: Any) -> bool:
     """Whether two models' parameters are equal bit for bit."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)

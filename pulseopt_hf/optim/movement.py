@@ -74,6 +74,12 @@ def read(
     return [] if loss is None else [Reading(loss.detach().float().reshape(-1, 1))]
 
 
+def positions(output: object) -> int:
+    """Return how many positions an output has logits for: rows, or tokens or pixels of rows."""
+    found = [value for name, value in _named(output) if "logits" in name and value.dim() > 1]
+    return found[0].shape[:-1].numel() if found else 0
+
+
 def loss_of(output: object) -> Tensor | None:
     """Return the loss that a model's output carries, shape (), or `None`."""
     loss = dict(_named(output)).get("loss")

@@ -19,11 +19,12 @@ from pulseopt_hf.aees.calibration import finite_movement
 from pulseopt_hf.aees.state import StateError
 from pulseopt_hf.optim import trees
 from pulseopt_hf.optim.agreement import Agreement
-from pulseopt_hf.optim.movement import Reading, distance, noise, read, unit
+from pulseopt_hf.optim.movement import Reading, distance, noise, positions, read, unit
 from pulseopt_hf.optim.randomness import kept_random_state, seed_torch
 
 DRAWS = 2  # of noise, for each call
 ROWS = 32  # over all ranks, after which no more calls are noted
+POSITIONS = 1 << 13  # of logits over all ranks, after which neither
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Probe:
         self._modules = list(_wrappers(model))
         self._depth = 0
         self._rows = 0
+        self._positions = 0
+        self._is_noting = False
         self._new: list[Call] = []  # of the step that runs
         self._calls: list[Call] = []  # of the steps before
         self._before: list[list[Reading]] = []  # of the calls that are replayed now
@@ -143,7 +146,8 @@ class Probe:
         ]
         rest = trees.take_apart(calls, "calls", tensors)
         units = self._units[: len(calls)]
-        trees.save(path, tensors, {"calls": rest, "rows": self._rows, "units": units})
+        sizes = {"rows": self._rows, "positions": self._positions}
+        trees.save(path, tensors, {"calls": rest, **sizes, "units": units})
 
     def load(self, path: Path) -> None:
         """Go on with the calls that `save` wrote.
@@ -154,7 +158,7 @@ class Probe:
         tensors, rest = trees.load(path)
         tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         try:
-            self._rows = int(rest["rows"])
+            self._rows, self._positions = int(rest["rows"]), int(rest["positions"])
             self._units = [float(value) for value in rest["units"]]
             calls = trees.put_together(rest["calls"], tensors)
             self._calls = [
@@ -167,7 +171,8 @@ class Probe:
 
     @property
     def _has_enough(self) -> bool:
-        return self._rows * self._agreement.world_size >= ROWS
+        ranks = self._agreement.world_size
+        return self._rows * ranks >= ROWS or self._positions * ranks >= POSITIONS
 
     def _stop(self) -> None:
         for handle in self._handles:
@@ -183,9 +188,13 @@ class Probe:
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._new.append(Call(self._modules.index(module), args, kwargs, *autocast))
         self._rows += _rows((args, kwargs))
+        self._is_noting = True
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
+        if self._is_noting and self._depth == 0:
+            self._is_noting = False
+            self._positions += positions(output)
 
     def _replay(self, calls: list[Call], seed: int = 0) -> list[list[Reading]]:
         if not calls:

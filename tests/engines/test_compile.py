@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+from tests.conftest import without_dropout
 
 CONFIG: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -31,13 +32,6 @@ def train(model: Any, settings: Any, data: Any, config: PulseOptConfig) -> Any:
 
 def flat(model: Any) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def without_dropout(model: Any) -> Any:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

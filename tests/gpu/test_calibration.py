@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, find_learning_rate
+from tests.conftest import without_dropout
 from tests.engines.test_calibration import calibrated, check
-from tests.engines.test_compile import without_dropout
 
 pytestmark = pytest.mark.gpu
 

@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import history, parameters_equal
-from tests.engines.test_compile import CONFIG, train, without_dropout
+from tests.conftest import history, parameters_equal, without_dropout
+from tests.engines.test_compile import CONFIG, train
 
 pytestmark = pytest.mark.gpu
 

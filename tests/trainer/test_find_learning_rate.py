@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer, find_learning_rate
 from pulseopt_hf.aees.calibration import TRUSTED
-from tests.conftest import history, parameters_equal
+from tests.conftest import history, parameters_equal, without_dropout
 from tests.engines.ranks import run_ranks
 
 
@@ -176,6 +176,23 @@ def test_a_loop_of_ones_own_is_as_if_it_had_not_been_asked(tiny_model: Any, tiny
     assert loop.model.lm_head.weight.grad is gradient
     assert not loop.model._forward_pre_hooks
     assert not loop.optimizer._optimizer_step_pre_hooks
+
+
+def test_double_precision_finds_the_same(tiny_model: Any, tiny_data: Any) -> None:
+    single = Loop(without_dropout(tiny_model()), tiny_data).ask()
+    double = Loop(without_dropout(tiny_model()).double(), tiny_data)
+    assert next(double.model.parameters()).dtype == torch.float64
+    assert double.ask().learning_rate == pytest.approx(single.learning_rate, rel=0.05)
+
+
+def test_long_rows_are_replayed_no_more_than_it_takes(
+    tiny_model: Any, tiny_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Loop(tiny_model(), tiny_data).ask()
+    monkeypatch.setattr("pulseopt_hf.optim.probe.POSITIONS", 64)  # one call of 4 rows of 16 tokens
+    part = Loop(tiny_model(), tiny_data).ask()
+    assert part.replayed_rows < 0.5 * whole.replayed_rows
+    assert part.learning_rate == pytest.approx(whole.learning_rate, rel=0.3)
 
 
 def test_a_loop_of_ones_own_is_calibrated(tiny_model: Any, tiny_data: Any) -> None:
