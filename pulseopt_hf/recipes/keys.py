@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
@@ -133,12 +134,35 @@ class RecipeTrainingArguments(PulseOptTrainingArguments, Seq2SeqTrainingArgument
     )
 
     def __post_init__(self) -> None:
-        """Set what follows from the machine; the rest is Trainer's and the knobs' own check."""
+        """Set what follows from the machine; the rest is Trainer's and the knobs' own check.
+
+        Raises:
+            ValueError: an argument or a file that one names is wrong.
+        """
+        for key in _CONFIG_FILES:
+            _check_config_file(key, getattr(self, key))
         if self.dataloader_pin_memory is None:
             import torch
 
             self.dataloader_pin_memory = torch.accelerator.is_available() and not self.use_cpu
         super().__post_init__()
+
+
+_CONFIG_FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # if they are no mappings
+
+
+def _check_config_file(key: str, value: Any) -> None:
+    """Refuse what is neither a mapping nor a file with one, on which Trainer fails without naming it."""
+    if not isinstance(value, str) or value.startswith("{"):
+        return
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"`{key}`: {value} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"`{key}`: {value} holds no JSON mapping.")
 
 
 _BOUNDS: dict[str, Callable[[Any], bool]] = {

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
-from pulseopt_hf.errors import UsageError, nearest
+from pulseopt_hf.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
@@ -113,6 +113,8 @@ def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None =
             wrong += [line for line in str(error).splitlines() if line.strip()]
         except ArithmeticError as error:  # Trainer's own checks compute with what they are given
             wrong.append(f"a number is out of range: {error}.")
+        except Exception as error:  # and look into mappings without checking what is in them
+            wrong.append(f"Trainer refuses a value: {type(error).__name__}: {one_line(error)}")
     wrong += problems(built[0], given)
     if wrong:
         raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(wrong)))

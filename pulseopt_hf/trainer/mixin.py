@@ -64,6 +64,18 @@ class PulseOptMixin:
         with self._pulse.in_training(trainer, *args, **kwargs):
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Get the batches of an optimizer step, or none once the run has taken its last step.
+
+        Resumed from the checkpoint of the last step, Trainer would take another one, unless an
+        epoch ends there.
+        """
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forward and backward; see `Trainer.training_step`."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
