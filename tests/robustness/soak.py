@@ -111,9 +111,8 @@ def kill_all(results: Results, wanted: dict[str, int], seed: int, out: Path) -> 
             places=dict(Counter(kill.place for kill in taken)),
             seconds=round(time.monotonic() - start, 1),
         )
-        _say(
-            f"{results.total('kills'):,} kills, {results.total('saves'):,} amid a save: {kind} ended equal"
-        )
+        done, saves = results.total("kills"), results.total("saves")
+        _say(f"{done:,} kills, {saves:,} amid a save; {kind}: the run ended equal")
     shutil.rmtree(scratch)
 
 
