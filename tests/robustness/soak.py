@@ -20,7 +20,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -88,7 +87,7 @@ def kill_all(results: Results, wanted: dict[str, int], seed: int, out: Path) -> 
         AssertionError: a run failed or did not end as the one that was never killed; its folder
             stays.
     """
-    scratch = Path(tempfile.mkdtemp(dir=out, prefix="runs-"))
+    scratch = _emptied(out / "runs")
     runs = make_runs(scratch)
     while left := {k: n for k, n in wanted.items() if results.total("kills", kind=k) < n}:
         # All kinds get on alike, so that what is done so far stands for the whole.
@@ -122,23 +121,23 @@ def throw_all(results: Results, wanted: int, seed: int, out: Path) -> None:
     Raises:
         Exception: what an example raised, with the smallest example that raises it.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(dir=out) as name:
-        examples = fuzz.all_examples(Path(name))
-        while (done := results.total("examples")) < wanted:
-            start, number = time.monotonic(), len(results.lines)
-            kind = list(examples)[number % len(examples)]
-            count = min(EXAMPLES_PER_BATCH, wanted - done)
-            seen = fuzz.throw(examples[kind], count, seed * 1_000_000 + number)
-            results.add(
-                kind=kind,
-                examples=seen.total(),
-                **seen,
-                seconds=round(time.monotonic() - start, 1),
-            )
-            if number % 20 == 0:
-                _say(f"{results.total('examples'):,} states and recipes")
+    examples = fuzz.all_examples(_emptied(out / "files"))
+    while (done := results.total("examples")) < wanted:
+        start, number = time.monotonic(), len(results.lines)
+        kind = list(examples)[number % len(examples)]
+        count = min(EXAMPLES_PER_BATCH, wanted - done)
+        seen = fuzz.throw(examples[kind], count, seed * 1_000_000 + number)
+        results.add(
+            kind=kind,
+            examples=seen.total(),
+            **seen,
+            seconds=round(time.monotonic() - start, 1),
+        )
+        if number % 20 == 0:
+            _say(f"{results.total('examples'):,} states and recipes")
 
 
 def summary(kills: Results, examples: Results) -> str:
@@ -153,40 +152,46 @@ def summary(kills: Results, examples: Results) -> str:
     )
 
 
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def _say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
-def main() -> int:
-    """Run the soak, and return 1 if something failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def soak(out: Path, *, kills: int, ddp_kills: int, examples: int, seed: int = 0) -> str:
+    """Do what the results in a folder lack, and return the line that sums them up.
+
+    Raises:
+        AssertionError: something failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    killed, thrown = out / "kills.jsonl", out / "examples.jsonl"
+    arguments = (Results(thrown), examples, seed, out)
+    fuzzing = FORK.Process(target=throw_all, args=arguments, daemon=True)
+    fuzzing.start()
+    kill_all(Results(killed), shares(kills, ddp_kills), seed, out)
+    fuzzing.join()
+    assert fuzzing.exitcode == 0, "an example raised what it may not; see above"
+    return summary(Results(killed), Results(thrown))
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="keeps the results")
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--ddp-kills", type=int, default=100, help="how many of them of two ranks")
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    out: Path = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-
-    def results() -> tuple[Results, Results]:
-        return Results(out / "kills.jsonl"), Results(out / "examples.jsonl")
-
-    kills, examples = results()
-    arguments = (examples, options.examples, options.seed, out)
-    fuzzing = FORK.Process(target=throw_all, args=arguments, daemon=True)
-    fuzzing.start()
+    options = vars(parser.parse_args())
     # Python's exit, which a plain SIGTERM leaves out, takes the other process along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    kill_all(kills, shares(options.kills, options.ddp_kills), options.seed, out)
-    fuzzing.join()
-    if fuzzing.exitcode:
-        return 1
-    print(summary(*results()))
-    return 0
+    print(soak(options.pop("out").resolve(), **options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
