@@ -31,7 +31,7 @@ STATES = ("controllers", "states", "calibrations", "files")
 @pytest.mark.parametrize("kind", STATES)
 def test_spoiled_states(kind: str, tmp_path: Path) -> None:
     seen = throw(all_examples(tmp_path)[kind], 300, seed=0)
-    assert seen[LOADED] > 5
+    assert seen[LOADED] > 0
     assert seen[REFUSED] > 100
 
 
