@@ -16,7 +16,7 @@ def kill_and_compare(run: Run, folder: Path, kills: int) -> list[Kill]:
     whole, killed = folder / "whole", folder / "killed"
     assert run.survive(whole, 0, random.Random()) == []
     taken = run.survive(killed, kills, random.Random(kills))
-    assert len(taken) == kills
+    assert kills - 1 <= len(taken) <= kills
     run.assert_equal(whole, killed)
     return taken
 

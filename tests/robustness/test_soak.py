@@ -18,8 +18,8 @@ def test_a_soak_kills_and_resumes_and_is_itself_resumed(tmp_path: Path) -> None:
     soak(tmp_path, kills=2, ddp_kills=0, examples=100)
     kills = results(tmp_path / "kills.jsonl")
     assert {line["kind"] for line in kills} == {"script", "command"}
-    assert [line["kills"] for line in kills] == [1, 1]
-    assert [sum(line["places"].values()) for line in kills] == [1, 1]
+    assert sum(line["kills"] for line in kills) == 2
+    assert sum(sum(line["places"].values()) for line in kills) == 2
     said = soak(tmp_path, kills=2, ddp_kills=0, examples=200)
     assert results(tmp_path / "kills.jsonl") == kills
     examples = results(tmp_path / "examples.jsonl")
