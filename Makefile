@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart browser test test-slow test-oldest lint format readme docs figures \
-	gpu benchmark clean
+.PHONY: install quickstart browser test test-slow test-oldest soak lint format readme docs \
+	figures gpu benchmark clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,11 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
 	.venv-oldest/bin/python -m pytest
+
+# Kills a thousand runs and throws a million spoiled files, on two cores. Stopped, it goes on where
+# it was; another commit starts anew.
+soak: install
+	$(BIN)/python -m tests.robustness.soak --out runs/soak-$$(git rev-parse --short HEAD)
 
 lint: install
 	$(BIN)/ruff check .

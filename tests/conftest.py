@@ -47,8 +47,8 @@ torch.set_num_threads(1)
 VOCABULARY = 64
 
 
-@pytest.fixture(scope="session")
-def _gpt2() -> GPT2LMHeadModel:
+def make_gpt2() -> GPT2LMHeadModel:
+    """Return a two-layer GPT-2 with dropout, 28k parameters, the same at every call."""
     set_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -63,18 +63,28 @@ def _gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def make_rows() -> list[dict[str, torch.Tensor]]:
+    """Return 70 sequences of 16 tokens, from an eighth of the vocabulary, so that loss falls."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, VOCABULARY // 8, (70, 16), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def _gpt2() -> GPT2LMHeadModel:
+    return make_gpt2()
+
+
 @pytest.fixture
 def tiny_model(_gpt2: GPT2LMHeadModel) -> Callable[[], GPT2LMHeadModel]:
-    """Return a maker of equal copies of a two-layer GPT-2 with dropout, 28k parameters."""
+    """Return a maker of equal copies of `make_gpt2()`."""
     return lambda: copy.deepcopy(_gpt2)
 
 
 @pytest.fixture(scope="session")
 def tiny_data() -> list[dict[str, torch.Tensor]]:
-    """Return 70 sequences of 16 tokens, from an eighth of the vocabulary, so that loss falls."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, VOCABULARY // 8, (70, 16), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in rows]
+    """Return `make_rows()`."""
+    return make_rows()
 
 
 @pytest.fixture

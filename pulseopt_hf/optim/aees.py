@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pulseopt_hf.aees import Arm, Controller, EpisodeRecord
 from pulseopt_hf.aees.calibration import not_calibrated
-from pulseopt_hf.aees.state import StateDict, field, integer
+from pulseopt_hf.aees.state import StateDict, field, integer, number, optional
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.calibrator import Calibrator, StepFate, why_not_calibrate
@@ -468,6 +468,7 @@ class AEES:
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self._consecutive_skips,
             "noise_seed": self._noise.seed,
+            "learning_rate": self.learning_rate,
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -482,7 +483,9 @@ class AEES:
         consecutive = field(state, "consecutive_skips", integer)
         noise_seed = field(state, "noise_seed", integer)
         go_on = self._episodes.prepare(state)
-        calibration = state.get("calibration") if isinstance(state, Mapping) else None
+        saved = state if isinstance(state, Mapping) else {}  # `field` refuses all else
+        learning_rate = optional(number)(saved.get("learning_rate"), "learning_rate")
+        calibration = saved.get("calibration")
         if self.calibrator is not None and calibration is not None:
             self.calibrator.load_state_dict(calibration)
         elif self.calibrator is not None:  # what was begun without is not calibrated midway
@@ -494,6 +497,7 @@ class AEES:
         self.skipped_steps = skipped
         self._consecutive_skips = consecutive
         self._noise.seed = noise_seed
+        self._hooks.learning_rate = learning_rate
 
     def _forget_micro_batches(self) -> None:
         self._micro_batches: list[float | Tensor] = []

@@ -152,7 +152,7 @@ _CONFIG_FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # if they ar
 
 
 def _check_config_file(key: str, value: Any) -> None:
-    """Refuse what is neither a mapping nor a file with one, on which Trainer fails without naming it."""
+    """Refuse what is neither a mapping nor a file with one; Trainer's error would not name it."""
     if not isinstance(value, str) or value.startswith("{"):
         return
     try:

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -54,20 +55,10 @@ def ranks_with_failures(
     world_size: int, body: Callable[[int], Any], timeout: float = TIMEOUT
 ) -> list[Any]:
     """Return for every rank what `body(rank)` returned, or a `Failure`."""
-    context = multiprocessing.get_context("fork")
-    port = free_port()
     deadline = time.monotonic() + timeout
-    readers: list[Connection] = []
-    processes = []
-    for rank in range(world_size):
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world_size, port, body, writer))
-        process.start()
-        writer.close()
-        readers.append(reader)
-        processes.append(process)
+    started = start_ranks(world_size, body)
     results: list[Any] = [None] * world_size
-    waiting = {reader: rank for rank, reader in enumerate(readers)}
+    waiting = {reader: rank for rank, (_, reader) in enumerate(started)}
     try:
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -80,12 +71,29 @@ def ranks_with_failures(
                 except EOFError:
                     results[rank] = Failure(f"rank {rank} died without a word", 0.0)
     finally:
-        for process in processes:
+        for process, _ in started:
             process.join(timeout=5.0 if not waiting else 0.0)
             if process.is_alive():
                 process.kill()
                 process.join()
     return results
+
+
+def start_ranks(
+    world_size: int, body: Callable[[int], Any]
+) -> list[tuple[BaseProcess, Connection]]:
+    """Start `body(rank)` on every rank, and return the processes and what they report to."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    started: list[tuple[BaseProcess, Connection]] = []
+    for rank in range(world_size):
+        reader, writer = context.Pipe(duplex=False)
+        arguments = (rank, world_size, port, body, writer)
+        process = context.Process(target=_rank, args=arguments)
+        process.start()
+        writer.close()
+        started.append((process, reader))
+    return started
 
 
 def free_port() -> int:

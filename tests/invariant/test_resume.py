@@ -89,6 +89,33 @@ def test_from_every_step_of_an_episode(
         assert_same_end(resumed, whole)
 
 
+@pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
+def test_from_the_last_step_no_other_is_taken(
+    tiny_model: Any, tiny_data: Any, arguments: Any, eval_strategy: str
+) -> None:
+    """Step 17 is amid the second epoch, of nine steps; Trainer evaluates where it breaks off."""
+    config = PulseOptConfig(**{**KNOBS, "episode_length": 2})
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "max_steps": 17,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": eval_strategy,
+    }
+
+    def make() -> PulseOptTrainer:
+        data = {"train_dataset": tiny_data, "eval_dataset": tiny_data[:8]}
+        return PulseOptTrainer(tiny_model(), arguments(**settings), pulse=config, **data)
+
+    whole, resumed = make(), make()
+    whole.train()
+    evaluated = [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert evaluated == ([] if eval_strategy == "no" else [9, 17])
+    resumed.train(resume_from_checkpoint=checkpoint(whole, 17))
+    assert resumed.state.global_step == 17
+    assert_same_end(resumed, whole)
+
+
 def test_where_trainer_rebuilds_its_callbacks_from_the_checkpoint(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:

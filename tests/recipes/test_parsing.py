@@ -162,6 +162,23 @@ def test_mappings_are_kept_as_they_are_given(tmp_path: Path) -> None:
     assert run.training.liger_kernel_config == {"rope": True}
 
 
+@pytest.mark.parametrize("key", ["accelerator_config", "deepspeed", "fsdp_config"])
+def test_a_file_of_settings_must_be_there_and_hold_a_mapping(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    for options in ([f"--{key}", str(file)], []):
+        (told,) = problems(tmp_path, "" if options else f"{key}: {file}", *options)
+        assert f"`{key}`: {file} cannot be read: No such file or directory." in told
+    for content in ("1", "[]", "{", "[" * 10_000, "\x00"):
+        file.write_text(content)
+        (told,) = problems(tmp_path, f"{key}: {file}")
+        assert told.endswith(f"`{key}`: {file} holds no JSON mapping.")
+
+
+def test_whatever_trainer_raises_over_a_value_is_a_problem_of_the_recipe(tmp_path: Path) -> None:
+    (told,) = problems(tmp_path, "deepspeed: {zero_optimization: 5}", "--use_cpu")
+    assert "Trainer refuses a value: AttributeError: " in told
+
+
 def test_every_key_has_help() -> None:
     actions = recipe_parser()._option_string_actions
     own = [key for key in KEYS if f"--{key}" in actions]

@@ -81,8 +81,12 @@ def files_of(name: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the folder of a two-layer BERT with a word tokenizer, which knows segments."""
-    folder = tmp_path_factory.mktemp("bert")
+    """Return the folder of `write_bert`."""
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+def write_bert(folder: Path) -> str:
+    """Write a two-layer BERT with a word tokenizer, which knows segments, and return its folder."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN, ",", "."]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
