@@ -113,12 +113,12 @@ class RecordReader:
             return []
         head, began = self._lines[0]
         assert isinstance(head, Head)
-        if start == 0 and began != self._began:
+        count = len(self._lines) + head.left_out_episodes + head.left_out_logs
+        if start == 0 and (began != self._began or count < self._count):
             self.replaced += self._began is not None
             self._began, self._count = began, 0
-        known = self._count
-        self._count = len(self._lines) + head.left_out_episodes + head.left_out_logs
-        news = self._lines[max(start, len(self._lines) - (self._count - known)) :]
+        news = self._lines[max(start, len(self._lines) - (count - self._count)) :]
+        self._count = count
         return [(line, time) for line, time in news if line is not None]
 
     def data(self, now: float) -> RunData:

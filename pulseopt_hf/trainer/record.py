@@ -36,7 +36,7 @@ from pulseopt_hf.trainer.upstream import run_folder
 
 logger = logging.getLogger("pulseopt_hf")
 
-_LOG = "log of "  # and the first key of an entry
+_LOG = "log of "  # and a key of the entry
 
 
 class _Noted(NamedTuple):
@@ -55,8 +55,8 @@ class RunRecorder:
     training goes on, and a warning says so once.
 
     It has a bounded number of lines of each sort, in memory and in the file: see `kept_numbers`.
-    Entries of the log are of the same sort if their first key is. When lines are to be left out,
-    the file is replaced.
+    Entries of the log are of the same sort if the first of their keys, by the alphabet, is. When
+    lines are to be left out, the file is replaced.
 
     Args:
         folder: the run's folder.
@@ -208,7 +208,8 @@ class RunRecorder:
 
 
 def _sort(entry: Mapping[str, Any]) -> str:
-    return _LOG + next(iter(entry))
+    # Trainer writes them sorted by key into a checkpoint, so their order says nothing.
+    return _LOG + min(entry.keys() - {"epoch", "step"}, default="nothing")
 
 
 def _set_lr(aees: AEES) -> float:
