@@ -303,7 +303,10 @@ class Controller:
         left_out: list[ArmTotals] = later_field(state, "left_out", totals_from_json, before=[])
         closed = len(records) + sum(arm.plays for arm in left_out)
         if left_out and len(records) != len(kept_numbers(closed)):
-            raise StateError(f"`records` has {len(records)} of {closed} episodes, which is wrong.")
+            raise StateError(
+                f"`records` has {len(records)} of {closed} episodes and must have "
+                f"{len(kept_numbers(closed))}."
+            )
         episode = field(state, "episode", optional(self._episode_from_json))
         fresh = Controller(self.config)
         if fresh._lr_bandit:

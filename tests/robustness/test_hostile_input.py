@@ -15,7 +15,7 @@ import torch
 
 import pulseopt_hf
 from pulseopt_hf import AEES, PulseOptConfig
-from pulseopt_hf.aees import Controller, StateError
+from pulseopt_hf.aees import Controller, StateError, left_out
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.parsing import recipe_parser, resolve
@@ -149,6 +149,7 @@ def throw_states(count: int, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     aees, phases = played(), list(calibrations().values())
     valid = aees.state_dict()
+    assert valid["controller"]["left_out"]
     json.dumps(valid), json.dumps(phases)
     seen = {"loaded": 0, "refused": 0}
     for index in range(count):
@@ -238,7 +239,14 @@ def throw_recipes(count: int, seed: int, folder: Path) -> dict[str, int]:
     return seen
 
 
-def test_spoiled_states() -> None:
+@pytest.fixture
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that leave out one episode of three, so that a state holds totals too."""
+    monkeypatch.setattr(left_out, "MOST", 2)
+    monkeypatch.setattr(left_out, "NEWEST", 1)
+
+
+def test_spoiled_states(few_kept: None) -> None:
     seen = throw_states(FEW, seed=0)
     assert seen["loaded"] > 20
     assert seen["refused"] > 100
@@ -252,7 +260,7 @@ def test_spoiled_recipes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_hundred_thousand_spoiled_states() -> None:
+def test_a_hundred_thousand_spoiled_states(few_kept: None) -> None:
     throw_states(MANY, seed=1)
 
 
@@ -309,6 +317,22 @@ def test_a_state_of_the_first_version_still_loads() -> None:
     aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=3, seed=0)
     aees.load_state_dict(state)
     assert aees.get_logs()["episode_rewards"] == state["controller"]["records"]["reward"]
+
+
+def test_totals_that_cannot_be_are_refused(few_kept: None) -> None:
+    """Those of an arm that is there twice, and of other episodes than are left out."""
+    aees = played()
+    state = aees.controller.state_dict()
+    (arm,) = state["left_out"]
+    for wrong, said in (
+        ([arm, arm], "`left_out` has an arm twice"),
+        ([{**arm, "plays": 2}], "`records` has 2 of 4 episodes and must have 3"),
+        ([{**arm, "plays": 0}], "`plays` counts from 1, got 0"),
+        ([{**arm, "outcomes": {"cut": 0}}], "`outcomes` counts from 1, got 0"),
+        ([{**arm, "outcomes": []}], r"`outcomes` must be a mapping, got \[\]"),
+    ):
+        with pytest.raises(StateError, match=said):
+            Controller(aees.config).load_state_dict({**state, "left_out": wrong})
 
 
 @pytest.mark.parametrize("phase", ["trials", "done"])
