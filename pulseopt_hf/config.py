@@ -82,7 +82,9 @@ class PulseOptKnobs:
         "none",
         "`trend` keeps separate bandits for a loss that is improving, stable or worsening.",
     )
-    context_trend_window: int = knob(3, "Episode-end losses that the trend is read from, 1 to 1024.")
+    context_trend_window: int = knob(
+        3, "Episode-end losses that the trend is read from, 1 to 1024."
+    )
     context_trend_epsilon: float = knob(
         1e-3, "Mean step of the loss from episode to episode that still counts as stable, >= 0."
     )
