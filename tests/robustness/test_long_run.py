@@ -262,7 +262,7 @@ def test_a_hundred_thousand_steps(
 ) -> None:
     """9,500 episodes and 10,000 logs, with arms, noise and calibration; prints what it measures.
 
-    Resident memory holds Trainer's own log history, which grows by some 10 MB.
+    Resident memory is the whole process's, with Trainer's log history, which grows with every log.
     """
     settings = {"max_steps": 100_000, "logging_steps": 10, "learning_rate": 1e-2}
     measure = Measure()
@@ -303,8 +303,8 @@ def test_a_hundred_thousand_steps(
             print(f"{step:>8,}  {sizes}  {timed[step]:>16.3f}")
         print(f"pulse.jsonl: {record_size / MB:.2f} MB")
     assert measure.resident[100_000] - measure.resident[20_000] < 32 * MB
-    assert max(parts.values()) < 5 * MB
-    assert record_size < 8 * MB
+    assert max(parts.values()) < 4 * MB
+    assert record_size < 6 * MB
     assert timed[100_000] < 2 * timed[60_000]
 
 
@@ -328,24 +328,27 @@ def timing(function: Callable[..., Any], seconds: list[float]) -> Callable[..., 
 
 
 @pytest.mark.slow
-def test_a_loop_of_ones_own_holds_no_more_after_a_million_steps(
+@pytest.mark.timeout(1200)
+def test_a_loop_of_ones_own_holds_no_more_after_a_hundred_thousand_episodes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Counted by tracemalloc, as Python's allocator sees it."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=10, seed=0)
+    aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=2, seed=0)
     held: dict[int, int] = {}
     tracemalloc.start()
     try:
-        for step in range(1_000_000):
+        for step in range(200_000):
             aees.step_start(step)
             aees.step_end(1.0 + 1.0 / (1 + step % 997))
-            if step + 1 in (50_000, 200_000, 500_000, 1_000_000):
+            if step + 1 in (10_000, 50_000, 100_000, 200_000):
                 gc.collect()
-                held[step + 1] = tracemalloc.get_traced_memory()[0]
+                held[aees.controller.closed] = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
     with capsys.disabled():
-        print("\nheld by a loop:", {step: f"{size / MB:.2f} MB" for step, size in held.items()})
+        print("\nepisodes  held MB")
+        for episodes, size in held.items():
+            print(f"{episodes:>8,}  {size / MB:>7.2f}")
     assert aees.controller.closed == 100_000
-    assert max(held.values()) < 6 * MB
+    assert max(held.values()) < 4 * MB
