@@ -16,6 +16,7 @@ from typing import Any, Literal
 EPISODES_PER_ARM = 10  # that an automatic episode length aims at
 SHORTEST_AUTOMATIC_EPISODE = 5
 LONGEST_AUTOMATIC_EPISODE = 100
+LONGEST_TREND_WINDOW = 1024  # episodes; a long run keeps no more of them for certain
 
 
 def knob(default: Any, help: str) -> Any:
@@ -81,7 +82,9 @@ class PulseOptKnobs:
         "none",
         "`trend` keeps separate bandits for a loss that is improving, stable or worsening.",
     )
-    context_trend_window: int = knob(3, "Episode-end losses that the trend is read from, >= 1.")
+    context_trend_window: int = knob(
+        3, "Episode-end losses that the trend is read from, 1 to 1024."
+    )
     context_trend_epsilon: float = knob(
         1e-3, "Mean step of the loss from episode to episode that still counts as stable, >= 0."
     )
@@ -241,7 +244,7 @@ def _problems(knobs: PulseOptKnobs) -> Iterator[str]:
         yield from _choice_problems(knobs, name)
     if knobs.episode_length is not None:
         yield from _whole_problems(knobs, "episode_length", 1)
-    yield from _whole_problems(knobs, "context_trend_window", 1)
+    yield from _whole_problems(knobs, "context_trend_window", 1, LONGEST_TREND_WINDOW)
     yield from _whole_problems(knobs, "max_consecutive_skips", 1)
     for name, bound, holds in (
         ("context_trend_epsilon", ">= 0", lambda v: v >= 0),
@@ -285,12 +288,16 @@ def _choice_problems(knobs: PulseOptKnobs, name: str) -> Iterator[str]:
         yield f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
 
 
-def _whole_problems(knobs: PulseOptKnobs, name: str, lowest: int) -> Iterator[str]:
+def _whole_problems(
+    knobs: PulseOptKnobs, name: str, lowest: int, highest: float = math.inf
+) -> Iterator[str]:
     value = getattr(knobs, name)
     if isinstance(value, bool) or not isinstance(value, int):
         yield f"`{name}` must be a whole number >= {lowest}, got {value!r}."
     elif value < lowest:
         yield f"`{name}` must be at least {lowest}, got {value}."
+    elif value > highest:
+        yield f"`{name}` must be at most {highest}, got {value}."
 
 
 def _is_finite(value: object) -> bool:

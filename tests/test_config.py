@@ -43,6 +43,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("structured_control_mode", "x", "one of 'independent', 'conditional', got 'x'"),
     ("context_mode", None, "one of 'none', 'trend', got None"),
     ("context_trend_window", 0, "at least 1, got 0"),
+    ("context_trend_window", 1025, "at most 1024, got 1025"),
     ("context_trend_epsilon", -1.0, ">= 0, got -1.0"),
     ("reward_instability_lambda", -0.1, ">= 0, got -0.1"),
     ("reward_epsilon", 0.0, "> 0, got 0.0"),

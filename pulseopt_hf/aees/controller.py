@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from pulseopt_hf.aees.arms import Arm
 from pulseopt_hf.aees.bandits import (
@@ -15,6 +16,13 @@ from pulseopt_hf.aees.bandits import (
     ScaledUCB,
 )
 from pulseopt_hf.aees.context import BUCKETS, TrendBandit, loss_trend
+from pulseopt_hf.aees.left_out import (
+    ArmTotals,
+    kept_numbers,
+    settled,
+    sum_up,
+    totals_from_json,
+)
 from pulseopt_hf.aees.records import (
     EpisodeRecord,
     records_from_json,
@@ -27,6 +35,7 @@ from pulseopt_hf.aees.state import (
     StateError,
     field,
     integer,
+    later_field,
     list_of,
     optional,
     shorten,
@@ -70,11 +79,16 @@ class Controller:
 
     Args:
         config: the knobs. `seed=None` makes choices that cannot be repeated.
+
+    Attributes:
+        records: the closed episodes, oldest first; of very many, those that `kept_numbers` names.
+        left_out: totals of the others.
     """
 
     def __init__(self, config: PulseOptConfig) -> None:
         self.config = config
         self.records: list[EpisodeRecord] = []
+        self.left_out: list[ArmTotals] = []
         self.episode: OpenEpisode | None = None
         make = _bandit_factory(config)
         seed = config.seed
@@ -97,6 +111,24 @@ class Controller:
     def is_neutral(self) -> bool:
         """Whether every step is the plain optimizer step: one arm, with no effect."""
         return self.config.lr_candidates == [1.0] and self.config.noise_candidates == [0.0]
+
+    @property
+    def closed(self) -> int:
+        """How many episodes were closed, those that are left out among them."""
+        return len(self.records) + sum(arm.plays for arm in self.left_out)
+
+    def since(self, number: int) -> list[tuple[int, EpisodeRecord]]:
+        """Return the episodes after the first `number`, each with its number from 1."""
+        closed = self.closed
+        if number >= closed:
+            return []
+        numbers = kept_numbers(closed)
+        start = bisect_right(numbers, number)
+        return list(zip(numbers[start:], self.records[start:], strict=True))
+
+    def totals(self) -> list[ArmTotals]:
+        """Sum up all episodes by arm, lowest LR multiplier first."""
+        return sum_up(self.records, self.left_out)
 
     def choose(self) -> Selection:
         """Let the bandits choose the next arm. Draws from their generators."""
@@ -197,8 +229,20 @@ class Controller:
             learning_rate=learning_rate,
         )
         self.records.append(record)
+        closed = self.closed
+        if settled(closed) == closed:
+            self._leave_out([*kept_numbers(closed - 1), closed])
         self.episode = None
         return record
+
+    def _leave_out(self, numbers: Sequence[int]) -> None:
+        """Keep of the records, which have these numbers, those that are to be kept."""
+        kept = set(kept_numbers(self.closed))
+        if len(kept) < len(self.records):
+            numbered = list(zip(numbers, self.records, strict=True))
+            gone = [record for number, record in numbered if number not in kept]
+            self.records = [record for number, record in numbered if number in kept]
+            self.left_out = sum_up(gone, self.left_out)
 
     def sound_loss(self) -> float | None:
         """Return the smoothed loss that the last sound episode ended with, if there was one."""
@@ -208,7 +252,7 @@ class Controller:
         return None
 
     def logs(self) -> dict[str, list[object]]:
-        """Return the closed episodes under the published log keys."""
+        """Return `records` under the published log keys."""
         return to_logs(
             self.records,
             with_context=self.config.context_mode != "none",
@@ -238,6 +282,7 @@ class Controller:
             "noise_bandits": [bandit.state_dict() for bandit in self._noise_bandits],
             "episode": episode,
             "records": records_to_json(self.records),
+            "left_out": [asdict(arm) for arm in self.left_out],
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -255,6 +300,13 @@ class Controller:
             )
         check_settings(field(state, "settings", _anything), self.config)
         records = field(state, "records", records_from_json)
+        left_out: list[ArmTotals] = later_field(state, "left_out", totals_from_json, before=[])
+        closed = len(records) + sum(arm.plays for arm in left_out)
+        if left_out and len(records) != len(kept_numbers(closed)):
+            raise StateError(
+                f"`records` has {len(records)} of {closed} episodes and must have "
+                f"{len(kept_numbers(closed))}."
+            )
         episode = field(state, "episode", optional(self._episode_from_json))
         fresh = Controller(self.config)
         if fresh._lr_bandit:
@@ -263,7 +315,8 @@ class Controller:
         for bandit, bandit_state in zip(fresh._noise_bandits, saved, strict=True):
             bandit.load_state_dict(bandit_state)
         self._lr_bandit, self._noise_bandits = fresh._lr_bandit, fresh._noise_bandits
-        self.records, self.episode = records, None
+        self.records, self.left_out, self.episode = records, left_out, None
+        self._leave_out(range(1, self.closed + 1))  # an earlier release has kept all
         if episode is not None:
             self.open(*episode)
 

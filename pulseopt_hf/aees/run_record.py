@@ -12,6 +12,9 @@ A run writes it line by line (`pulseopt_hf.trainer.record`), and whoever shows a
 | `calibration` | what came of the calibration; the last one counts |
 | `end` | the step that training ended at, whether that is the whole run, and the error if one did |
 
+A long run's record is written anew now and then, with fewer of its older lines; see
+`pulseopt_hf.aees.left_out`. Its `head` then holds the totals of the episodes that are left out.
+
 Every line has the time it was written at, in seconds since 1970. A line that was taken over from a
 checkpoint has `None`, since checkpoints hold no times.
 """
@@ -22,19 +25,23 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import field as attribute
 from numbers import Real
 from typing import Any
 
 from pulseopt_hf.aees.calibration import Outcome, Trial, outcome_from_json, trial_from_json
+from pulseopt_hf.aees.left_out import ArmTotals, totals_from_json
 from pulseopt_hf.aees.records import EpisodeRecord, episode_from_json
 from pulseopt_hf.aees.state import (
     StateError,
     field,
     flag,
+    from_one,
     integer,
+    later_field,
+    mapping,
     number,
     optional,
-    shorten,
     text,
 )
 
@@ -55,6 +62,8 @@ class Head:
         base_lr: the highest base LR of the schedule, over all parameter groups, as it was set.
         versions: version of each package, by its name.
         resumed_from: global step of the checkpoint that the run went on from, or `None`.
+        left_out: totals of the episodes that a long run's record leaves out.
+        left_out_logs: how many lines of the kind `log` it leaves out.
     """
 
     name: str
@@ -63,6 +72,13 @@ class Head:
     base_lr: float
     versions: dict[str, str]
     resumed_from: int | None = None
+    left_out: list[ArmTotals] = attribute(default_factory=list)
+    left_out_logs: int = 0
+
+    @property
+    def left_out_episodes(self) -> int:
+        """How many episodes the record leaves out."""
+        return sum(arm.plays for arm in self.left_out)
 
 
 @dataclass(frozen=True)
@@ -148,10 +164,10 @@ def decode(content: object) -> tuple[Line | None, float | None]:
         return Log(field(content, "step", integer), field(content, "values", _values)), time
     if kind == "episode":
         episode = episode_from_json(content)
-        return NumberedEpisode(field(content, "number", _from_one), episode), time
+        return NumberedEpisode(field(content, "number", from_one), episode), time
     if kind == "trial":
         trial = trial_from_json(content, "trial")
-        return NumberedTrial(field(content, "number", _from_one), trial), time
+        return NumberedTrial(field(content, "number", from_one), trial), time
     if kind == "calibration":
         return outcome_from_json(content, kind), time
     if kind == "end":
@@ -188,24 +204,14 @@ def _head(content: object) -> Head:
     return Head(
         field(content, "name", text),
         field(content, "max_steps", integer),
-        field(content, "knobs", _mapping),
+        field(content, "knobs", mapping),
         field(content, "base_lr", number),
-        {key: text(value, key) for key, value in field(content, "versions", _mapping).items()},
+        {key: text(value, key) for key, value in field(content, "versions", mapping).items()},
         field(content, "resumed_from", optional(integer)),
+        later_field(content, "left_out", totals_from_json, before=[]),
+        later_field(content, "left_out_logs", integer, before=0),
     )
 
 
-def _mapping(value: object, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise StateError(f"`{name}` must be a mapping, got {shorten(value)}.")
-    return value
-
-
 def _values(value: object, name: str) -> dict[str, Value]:
-    return loggable(_mapping(value, name))
-
-
-def _from_one(value: object, name: str) -> int:
-    if value == 0:
-        raise StateError(f"`{name}` counts from 1, got 0.")
-    return integer(value, name)
+    return loggable(mapping(value, name))

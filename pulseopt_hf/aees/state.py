@@ -32,11 +32,25 @@ def field(state: object, name: str, check: Callable[[object, str], T]) -> T:
     return check(state[name], name)
 
 
+def later_field(state: object, name: str, check: Callable[[object, str], T], *, before: T) -> T:
+    """Return `field`, or `before` from a state that was saved before there was the field."""
+    if isinstance(state, Mapping) and name not in state:
+        return before
+    return field(state, name, check)
+
+
 def integer(value: object, name: str) -> int:
     """Accept a whole number >= 0 that fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise StateError(f"`{name}` must be a whole number >= 0, got {shorten(value)}.")
     return value
+
+
+def from_one(value: object, name: str) -> int:
+    """Accept a whole number >= 1 that fits 64 bits."""
+    if integer(value, name) == 0:
+        raise StateError(f"`{name}` counts from 1, got 0.")
+    return integer(value, name)
 
 
 def number(value: object, name: str) -> float:
@@ -63,6 +77,13 @@ def text(value: object, name: str) -> str:
     """Accept a string."""
     if not isinstance(value, str):
         raise StateError(f"`{name}` must be a string, got {shorten(value)}.")
+    return value
+
+
+def mapping(value: object, name: str) -> dict[str, Any]:
+    """Accept a mapping, as JSON has it."""
+    if not isinstance(value, dict):
+        raise StateError(f"`{name}` must be a mapping, got {shorten(value)}.")
     return value
 
 

@@ -349,7 +349,8 @@ class AEES:
 
         `mean_update_norms` holds `None` unless `log_update_norm` is on; `context_buckets` is there
         where a context is in use, and `calibration_trials` where the LR is calibrated (as `Trial`
-        describes them). Losses are means over ranks.
+        describes them). Losses are means over ranks. Of more than 5,119 episodes it has the newest
+        1,024 at least, and some of those before.
         """
         logs = self.controller.logs()
         if self.calibrator is not None:

@@ -125,11 +125,13 @@ class EpisodeLines(TrainerCallback):
             kinds += [(trial_line, aees.calibrator.search.trials)]
             kinds += [(_outcome_line, aees.calibrator.outcomes)]
         lines = []
-        for to_line, seen in [*kinds, (episode_line, aees.controller.records)]:
+        for to_line, seen in kinds:
             told = self._told.get(to_line, 0)
             lines += [to_line(number, one) for number, one in enumerate(seen[told:], told + 1)]
             self._told[to_line] = len(seen)
-        return lines
+        episodes = aees.controller.since(self._told.get(episode_line, 0))
+        self._told[episode_line] = aees.controller.closed
+        return lines + [episode_line(number, record) for number, record in episodes]
 
 
 def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:

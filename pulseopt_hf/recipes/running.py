@@ -175,8 +175,10 @@ def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> b
         file = Path(str(trainer.args.output_dir)) / "episodes.json"
         file.write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
     if trainer.aees.config.arms > 1:
-        plays = sorted(Counter(logs["selected_lr_values"]).items())
-        write("plays of each LR multiplier: " + ", ".join(f"x{k:g} {n}" for k, n in plays))
+        plays = Counter[float]()
+        for arm in trainer.aees.controller.totals():
+            plays[arm.lr_multiplier] += arm.plays
+        write("plays of each LR multiplier: " + ", ".join(f"x{k:g} {n}" for k, n in plays.items()))
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from pulseopt_hf.report.palette import arm_styles
 from pulseopt_hf.report.record_reader import News
-from pulseopt_hf.report.run_data import RunData
+from pulseopt_hf.report.run_data import RunData, Series
 from pulseopt_hf.report.tables import Row, arm_rows, trial_rows
 from pulseopt_hf.report.wording import described, printable, progress, shown, silence, status_line
 
@@ -61,18 +60,21 @@ class Sparkline:
     """A curve of blocks on one line, as wide as there is room.
 
     Args:
-        values: at least one.
+        series: steps and values, at least one.
     """
 
-    def __init__(self, values: list[float]) -> None:
-        self._values = values
+    def __init__(self, series: Series) -> None:
+        self._series = series
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        """Draw: each block is the mean of its stretch, from the lowest to the highest."""
+        """Draw: each block is the mean of its stretch of steps, from the lowest to the highest."""
         blocks = _ASCII if options.ascii_only else _BLOCKS
-        count, values = min(options.max_width, len(self._values)), self._values
-        edges = [index * len(values) // count for index in range(count + 1)]
-        means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
+        (first, _), (last, _) = self._series[0], self._series[-1]
+        count = min(options.max_width, len(self._series))
+        stretches: list[list[float]] = [[] for _ in range(count)]
+        for step, value in self._series:  # a long run's record has fewer points of its beginning
+            stretches[(step - first) * count // (last - first + 1)].append(value)
+        means = [sum(values) / len(values) for values in stretches if values]
         lowest, span = min(means), max(means) - min(means)
         heights = [(mean - lowest) / span * (len(blocks) - 1) if span else 0.0 for mean in means]
         yield Text("".join(blocks[round(height)] for height in heights), no_wrap=True)
@@ -86,9 +88,9 @@ def picture(run: RunData, width: int) -> RenderableType:
         title.append(f"  resumed from step {run.resumed_from:,}")
     bar = ProgressBar(total=max(1, run.max_steps), completed=run.step)
     parts: list[RenderableType] = [title, _grid(f"step {progress(run)}", bar)]
-    if values := [value for _, value in run.loss]:
-        parts.append(_grid("loss", Sparkline(values)))
-        parts.append(Text(f"     {shown(values[0])} → {shown(values[-1])}"))
+    if loss := run.loss:
+        parts.append(_grid("loss", Sparkline(loss)))
+        parts.append(Text(f"     {shown(loss[0][1])} → {shown(loss[-1][1])}"))
     parts.append(Columns(_facts(run), padding=(0, 3)))
     if run.metrics:
         parts.append(Text(printable(described(run.metrics))))
@@ -120,13 +122,13 @@ def _facts(run: RunData) -> list[Text]:
     multipliers = run.series("pulse/lr_multiplier")
     if multipliers and run.status == "running":
         facts["arm now"] = f"×{multipliers[-1][1]:g}"  # noqa: RUF001
-    facts |= {"episodes": f"{len(run.episodes):,}", "skipped steps": f"{run.skipped_steps:,}"}
+    facts |= {"episodes": f"{run.episode_count:,}", "skipped steps": f"{run.skipped_steps:,}"}
     return [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in facts.items()]
 
 
 def _arms(run: RunData) -> Table | None:
     rows = arm_rows(run) if run.has_arms else []
-    marks = [Text("■ ", style.color) for style in arm_styles(run.episodes).values()]
+    marks = [Text("■ ", style.color) for style in arm_styles(run.arms()).values()]
     return _table("Arms", rows, ["arm", "episodes", "mean reward", "spread"], marks)
 
 

@@ -6,7 +6,7 @@ import colorsys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pulseopt_hf.aees.records import EpisodeRecord
+from pulseopt_hf.aees.left_out import ArmTotals
 
 # What a page is made of. Its style sheet and its charts read the same values.
 LIGHT = {"back": "#f4f5f8", "card": "#ffffff", "ink": "#1f2430", "soft": "#5a6273"}
@@ -29,13 +29,13 @@ class ArmStyle(NamedTuple):
     color: str
 
 
-def arm_styles(episodes: Sequence[EpisodeRecord]) -> dict[tuple[float, float], ArmStyle]:
+def arm_styles(totals: Sequence[ArmTotals]) -> dict[tuple[float, float], ArmStyle]:
     """Return the looks of the arms that were played, by multiplier and noise, lowest first.
 
     Multipliers below 1 are blue and above 1 orange, the farther the darker; noise takes them
     towards violet.
     """
-    arms = sorted({(record.lr_value, record.noise_value) for record in episodes})
+    arms = sorted((arm.lr_multiplier, arm.noise_std) for arm in totals)
     rates = sorted({1.0, *(lr for lr, _ in arms)})
     noises = sorted({noise for _, noise in arms})
     styles = {}

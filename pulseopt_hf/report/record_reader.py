@@ -65,19 +65,22 @@ def require_folder(path: Path) -> None:
 class RecordReader:
     """The record in a run's folder. Each `read` takes in only what was written since the last.
 
-    A resumed run replaces its record, which is then read from the beginning.
+    A resumed run replaces its record, which is then read from the beginning. A long run replaces it
+    to leave out older lines; the lines that were read before are then not returned again.
 
     Args:
         folder: the run's folder.
 
     Attributes:
-        replaced: how often the record was replaced since it was first read.
+        replaced: how often a resumed run replaced the record since it was first read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = folder / FILE_NAME
         self.replaced = 0
+        self._began: float | None = None  # the head's time, which a record that is thinned keeps
+        self._count = 0  # lines so far, those that were left out among them
         self._begin()
 
     def _begin(self) -> None:
@@ -99,15 +102,24 @@ class RecordReader:
         Raises:
             UsageError: the file cannot be read, is damaged, or of a newer format version.
         """
-        new = []
-        for raw in self._new_content().split(b"\n")[:-1]:  # what follows the last is not whole
+        content = self._new_content()
+        start = len(self._lines)
+        for raw in content.split(b"\n")[:-1]:  # what follows the last is not whole
             line, time = self._parse(raw)
             self._first = self._first or raw + b"\n"
             self._offset += len(raw) + 1
             self._lines.append((line, time))
-            if line is not None:
-                new.append((line, time))
-        return new
+        if not self._lines:
+            return []
+        head, began = self._lines[0]
+        assert isinstance(head, Head)
+        count = len(self._lines) + head.left_out_episodes + head.left_out_logs
+        if start == 0 and (began != self._began or count < self._count):
+            self.replaced += self._began is not None
+            self._began, self._count = began, 0
+        news = self._lines[max(start, len(self._lines) - (count - self._count)) :]
+        self._count = count
+        return [(line, time) for line, time in news if line is not None]
 
     def data(self, now: float) -> RunData:
         """Return the run as far as its record was read; for `now` see `read_run`.
@@ -122,8 +134,11 @@ class RecordReader:
         logs = [line for line in lines if isinstance(line, Log)]
         episodes = {line.number: line.record for line in lines if isinstance(line, NumberedEpisode)}
         trials = {line.number: line.trial for line in lines if isinstance(line, NumberedTrial)}
-        for name, numbers in (("episode", episodes), ("trial", trials)):
-            if max(numbers, default=0) != len(numbers):
+        for name, numbers, gone in (
+            ("episode", episodes, head.left_out_episodes),
+            ("trial", trials, 0),
+        ):
+            if max(numbers, default=0) != len(numbers) + gone:
                 raise UsageError(
                     f"{self._file}: is damaged; lines of the kind `{name}` are missing."
                 )
@@ -149,6 +164,9 @@ class RecordReader:
                 if isinstance(line, Log | End) and time is not None
             ],
             episodes=[record for _, record in sorted(episodes.items())],
+            numbers=sorted(episodes),
+            left_out=head.left_out,
+            left_out_logs=head.left_out_logs,
             trials=[trial for _, trial in sorted(trials.items())],
             outcome=outcomes[-1] if outcomes else None,
             error=ends[-1].error if ends else None,
@@ -162,7 +180,6 @@ class RecordReader:
                 size = file.seek(0, os.SEEK_END)
                 if first != self._first or size < self._offset:
                     self._begin()
-                    self.replaced += 1
                 file.seek(self._offset)
                 return file.read()
         except FileNotFoundError:

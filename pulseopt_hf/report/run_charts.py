@@ -193,6 +193,8 @@ def reward_plot(run: RunData) -> Plot:
     chart = alt.layer(*layers).properties(width=WIDE, height=240)
     data, legend = {"episodes": rows, "marked": marked}, [*_arm_legend(run), *marks]
     title = "Reward of each episode"
+    if run.left_out:
+        title = f"Reward of {len(rows):,} of {run.episode_count:,} episodes"
     return Plot("reward", title, text, [chart], data, legend=legend, zoomed=["episodes"])
 
 
@@ -254,13 +256,13 @@ def _placed(run: RunData) -> list[dict[str, Any]]:
 
 def _by_arm(run: RunData) -> dict[str, Any]:
     """Return the settings of a channel that shows arms."""
-    labels, colors = zip(*arm_styles(run.episodes).values(), strict=True)
+    labels, colors = zip(*arm_styles(run.arms()).values(), strict=True)
     legend = alt.Legend(labelExpr="'LR ' + datum.label")
     return {"scale": alt.Scale(domain=labels, range=colors), "legend": legend}
 
 
 def _arm_legend(run: RunData) -> list[str]:
-    return [f"LR {style.label}" for style in arm_styles(run.episodes).values()]
+    return [f"LR {style.label}" for style in arm_styles(run.arms()).values()]
 
 
 def _tips(rows: Sequence[Row]) -> list[alt.Tooltip]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pulseopt_hf.aees.calibration import Outcome, Trial
+from pulseopt_hf.aees.left_out import ArmTotals, sum_up
 from pulseopt_hf.aees.records import EpisodeRecord
 from pulseopt_hf.aees.run_record import Log
 
@@ -20,22 +20,6 @@ Series = list[tuple[int, float]]
 
 _FEW_LOGS = 20  # with fewer, and more episodes than logs, curves are drawn from the episodes
 _NO_METRIC = ("runtime", "per_second", "_time")  # how the names of measured times end
-
-
-class ArmSummary(NamedTuple):
-    """How often an arm was played, for how many steps, and how its rewards were.
-
-    `spread` is their standard deviation, `None` for a single episode.
-    """
-
-    lr_multiplier: float
-    noise_std: float
-    plays: int
-    steps: int
-    mean: float
-    spread: float | None
-    lowest: float
-    highest: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +38,9 @@ class RunData:
     logs: list[Log]  # what Trainer logged, oldest first, as all that follow
     times: Series  # step and seconds since this process began to train, of logs until the end
     episodes: list[EpisodeRecord]
+    numbers: list[int]  # of the episodes, from 1: the record of a long run leaves some out
+    left_out: list[ArmTotals]  # totals of the episodes that it leaves out
+    left_out_logs: int
     trials: list[Trial]
     outcome: Outcome | None  # of the calibration
     error: str | None  # class of the exception that ended the run
@@ -67,7 +54,12 @@ class RunData:
     @property
     def has_arms(self) -> bool:
         """Whether more than one arm was played."""
-        return len({(record.lr_value, record.noise_value) for record in self.episodes}) > 1
+        return len(self.arms()) > 1
+
+    @property
+    def episode_count(self) -> int:
+        """How many episodes there were, those that the record leaves out among them."""
+        return max(self.numbers, default=0)
 
     def series(self, key: str) -> Series:
         """Return the finite values that were logged under a key, with their steps."""
@@ -160,7 +152,7 @@ class RunData:
         for step, total in self.series("pulse/skipped_steps"):
             grown, before = int(total) - before, int(total)
             index = bisect_left(ends, step - 1)
-            if grown > 0 and index < len(counts):
+            if grown > 0 and index < len(counts) and self.episodes[index].start_step < step:
                 counts[index] += grown
         return counts
 
@@ -169,19 +161,9 @@ class RunData:
         """Whether an episode's reward was clipped; one that diverged has the lowest instead."""
         return record.outcome is None and record.reward != record.reward_unclipped
 
-    def arms(self) -> list[ArmSummary]:
-        """Sum up the arms that were played, lowest LR multiplier first."""
-        played: dict[tuple[float, float], list[EpisodeRecord]] = {}
-        for record in self.episodes:
-            played.setdefault((record.lr_value, record.noise_value), []).append(record)
-        found = []
-        for arm, records in sorted(played.items()):
-            rewards = [record.reward for record in records]
-            steps = sum(record.end_step - record.start_step + 1 for record in records)
-            spread = statistics.stdev(rewards) if len(rewards) > 1 else None
-            mean, ends = statistics.fmean(rewards), (min(rewards), max(rewards))
-            found.append(ArmSummary(*arm, len(records), steps, mean, spread, *ends))
-        return found
+    def arms(self) -> list[ArmTotals]:
+        """Sum up the arms of all episodes, lowest LR multiplier first."""
+        return sum_up(self.episodes, self.left_out)
 
 
 def deciding_trials(trials: Sequence[Trial]) -> list[int]:

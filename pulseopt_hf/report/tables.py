@@ -18,7 +18,7 @@ _LOGGED = {
     "pulse/learning_rate": "effective LR",
     "grad_norm": "gradient norm",
 }
-_MOST_LOGGED = 10_000  # rows; the run record has all
+_MOST_LOGGED = 10_000  # rows; the run record may have more
 MOST_METRICS = 6  # of a comparison or a chart; a run's own table has all
 
 
@@ -33,9 +33,10 @@ class Table(NamedTuple):
 def tables_of_run(run: RunData) -> list[Table]:
     """Return a run's data: arms, episodes, trials, logged values, knobs and versions."""
     every, logged = _logged_rows(run)
+    some = f", {len(run.episodes):,} of {run.episode_count:,}" if run.left_out else ""
     found = [
         Table("arms", "Arms", arm_rows(run) if run.has_arms else []),
-        Table("episodes", "Episodes", episode_rows(run)),
+        Table("episodes", f"Episodes{some}", episode_rows(run)),
         Table("trials", "Trials of the calibration", trial_rows(run.trials)),
         Table("logged", f"Logged values{every}", logged),
         Table("knobs", "Knobs", [{"knob": k, "value": str(v)} for k, v in run.knobs.items()]),
@@ -58,14 +59,14 @@ def arm_rows(run: RunData) -> list[Row]:
             "lowest": f"{arm.lowest:+.4f}",
             "highest": f"{arm.highest:+.4f}",
         }
-        for arm, style in zip(run.arms(), arm_styles(run.episodes).values(), strict=True)
+        for arm, style in zip(run.arms(), arm_styles(run.arms()).values(), strict=True)
     ]
 
 
 def episode_rows(run: RunData) -> list[Row]:
     """Return a row for each episode, with a note on what was out of the ordinary."""
-    styles, rows = arm_styles(run.episodes), []
-    for number, (record, skipped) in enumerate(zip(run.episodes, run.skips(), strict=True), 1):
+    styles, rows = arm_styles(run.arms()), []
+    for number, record, skipped in zip(run.numbers, run.episodes, run.skips(), strict=True):
         notes = [f"clipped from {record.reward_unclipped:+.4g}"] if run.was_clipped(record) else []
         notes += [] if record.outcome is None else [record.outcome]
         notes += [f"{counted(skipped, 'step')} skipped"] if skipped else []
@@ -124,7 +125,7 @@ def facts(run: RunData) -> Row:
         found["steps per second"] = f"{run.steps_per_second:.3g}"
     for _, samples in run.series("train_samples_per_second")[-1:]:
         found["samples per second"] = f"{samples:.4g}"
-    found |= {"episodes": f"{len(run.episodes):,}"} if run.has_arms else {}
+    found |= {"episodes": f"{run.episode_count:,}"} if run.has_arms else {}
     found |= {"skipped steps": f"{run.skipped_steps:,}"} if run.skipped_steps else {}
     found |= {} if run.resumed_from is None else {"resumed from step": f"{run.resumed_from:,}"}
     return found
@@ -149,6 +150,6 @@ def comparison_table(runs: Sequence[RunData], names: Sequence[str]) -> Table:
 
 
 def last_tenth(series: Series) -> float | None:
-    """Return the mean of the last tenth of the points, at least one."""
-    values = [value for _, value in series][-max(1, len(series) // 10) :]
+    """Return the mean of the points in the last tenth of the steps, at least of one."""
+    values = [value for step, value in series if step > 0.9 * series[-1][0]]
     return sum(values) / len(values) if values else None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pulseopt_hf.report.live import LiveView
 
 _PAUSE = 0.5  # seconds between two looks at the record
-_MOST_PAST = 20  # lines on what was before; `report` has all
+_MOST_PAST = 20  # lines on what was before; `report` has more
 # What a run may leave in its folder before its record begins.
 _BEGUN = ("trainer_state.json", "checkpoint-*", "recipe.yaml", "run.json", "train.log", "runs")
 
@@ -120,7 +120,7 @@ def _latest(lines: list[str]) -> list[str]:
     before = len(lines) - _MOST_PAST
     if before <= 0:
         return lines
-    left_out = f"{before:,} lines before these are left out; `pulseopt-hf report` has all."
+    left_out = f"{before:,} lines before these are left out; `pulseopt-hf report` has more."
     found = [line for line in lines[:before] if "calibrated: " in line]
     return [left_out, *found, *lines[before:]]
 

@@ -106,7 +106,22 @@ def progress(run: RunData) -> str:
 
 
 def status_line(run: RunData) -> str:
-    """Say in a sentence how a run stands."""
+    """Say how a run stands, and what a long run's record leaves out."""
+    return _standing(run) + _left_out(run)
+
+
+def _left_out(run: RunData) -> str:
+    if not run.left_out and not run.left_out_logs:
+        return ""
+    logs = len(run.logs)
+    return (
+        f" The record of this long run has {len(run.episodes):,} of {run.episode_count:,} episodes "
+        f"and {logs:,} of {logs + run.left_out_logs:,} logs: all of the newest and some of those "
+        "before. Totals of the arms are of all episodes."
+    )
+
+
+def _standing(run: RunData) -> str:
     done = f"{progress(run)} steps"
     if run.status == "finished":
         return f"Finished: {done}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
-from pulseopt_hf.aees import EpisodeRecord
+from pulseopt_hf.aees.left_out import ArmTotals
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.optim.base_lr import peaks
@@ -84,31 +84,25 @@ def section(trainer: Any) -> str | None:
         table(("", "value"), [*_rate_rows(aees, logged), *_count_rows(aees, plays)]),
     ]
     if plays and aees.controller.records:
-        blocks += ["### Arms that were played", arms_table(aees.controller.records)]
+        blocks += ["### Arms that were played", arms_table(aees.controller.totals())]
     if knobs := _knob_rows(aees.config, plays):
         blocks += ["### Knobs", table(("knob", "value"), knobs)]
     return "\n\n".join([*blocks, END])
 
 
-def arms_table(records: Sequence[EpisodeRecord]) -> str:
+def arms_table(arms: Iterable[ArmTotals]) -> str:
     """Return a table of how often each arm was played and how it was rewarded."""
-    played: dict[tuple[float, float], list[EpisodeRecord]] = defaultdict(list)
-    for record in records:
-        played[record.lr_value, record.noise_value].append(record)
-    rows = []
-    for (multiplier, noise), episodes in sorted(played.items()):
-        steps = sum(record.end_step - record.start_step + 1 for record in episodes)
-        rewards = [record.reward for record in episodes]
-        rows.append(
-            (
-                f"x{multiplier:g}",
-                f"{noise:g}",
-                str(len(episodes)),
-                str(steps),
-                f"{sum(rewards) / len(rewards):+.4f}",
-                f"{min(rewards):+.4f} to {max(rewards):+.4f}",
-            )
+    rows = [
+        (
+            f"x{arm.lr_multiplier:g}",
+            f"{arm.noise_std:g}",
+            str(arm.plays),
+            str(arm.steps),
+            f"{arm.mean:+.4f}",
+            f"{arm.lowest:+.4f} to {arm.highest:+.4f}",
         )
+        for arm in arms
+    ]
     return table(("LR multiplier", "noise", "episodes", "steps", "mean reward", "rewards"), rows)
 
 
@@ -142,11 +136,12 @@ def _rate_rows(aees: AEES, logged: list[float]) -> list[tuple[str, str]]:
 
 
 def _count_rows(aees: AEES, plays: bool) -> list[tuple[str, str]]:
-    records = aees.controller.records
-    rows = [("Episodes", str(len(records)))] if plays else []
+    rows = [("Episodes", str(aees.controller.closed))] if plays else []
     if aees.skipped_steps:
         rows.append(("Skipped steps", str(aees.skipped_steps)))
-    outcomes = Counter(record.outcome for record in records if record.outcome is not None)
+    outcomes = Counter[str]()
+    for arm in aees.controller.totals():
+        outcomes.update(arm.outcomes)
     rows += [(f"Episodes that were {name}", str(n)) for name, n in sorted(outcomes.items())]
     return rows
 

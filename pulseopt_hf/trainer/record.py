@@ -6,10 +6,11 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
@@ -17,6 +18,7 @@ import transformers
 from transformers import TrainerState
 
 from pulseopt_hf import __version__
+from pulseopt_hf.aees.left_out import kept_numbers, settled
 from pulseopt_hf.aees.run_record import (
     FILE_NAME,
     End,
@@ -27,11 +29,23 @@ from pulseopt_hf.aees.run_record import (
     NumberedTrial,
     encode,
 )
+from pulseopt_hf.files import write_whole
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.optim.base_lr import peaks
 from pulseopt_hf.trainer.upstream import run_folder
 
 logger = logging.getLogger("pulseopt_hf")
+
+_LOG = "log of "  # and a key of the entry
+
+
+class _Noted(NamedTuple):
+    """A line of the record: what sort it is, its number among those, when it was due, its text."""
+
+    sort: str
+    number: int
+    step: int
+    text: bytes
 
 
 class RunRecorder:
@@ -39,6 +53,10 @@ class RunRecorder:
 
     What cannot be written, because the disk is full say, is kept and written with the next lines;
     training goes on, and a warning says so once.
+
+    It has a bounded number of lines of each sort, in memory and in the file: see `kept_numbers`.
+    Entries of the log are of the same sort if the first of their keys, by the alphabet, is. When
+    lines are to be left out, the file is replaced.
 
     Args:
         folder: the run's folder.
@@ -52,18 +70,25 @@ class RunRecorder:
     def __init__(self, folder: Path, aees: AEES, head: Head, state: TrainerState) -> None:
         self._file = folder / FILE_NAME
         self._aees = aees
-        self._max_steps = head.max_steps
-        self._episodes = 0  # written
-        self._trials = 0  # written
-        self._outcomes = 0  # written
+        self._head = head
+        self._began = time.time()
+        self._counts = Counter[str]()  # lines of each sort so far, with those that are left out
+        self._settled: dict[str, int] = {}
+        self._lines: list[_Noted] = []
+        self._written = 0  # of the lines
         self._offset = 0  # size of what is whole in the file
         self._warned = False
         self._ended = False
-        self._pending = [encode(head, time.time())]
-        for entry in state.log_history:
-            self._add_news(None, before=int(entry["step"]))
-            self._add_log(entry, None)
+        self._add("head", -1, head, self._began)
         self._add_news(None)
+        counts = Counter(map(_sort, state.log_history))
+        kept = {sort: set(kept_numbers(count)) for sort, count in counts.items()}
+        for entry in state.log_history:
+            if self._counts[_sort(entry)] + 1 in kept[_sort(entry)]:
+                self._add_log(entry, None)
+            else:
+                self._counts[_sort(entry)] += 1
+        self._lines.sort(key=lambda line: line.step)
         self._flush()
 
     @classmethod
@@ -109,48 +134,54 @@ class RunRecorder:
         now = time.time()
         self._add_news(now)
         name = None if error is None else type(error).__name__
-        self._add(End(step, error is None and step >= self._max_steps, name), now)
+        self._add("end", step, End(step, error is None and step >= self._head.max_steps, name), now)
         self._flush()
 
-    def _add_news(self, now: float | None, before: int | None = None) -> None:
-        """Add the episodes and trials that were not written yet.
-
-        Args:
-            now: the time to write beside them.
-            before: only those that ended before this many steps were done.
-        """
+    def _add_news(self, now: float | None) -> None:
+        """Add the trials and episodes that are not among the lines yet, with this time."""
         calibrator = self._aees.calibrator
-        for trial in [] if calibrator is None else calibrator.search.trials[self._trials :]:
-            if before is not None and trial.step >= before:
-                break
-            self._trials += 1
-            self._add(NumberedTrial(self._trials, trial), now)
-        for outcome in [] if calibrator is None else calibrator.outcomes[self._outcomes :]:
-            if before is not None and outcome.step >= before:
-                break
-            self._outcomes += 1
-            self._add(outcome, now)
-        records = self._aees.controller.records
-        while self._episodes < len(records):
-            record = records[self._episodes]
-            if before is not None and record.end_step >= before:
-                break
-            self._episodes += 1
-            self._add(NumberedEpisode(self._episodes, record), now)
+        if calibrator is not None:
+            for trial in calibrator.search.trials[self._counts["trial"] :]:
+                numbered = NumberedTrial(self._counts["trial"] + 1, trial)
+                self._add("trial", trial.step + 1, numbered, now)
+            for outcome in calibrator.outcomes[self._counts["calibration"] :]:
+                self._add("calibration", outcome.step + 1, outcome, now)
+        for number, record in self._aees.controller.since(self._counts["episode"]):
+            self._counts["episode"] = number - 1  # of very many at once, some are left out already
+            self._add("episode", record.end_step + 1, NumberedEpisode(number, record), now)
 
     def _add_log(self, entry: Mapping[str, Any], now: float | None) -> None:
         values = {key: value for key, value in entry.items() if key != "step"}
-        self._add(Log(int(entry["step"]), values), now)
+        step = int(entry["step"])
+        self._add(_sort(entry), step, Log(step, values), now)
 
-    def _add(self, line: Line, now: float | None) -> None:
-        self._pending.append(encode(line, now))
+    def _add(self, sort: str, step: int, line: Line, now: float | None) -> None:
+        self._counts[sort] += 1
+        self._lines.append(_Noted(sort, self._counts[sort], step, encode(line, now)))
+
+    def _leave_out(self) -> None:
+        """Drop the lines that are not to be kept, where there are any."""
+        now_settled = {sort: settled(count) for sort, count in self._counts.items()}
+        if now_settled == self._settled:
+            return
+        self._settled = now_settled
+        kept = {sort: set(kept_numbers(count)) for sort, count in self._counts.items()}
+        logs = sum(self._counts[sort] - len(kept[sort]) for sort in kept if sort.startswith(_LOG))
+        head = replace(self._head, left_out=self._aees.controller.left_out, left_out_logs=logs)
+        if head != self._head:
+            first = self._lines[0]._replace(text=encode(head, self._began))
+            others = [line for line in self._lines[1:] if line.number in kept[line.sort]]
+            self._head, self._lines = head, [first, *others]
+            self._written = self._offset = 0
 
     def _flush(self) -> None:
-        """Append what is pending to what is whole in the file; the first time, replace the file."""
-        content = b"".join(self._pending)
+        """Append new lines to what is whole in the file, or replace it by all lines."""
+        self._leave_out()
+        content = b"".join(line.text for line in self._lines[self._written :])
         try:
             if self._offset == 0:
-                self._replace(content)
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self._file, content)
             else:
                 self._append(content)
         except OSError as error:
@@ -164,17 +195,7 @@ class RunRecorder:
                 )
             return
         self._offset += len(content)
-        self._pending.clear()
-
-    def _replace(self, content: bytes) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._file.with_name(FILE_NAME + ".new")
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, self._file)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        self._written = len(self._lines)
 
     def _append(self, content: bytes) -> None:
         with self._file.open("r+b") as file:
@@ -184,6 +205,11 @@ class RunRecorder:
             file.seek(self._offset)
             file.truncate()
             file.write(content)
+
+
+def _sort(entry: Mapping[str, Any]) -> str:
+    # Trainer writes them sorted by key into a checkpoint, so their order says nothing.
+    return _LOG + min(entry.keys() - {"epoch", "step"}, default="nothing")
 
 
 def _set_lr(aees: AEES) -> float:

@@ -311,7 +311,7 @@ class PulseSession:
             if record is not None:
                 logger.info(
                     "Episode %d: %s, loss %.4g to %.4g, reward %+.4f",
-                    len(aees.controller.records),
+                    aees.controller.closed,
                     record.name,
                     record.ema_start,
                     record.ema_end,
@@ -320,7 +320,7 @@ class PulseSession:
                 if record.outcome is not None:
                     logger.warning(
                         "Episode %d, %s, diverged at step %d and was %s.",
-                        len(aees.controller.records),
+                        aees.controller.closed,
                         record.name,
                         record.end_step,
                         record.outcome,
@@ -409,11 +409,11 @@ class PulseSession:
         records, episode = aees.controller.records, aees.controller.episode
         values: dict[str, float] = {"pulse/skipped_steps": aees.skipped_steps}
         if episode is not None:
-            values["pulse/episode"] = len(records) + 1
+            values["pulse/episode"] = aees.controller.closed + 1
             values["pulse/lr_multiplier"] = episode.arm.lr_multiplier
             values["pulse/noise_std"] = episode.arm.noise_std
         elif records:
-            values["pulse/episode"] = len(records)
+            values["pulse/episode"] = aees.controller.closed
             values["pulse/lr_multiplier"] = records[-1].lr_value
             values["pulse/noise_std"] = records[-1].noise_value
         if aees.learning_rate is not None:

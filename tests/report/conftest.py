@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.aees import EpisodeRecord
 from pulseopt_hf.aees.run_record import FILE_NAME, End, Head, Log, NumberedEpisode, encode
 
 CHROMIUM = shutil.which("chromium")
@@ -118,6 +119,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.SGD([parameter], lr=1e-3)
     aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=2, seed=0)
     rng = random.Random(0)
+    records: list[EpisodeRecord] = []
     lines = [encode(Head("long", 20_000, {"episode_length": 2}, 1e-3, {}), 0.0)]
     for step in range(20_000):
         optimizer.zero_grad()
@@ -125,11 +127,11 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loss = (parameter**2).sum() * rng.uniform(0.8, 1.2) + 0.1
         loss.backward()
         aees.step_end(loss)
+        records += [record for _, record in aees.controller.since(len(records))]
         values = {"loss": loss.item(), "learning_rate": 1e-3, "grad_norm": 1.0}
         arm = aees.controller.episode.arm if aees.controller.episode else None
         values["pulse/learning_rate"] = 1e-3 * (arm.lr_multiplier if arm else 1.0)
         lines.append(encode(Log(step + 1, dict(values)), float(step)))
-    records = aees.controller.records
     lines += [encode(NumberedEpisode(i, r), 20_000.0) for i, r in enumerate(records, 1)]
     lines.append(encode(End(20_000, True), 20_000.0))
     (folder / FILE_NAME).write_bytes(b"".join(lines))

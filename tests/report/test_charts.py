@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pulseopt_hf.aees.calibration import NOT_FINITE, Outcome, Trial
+from pulseopt_hf.aees.left_out import ArmTotals
 from pulseopt_hf.aees.run_record import FILE_NAME, Log, encode
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.charts import Plot, thinned
@@ -208,7 +209,7 @@ def test_names_of_arms_do_not_overlap(eventful: Path, calibrated: Path, tmp_path
     """Long ones, of arms with noise, are slanted; short ones are not."""
     for folder, slanted in ((eventful, True), (calibrated, False)):
         assert main(["plot", str(folder), "--out", str(tmp_path)]) == 0
-        labels = {style.label for style in arm_styles(read_run(folder).episodes).values()}
+        labels = {style.label for style in arm_styles(read_run(folder).arms()).values()}
         ticks = [t for t in tick_labels(tmp_path / "plays.svg") if t.text in labels]
         assert {tick.text for tick in ticks} == labels
         assert {"rotate(" in tick.get("transform", "") for tick in ticks} == {slanted}
@@ -354,10 +355,9 @@ def test_no_trials_and_no_lr_make_an_empty_picture(tmp_path: Path) -> None:
     assert "the limit" in texts(tmp_path / "empty.svg")
 
 
-def test_every_arm_has_a_colour_of_its_own(calibrated: Path) -> None:
-    (record, *_) = read_run(calibrated).episodes
+def test_every_arm_has_a_colour_of_its_own() -> None:
     rates, noises = (0.1, 0.5, 1.0, 2.0, 10.0), (0.0, 1e-3, 1e-2)
-    styles = arm_styles([replace(record, lr_value=r, noise_value=n) for r in rates for n in noises])
+    styles = arm_styles([ArmTotals(rate, noise) for rate in rates for noise in noises])
     assert list(styles) == [(r, n) for r in rates for n in noises]
     assert len({style.color for style in styles.values()}) == 15
     assert styles[0.1, 1e-3].label == "×0.1, noise 0.001"  # noqa: RUF001

@@ -64,7 +64,7 @@ def test_a_sparkline_rises_and_falls_with_its_values() -> None:
     def drawn(values: list[float], width: int = 8, encoding: str = "utf-8") -> str:
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         console = Console(file=stream, width=width)
-        console.print(Sparkline(values))
+        console.print(Sparkline(list(enumerate(values))))
         stream.seek(0)
         return stream.read().rstrip("\n")
 

@@ -348,7 +348,7 @@ def test_a_run_that_has_ended_is_shown_at_once_with_its_latest_lines(
     assert main(["watch", str(long)]) == 0
     assert time.process_time() - started < 10
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "9,980 lines before these are left out; `pulseopt-hf report` has all."
+    assert lines[1] == "9,980 lines before these are left out; `pulseopt-hf report` has more."
     assert lines[2].startswith("episode 9981 ")
     assert lines[21].startswith("episode 10000 ")
     assert lines[-1] == "Finished: 20,000 of 20,000 steps."

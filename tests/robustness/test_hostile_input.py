@@ -11,7 +11,7 @@ import torch
 
 import pulseopt_hf
 from pulseopt_hf import AEES, PulseOptConfig
-from pulseopt_hf.aees import Controller, StateError
+from pulseopt_hf.aees import Controller, StateError, left_out
 from tests.robustness.fuzz import (
     LOADED,
     REFUSED,
@@ -28,8 +28,16 @@ from tests.robustness.fuzz import (
 STATES = ("controllers", "states", "calibrations", "files")
 
 
+@pytest.fixture
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that leave out one episode of three, so that a state holds totals too."""
+    monkeypatch.setattr(left_out, "MOST", 2)
+    monkeypatch.setattr(left_out, "NEWEST", 1)
+    assert played().state_dict()["controller"]["left_out"]
+
+
 @pytest.mark.parametrize("kind", STATES)
-def test_spoiled_states(kind: str, tmp_path: Path) -> None:
+def test_spoiled_states(kind: str, few_kept: None, tmp_path: Path) -> None:
     seen = throw(all_examples(tmp_path)[kind], 300, seed=0)
     assert seen[LOADED] > 0
     assert seen[REFUSED] > 100
@@ -44,7 +52,9 @@ def test_spoiled_recipes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STATES)
-def test_ten_thousand_spoiled_states_of_each_kind(kind: str, tmp_path: Path) -> None:
+def test_ten_thousand_spoiled_states_of_each_kind(
+    kind: str, few_kept: None, tmp_path: Path
+) -> None:
     throw(all_examples(tmp_path)[kind], 10_000, seed=1)
 
 
@@ -101,6 +111,22 @@ def test_a_state_of_the_first_version_still_loads() -> None:
     aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=3, seed=0)
     aees.load_state_dict(state)
     assert aees.get_logs()["episode_rewards"] == state["controller"]["records"]["reward"]
+
+
+def test_totals_that_cannot_be_are_refused(few_kept: None) -> None:
+    """Those of an arm that is there twice, and of other episodes than are left out."""
+    aees = played()
+    state = aees.controller.state_dict()
+    (arm,) = state["left_out"]
+    for wrong, said in (
+        ([arm, arm], "`left_out` has an arm twice"),
+        ([{**arm, "plays": 2}], "`records` has 2 of 4 episodes and must have 3"),
+        ([{**arm, "plays": 0}], "`plays` counts from 1, got 0"),
+        ([{**arm, "outcomes": {"cut": 0}}], "`outcomes` counts from 1, got 0"),
+        ([{**arm, "outcomes": []}], r"`outcomes` must be a mapping, got \[\]"),
+    ):
+        with pytest.raises(StateError, match=said):
+            Controller(aees.config).load_state_dict({**state, "left_out": wrong})
 
 
 @pytest.mark.parametrize("phase", ["trials", "done"])

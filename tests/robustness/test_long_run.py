@@ -1,0 +1,354 @@
+"""Long runs: what is ours stays of bounded size, and says so where it leaves something out."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import logging
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback
+
+from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.aees import left_out
+from pulseopt_hf.aees.run_record import FILE_NAME, NumberedEpisode
+from pulseopt_hf.cli import main
+from pulseopt_hf.report.record_reader import RecordReader, read_run
+from pulseopt_hf.report.tables import tables_of_run
+from pulseopt_hf.trainer import record
+from pulseopt_hf.trainer.card import section
+from pulseopt_hf.trainer.record import RunRecorder
+from tests.conftest import history, parameters_equal
+from tests.trainer.test_run_record import comparable
+
+KNOBS: dict[str, Any] = {
+    "lr_candidates": [0.5, 1.0, 2.0],
+    "noise_candidates": [0.0, 1e-3],
+    "context_mode": "trend",
+    "calibration": "trust_region",
+}
+MB = 1 << 20
+
+
+class Tiny(nn.Module):
+    """A regression of 49 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self.body(inputs).squeeze(-1)
+        return {"loss": (outputs - labels).square().mean(), "logits": outputs}
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 4, generator=generator)
+    labels = inputs.sum(1).tanh() + 0.1 * torch.randn(64, generator=generator)
+    return [{"inputs": one, "labels": label} for one, label in zip(inputs, labels, strict=True)]
+
+
+def make(args: Any, episode_length: int, *callbacks: TrainerCallback) -> PulseOptTrainer:
+    config = PulseOptConfig(episode_length=episode_length, **KNOBS)
+    trainer = PulseOptTrainer(
+        Tiny(), args, train_dataset=rows(), pulse=config, callbacks=list(callbacks)
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@pytest.fixture
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that a run of 400 steps goes far beyond: at most 16 + 2 * 8 of each sort."""
+    monkeypatch.setattr(left_out, "MOST", 16)
+    monkeypatch.setattr(left_out, "NEWEST", 8)
+
+
+SHORT: dict[str, Any] = {"max_steps": 400, "logging_steps": 2, "learning_rate": 1e-2}
+
+
+def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
+    arguments: Any, few_kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before there is too much, from the step in which some is left out, and from after."""
+    saves = {**SHORT, "save_strategy": "steps", "save_steps": 10}
+    trainer = make(arguments(**saves), 4)
+    trainer.train()
+    folder = trainer.args.output_dir
+    aees = trainer.aees
+    assert aees is not None
+    assert aees.calibrator is not None
+    assert aees.calibrator.outcome is not None
+    assert len(aees.controller.totals()) == 6
+    closed = aees.controller.closed
+    assert closed > 80
+    assert len(aees.controller.records) == len(left_out.kept_numbers(closed)) <= 32
+    whole = comparable(read_run(folder))
+    lines = (Path(folder) / FILE_NAME).read_text().splitlines()
+    assert len(lines) < 32 * 3  # episodes, losses, and the few lines of other sorts
+    for step in (60, 200, 210, 220, 230, 390):
+        resumed = make(arguments(output_dir=folder, **SHORT), 4)
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
+        assert parameters_equal(resumed.model, trainer.model)
+        assert history(resumed)[:-1] == history(trainer)[:-1]  # the last sums up a process
+        assert resumed.aees is not None
+        assert resumed.aees.state_dict() == aees.state_dict()
+        run = read_run(folder)
+        assert comparable(run) == whole
+        assert (run.numbers, run.left_out) == (
+            left_out.kept_numbers(closed),
+            aees.controller.left_out,
+        )
+
+    monkeypatch.undo()
+    unbounded = make(arguments(**SHORT), 4)
+    unbounded.train()
+    assert parameters_equal(unbounded.model, trainer.model)
+    assert unbounded.aees is not None
+    everything = unbounded.aees.controller.records
+    assert len(everything) == closed
+    assert [everything[number - 1] for number in run.numbers] == aees.controller.records
+    assert history(unbounded) == history(trainer)
+    assert section(unbounded) == section(trainer)
+
+
+def test_report_and_watch_show_all_arms_and_say_what_is_left_out(
+    arguments: Any, few_kept: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(arguments(**SHORT), 4)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert trainer.aees is not None
+    run = read_run(folder)
+    assert run.arms() == trainer.aees.controller.totals()
+    closed = trainer.aees.controller.closed
+    said = (
+        f"The record of this long run has {len(run.episodes)} of {closed} episodes and "
+        f"{len(run.logs)} of {len(trainer.state.log_history)} logs"
+    )
+    assert main(["watch", str(folder)]) == 0
+    *_, status = capsys.readouterr().out.splitlines()
+    assert said in status
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert said in page
+    assert f"Episodes, {len(run.episodes)} of {closed}" in page
+    assert f"Reward of {len(run.episodes)} of {closed} episodes" in page
+    (table,) = [table for table in tables_of_run(run) if table.name == "episodes"]
+    assert [int(row["episode"]) for row in table.rows] == run.numbers
+
+
+def test_who_follows_a_record_is_told_every_episode_once(arguments: Any, few_kept: None) -> None:
+    told: list[int] = []
+    readers: list[RecordReader] = []
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not readers:
+                readers.append(RecordReader(Path(args.output_dir)))
+            if state.global_step % 6 == 0:
+                news = readers[0].read()
+                told.extend(line.number for line, _ in news if isinstance(line, NumberedEpisode))
+
+    trainer = make(arguments(**SHORT), 4, Follow())
+    trainer.train()
+    (reader,) = readers
+    told += [line.number for line, _ in reader.read() if isinstance(line, NumberedEpisode)]
+    assert trainer.aees is not None
+    assert trainer.aees.controller.left_out
+    assert told == list(range(1, trainer.aees.controller.closed + 1))
+    assert reader.replaced == 0
+    assert reader.data(0.0) == read_run(trainer.args.output_dir, now=0.0)
+
+
+def test_many_episodes_between_two_logs_make_a_whole_record(arguments: Any, few_kept: None) -> None:
+    trainer = make(arguments(**{**SHORT, "logging_steps": 200}), 4)
+    trainer.train()
+    assert trainer.aees is not None
+    run = read_run(trainer.args.output_dir)
+    assert run.episodes == trainer.aees.controller.records
+    assert run.episode_count == trainer.aees.controller.closed
+
+
+def test_a_record_that_cannot_be_thinned_is_thinned_later(
+    arguments: Any, few_kept: None, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    original = record.write_whole
+
+    def write_whole(file: Path, content: bytes) -> None:
+        if 150 <= trainer.state.global_step <= 250:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(file, content)
+
+    monkeypatch.setattr(record, "write_whole", write_whole)
+    trainer = make(arguments(**SHORT), 4)
+    with caplog.at_level(logging.WARNING, "pulseopt_hf"):
+        trainer.train()
+    assert len([r for r in caplog.records if "run record" in r.getMessage()]) == 1
+    assert trainer.aees is not None
+    run = read_run(trainer.args.output_dir)
+    assert run.episodes == trainer.aees.controller.records
+    assert run.status == "finished"
+
+
+def test_a_checkpoint_with_all_episodes_still_loads(
+    few_kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As releases wrote it that left nothing out."""
+
+    def play(episodes: int) -> AEES:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        aees = AEES(optimizer, lr_candidates=[0.5, 1.0], episode_length=2, seed=0)
+        for step in range(2 * episodes):
+            aees.step_start(step)
+            aees.step_end(2.0 - 0.01 * step)
+        return aees
+
+    bounded = play(60)
+    monkeypatch.undo()
+    saved = json.loads(json.dumps(play(60).state_dict()))
+    assert saved["controller"].pop("left_out") == []
+    assert len(saved["controller"]["records"]["reward"]) == 60
+    monkeypatch.setattr(left_out, "MOST", 16)
+    monkeypatch.setattr(left_out, "NEWEST", 8)
+    resumed = play(0)
+    resumed.load_state_dict(saved)
+    assert resumed.controller.records == bounded.controller.records
+    assert resumed.controller.closed == 60
+    for one, other in zip(resumed.controller.totals(), bounded.controller.totals(), strict=True):
+        assert (one.plays, one.steps, one.lowest) == (other.plays, other.steps, other.lowest)
+        assert (one.mean, one.spread) == pytest.approx((other.mean, other.spread))
+
+
+class Measure(TrainerCallback):
+    """Notes the resident memory of the process after every fifth of a run."""
+
+    def __init__(self) -> None:
+        self.resident: dict[int, int] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % (state.max_steps // 5) == 0:
+            gc.collect()
+            self.resident[state.global_step] = psutil.Process().memory_info().rss
+
+
+def our_part(checkpoint: Path) -> int:
+    """Return how many bytes of `trainer_state.json` are ours, as Trainer writes it."""
+
+    def size(content: Any) -> int:
+        return len(json.dumps(content, indent=2, sort_keys=True))
+
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    whole = size(state)
+    del state["stateful_callbacks"]["PulseOptCallback"]
+    return whole - size(state)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_steps(
+    arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """9,500 episodes and 10,000 logs, with arms, noise and calibration; prints what it measures.
+
+    Resident memory is the whole process's, with Trainer's log history, which grows with every log.
+    """
+    settings = {"max_steps": 100_000, "logging_steps": 10, "learning_rate": 1e-2}
+    measure = Measure()
+    args = arguments(**settings, save_strategy="steps", save_steps=20_000)
+    trainer = make(args, 10, measure)
+    trainer.train()
+    folder = Path(args.output_dir)
+    assert trainer.aees is not None
+    assert trainer.aees.calibrator is not None
+    assert trainer.aees.calibrator.outcome is not None
+    assert trainer.aees.controller.closed > 9_400  # the calibration watches the first 5,000 steps
+    record_size = (folder / FILE_NAME).stat().st_size
+    parts = {step: our_part(folder / f"checkpoint-{step}") for step in measure.resident}
+
+    seconds: list[float] = []
+    timed: dict[int, float] = {}
+    for owner, name in ((AEES, "load_state_dict"), (RunRecorder, "__init__")):
+        monkeypatch.setattr(owner, name, timing(getattr(owner, name), seconds))
+    whole = comparable(read_run(folder))
+    for step in measure.resident:
+        seconds.clear()
+        stopped = make(arguments(output_dir=str(folder), **settings), 10, Stop())
+        stopped.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
+        assert len(seconds) == 2
+        timed[step] = sum(seconds)
+    resumed = make(arguments(output_dir=str(folder), **settings), 10)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-80000")
+    assert parameters_equal(resumed.model, trainer.model)
+    assert history(resumed)[:-1] == history(trainer)[:-1]  # the last sums up a process
+    assert resumed.aees is not None
+    assert resumed.aees.state_dict() == trainer.aees.state_dict()
+    assert comparable(read_run(folder)) == whole
+
+    with capsys.disabled():
+        print("\n   steps  resident MB  our part of trainer_state.json MB  resume of ours s")
+        for step, resident in measure.resident.items():
+            sizes = f"{resident / MB:>11.1f}  {parts[step] / MB:>33.2f}"
+            print(f"{step:>8,}  {sizes}  {timed[step]:>16.3f}")
+        print(f"pulse.jsonl: {record_size / MB:.2f} MB")
+    assert measure.resident[100_000] - measure.resident[20_000] < 32 * MB
+    assert max(parts.values()) < 4 * MB
+    assert record_size < 6 * MB
+    assert timed[100_000] < 2 * timed[60_000]
+
+
+class Stop(TrainerCallback):
+    """Ends training with the step that begins."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def timing(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """Return a function that also notes how much processor time it took."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begun = time.process_time()
+        result = function(*args, **kwargs)
+        seconds.append(time.process_time() - begun)
+        return result
+
+    return timed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_loop_of_ones_own_holds_no_more_after_a_hundred_thousand_episodes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Counted by tracemalloc, as Python's allocator sees it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=2, seed=0)
+    held: dict[int, int] = {}
+    tracemalloc.start()
+    try:
+        for step in range(200_000):
+            aees.step_start(step)
+            aees.step_end(1.0 + 1.0 / (1 + step % 997))
+            if step + 1 in (10_000, 50_000, 100_000, 200_000):
+                gc.collect()
+                held[aees.controller.closed] = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    with capsys.disabled():
+        print("\nepisodes  held MB")
+        for episodes, size in held.items():
+            print(f"{episodes:>8,}  {size / MB:>7.2f}")
+    assert aees.controller.closed == 100_000
+    assert max(held.values()) < 4 * MB
