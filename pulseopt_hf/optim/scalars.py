@@ -33,4 +33,5 @@ def to_floats(values: Sequence[float | Tensor]) -> list[float]:
 def norm(tensor: Tensor) -> Tensor:
     """Return the L2 norm of a tensor of any type, float32 of shape (), on its device."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=wide).float()
+    found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide).float()
+    return found
