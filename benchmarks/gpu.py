@@ -122,16 +122,18 @@ def main() -> None:
             once(options.out / "overhead.json", lambda: overhead(options.rounds, options.batch))
         else:
             measure(piece, options.data, options.out)
+    sizes = {name: summary(SIZES[name].steps, options.out / name) for name in SIZES}
     result = {
         "card": torch.cuda.get_device_name(),
         "versions": {
             name: version(name) for name in ("torch", "transformers", "accelerate", "pulseopt-hf")
         },
         "overhead": read(options.out / "overhead.json"),
-        "sizes": {
-            name: found
-            for name in SIZES
-            if (found := summary(SIZES[name].steps, options.out / name)) is not None
+        "sizes": {name: found for name, found in sizes.items() if found is not None},
+        "unfinished": {
+            name: losses
+            for name, found in sizes.items()
+            if found is None and (losses := static_losses(options.out / name))
         },
     }
     print(json.dumps(result, indent=1))
@@ -426,23 +428,27 @@ def trained(
     }
 
 
+def static_losses(folder: Path) -> dict[float, float]:
+    """Return the final eval losses of the static runs that are there, by LR."""
+    runs = {float(file.stem.split("-", 1)[1]): read(file) for file in folder.glob("static-*.json")}
+    return {rate: runs[rate]["loss_after"] for rate in sorted(runs)}
+
+
 def summary(steps: int, folder: Path) -> dict[str, Any] | None:
     """Return tuned against found of a piece whose runs are all there."""
-    static = {float(f.stem.split("-", 1)[1]): read(f) for f in folder.glob("static-*.json")}
+    losses = static_losses(folder)
     ours = read(folder / f"default-{atlas.UNTOUCHED:g}.json")
-    if ours is None or atlas.UNTOUCHED not in static:
+    if ours is None or atlas.UNTOUCHED not in losses:
         return None
-    losses = {rate: static[rate]["loss_after"] for rate in sorted(static)}
-    best = min(losses.values())
     return {
         "steps": steps,
         "parameters": ours["parameters"],
         "passes": round(ours["passes"], 3),
         "tuned": tuned_lr(losses),
         "found": ours["found"],
-        "losses": {f"{rate:g}": loss for rate, loss in losses.items()},
+        "losses": losses,
         "loss": {"untouched": losses[atlas.UNTOUCHED], "ours": ours["loss_after"]},
-        "excess": excess(ours["loss_after"], ours["loss_before"], best),
+        "excess": excess(ours["loss_after"], ours["loss_before"], min(losses.values())),
     }
 
 
