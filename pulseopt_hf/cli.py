@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from pulseopt_hf import __version__
@@ -106,8 +107,10 @@ def _list(words: list[str]) -> int:
         model = recipe.get("model_name_or_path") or f"new {recipe.get('model_type')}"
         shown = (recipe.get("task"), model, recipe.get("expected_time"))
         rows.append((name, *(str(x or "-") for x in (*shown, recipe.get("expected_score")))))
-    for line in aligned(rows):
-        print(line)
+    head, *lines = aligned(rows)
+    print(head)
+    for _, group in groupby(lines, lambda line: line.split("/")[0]):
+        print("", *group, sep="\n")
     print(f"\nlaunch profiles for `accelerate launch`: {', '.join(catalogue.profiles())}")
     return DONE
 
@@ -159,7 +162,8 @@ def _train(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         from pulseopt_hf.recipes.parsing import recipe_parser
 
-        parser.epilog = recipe_parser().format_help()
+        recipe = {} if words[0].startswith("-") else read_yaml(catalogue.find(words[0]))
+        parser.epilog = recipe_parser(recipe.get("task")).format_help()
     options, keys = parser.parse_recipe(words)
     if options.resume and options.overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")

@@ -18,7 +18,7 @@ from pulseopt_hf import AEES, PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.parsing import recipe_parser, resolve
+from pulseopt_hf.recipes.parsing import resolve
 
 FEW, MANY = 1_200, 110_000
 SETTINGS: dict[str, Any] = {
@@ -225,12 +225,11 @@ def throw_recipes(count: int, seed: int, folder: Path) -> dict[str, int]:
     rng = random.Random(seed)
     recipes = [catalogue.find(name).read_text() for name in ("glue/sst2", "quickstart/lm")]
     file = folder / "recipe.yaml"
-    parser = recipe_parser()
     seen = {"loaded": 0, "refused": 0}
     for _ in range(count):
         file.write_bytes(yaml_text(rng, rng.choice(recipes)))
         try:
-            resolve(str(file), ["--use_cpu", "--output_dir", str(folder)], parser)
+            resolve(str(file), ["--use_cpu", "--output_dir", str(folder)])
         except UsageError:
             seen["refused"] += 1
         else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pulseopt_hf.recipes import models
-from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.keys import TRL_TASKS, RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split
-from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq
+from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq, trl
 from pulseopt_hf.recipes.tasks.task import Task
 
 _TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split]], Task]] = {
@@ -17,6 +17,7 @@ _TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split
     "masked-lm": language.prepare,
     "seq2seq": seq2seq.prepare,
     "image-classification": images.prepare,
+    **dict.fromkeys(TRL_TASKS, trl.prepare),
 }
 
 
@@ -27,7 +28,8 @@ def prepare(
     task = _TASKS[recipe.task](recipe, training, splits)
     for split in splits:
         task.sets[split.role].append(task.examples(split))
-    task.model = models.load_model(recipe, task.config)
+    if task.model is None:
+        task.model = models.load_model(recipe, task.config)
     return task
 
 
