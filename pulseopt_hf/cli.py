@@ -19,7 +19,7 @@ from pathlib import Path
 from pulseopt_hf import __version__
 from pulseopt_hf.command_line import COMMANDS, Parser, aligned
 from pulseopt_hf.errors import UsageError, nearest, one_line
-from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.recipes import catalogue, launching
 from pulseopt_hf.recipes.yaml_file import read_yaml
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A character that the terminal's encoding lacks must not end a command.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _run([word for word in words if word != "--debug"])
+        return _run([word for word in words if word != "--debug"], debug)
     except BrokenPipeError:
         # The reader has left, as `head` does; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,7 +72,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], debug: bool) -> int:
     parser = argparse.ArgumentParser(
         prog="pulseopt-hf",
         description="Fine-tune with Transformers from a recipe, with a calibrated learning rate.",
@@ -94,8 +94,10 @@ def _run(words: list[str]) -> int:
         parser.print_help()
         return BAD_USAGE
     own = {"list": _list, "show": _show, "cp": _cp}
-    own |= {"validate": _validate, "train": _train, "find-lr": _find_lr}
+    own |= {"validate": _validate, "find-lr": _find_lr}
     name = options.command
+    if name == "train":
+        return _train(rest, debug)
     return own[name](rest) if name in own else _show_runs(name, rest)
 
 
@@ -151,7 +153,7 @@ def _validate(words: list[str]) -> int:
     return DONE
 
 
-def _train(words: list[str]) -> int:
+def _train(words: list[str], debug: bool) -> int:
     parser = Parser("train", takes_recipe=True)
     for flag, about in (
         ("--resume", "continue from the last whole checkpoint in the run folder"),
@@ -159,6 +161,7 @@ def _train(words: list[str]) -> int:
         ("--quiet", "print errors only"),
     ):
         parser.add_argument(flag, action="store_true", help=about)
+    launching.add_options(parser)
     if {"-h", "--help"} & set(words):
         from pulseopt_hf.recipes.parsing import recipe_parser
 
@@ -168,6 +171,9 @@ def _train(words: list[str]) -> int:
     if options.resume and options.overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")
     catalogue.find(options.recipe)
+    launched = launching.launch(options, ["train", *words] + ["--debug"] * debug)
+    if launched is not None:
+        return launched
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import run
 
