@@ -113,7 +113,8 @@ def _list(words: list[str]) -> int:
     print(head)
     for _, group in groupby(lines, lambda line: line.split("/")[0]):
         print("", *group, sep="\n")
-    print(f"\nlaunch profiles for `accelerate launch`: {', '.join(catalogue.profiles())}")
+    print(f"\nlaunch profiles for `--accelerate_config`: {', '.join(catalogue.profiles())}")
+    print(f"several nodes of Slurm: {catalogue.SLURM}")
     return DONE
 
 

@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from pulseopt_hf.cli import main
+from tests.engines.ranks import free_port
 from tests.recipes.tiny import files_of
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +147,38 @@ def test_the_fsdp2_profile_shards_the_model(work: Path, monkeypatch: pytest.Monk
     assert done.returncode == 0, done.stderr
     assert record(work)["processes"] == 2
     assert (work / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.distributed
+def test_the_script_for_slurm_trains_on_two_nodes(words: list[str], work: Path) -> None:
+    """Slurm's own commands do here what they do there, on one machine: one launch for each node."""
+    commands = {
+        "srun": 'for id in 0 1; do SLURM_NODEID=$id "$@" & done; wait -n && wait -n',
+        "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && echo 127.0.0.1 && echo node2',
+        "pulseopt-hf": f'exec {shlex.join(ALONE)} "$@"',
+    }
+    path = work.parent / "bin"
+    path.mkdir()
+    for name, body in commands.items():
+        (path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (path / name).chmod(0o755)
+    assert main(["cp", "launch/slurm.sh", "slurm.sh"]) == 0
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    slurm |= {"SLURM_JOB_ID": "7", "MAIN_PORT": str(free_port())}
+    subprocess.run(["bash", "-n", "slurm.sh"], check=True)
+    done = subprocess.run(
+        ["bash", "slurm.sh", *words[1:], "--max_steps", "10"],
+        env={**HERE, **slurm, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("episode   1 ") == 1
+    assert record(work)["processes"] == 2
+    ran: Any = record(work)["command"]
+    assert ran[ran.index("--machine_rank") + 1] == "0", "the record is of the first node"
+    assert ran[ran.index("--num_machines") + 1] == "2"
 
 
 def test_a_profile_that_is_not_there_is_refused(

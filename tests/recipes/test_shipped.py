@@ -115,8 +115,8 @@ def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
             archive.read(name).decode() for name in archive.namelist() if "entry_points" in name
         )
     library = installed / "pulseopt_hf" / "recipes" / "library"
-    assert sorted(p.relative_to(library) for p in library.rglob("*.yaml")) == sorted(
-        p.relative_to(ROOT / "recipes") for p in FILES
+    assert sorted(p.relative_to(library) for p in library.rglob("*.*")) == sorted(
+        p.relative_to(ROOT / "recipes") for p in [*FILES, catalogue.find(catalogue.SLURM)]
     )
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pulseopt_hf", "show", "glue/sst2"],
