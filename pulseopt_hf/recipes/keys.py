@@ -245,6 +245,9 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
                 f"`reward_funcs`: there is no `{name}`{nearest(name, REWARDS) or '.'} There are "
                 f"{', '.join(REWARDS)}; or name a function of yours as `rewards.py:{name}`."
             )
+    for key in ("trust_remote_code", "allow_all_kernels"):  # of Transformers: run code of the hub's
+        if key in (given.get("model_init_kwargs") or ()):
+            yield f"`model_init_kwargs` must not hold `{key}`; leave it out."
     yield from _problems_of_trackers(given.get("report_to") or [])
 
 

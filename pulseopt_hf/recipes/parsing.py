@@ -48,12 +48,10 @@ class RecipeParser(HfArgumentParser):
     """A parser of all keys of a task's recipes, which raises instead of exiting.
 
     Attributes:
-        classes: what the recipe's own keys and Trainer's are built into.
-        keys: the keys of each.
+        keys: the recipe's own and Trainer's, by the class that they are built into.
         mappings: the keys whose values may be mappings.
     """
 
-    classes: tuple[type[RecipeArguments], type[RecipeTrainingArguments]]
     keys: dict[type, list[str]]
     mappings: set[str]
 
@@ -81,7 +79,6 @@ def recipe_parser(task: str | None = None) -> RecipeParser:
     )
     parser._optionals.title = "keys of a recipe"
     parser._negative_number_matcher = ONE_DASH
-    parser.classes = classes
     parser.keys = {
         cls: [field.name for field in dataclasses.fields(cls) if field.init] for cls in classes
     }
@@ -125,8 +122,7 @@ def resolve(name: str, options: Sequence[str]) -> Resolved:
     path = catalogue.find(name)
     if name in catalogue.profiles():
         raise UsageError(
-            f"`{name}` is a launch profile. Copy it with `pulseopt-hf cp {name} FILE`, and use it "
-            "with `accelerate launch --config_file FILE`."
+            f"`{name}` is a launch profile: train a recipe with `--accelerate_config {name}`."
         )
     content = read_yaml(path)
     parser = recipe_parser(_task(content, options))

@@ -46,7 +46,11 @@ def prepare(resolved: Resolved) -> tasks.Task:
     recipe, training = resolved.recipe, resolved.training
     set_seed(training.seed)
     with training.main_process_first(desc="data"):
-        return tasks.prepare(recipe, training, splits.load(recipe, training))
+        task = tasks.prepare(recipe, training, splits.load(recipe, training))
+    if task.model is None:
+        # By all ranks at once: under ZeRO-3 they divide its weights as it is made.
+        task.model = models.load_model(recipe, task.config)
+    return task
 
 
 def make_trainer(resolved: Resolved, task: tasks.Task, write: Lines) -> PulseOptTrainer:

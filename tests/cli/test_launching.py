@@ -150,6 +150,21 @@ def test_the_fsdp2_profile_shards_the_model(work: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
+def test_the_zero3_profile_divides_the_model_as_it_is_made(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks make it at once; one after the other, they would wait for each other for good."""
+    pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
+    monkeypatch.setitem(HERE, "DS_ACCELERATOR", "cpu")
+    given = ["train", "quickstart/lm", "--use_cpu", "--output_dir", "run", "--max_steps", "10"]
+    given += ["--accelerate_config", "zero3", "--bf16", "true", "--num_processes", "2"]
+    done = command(*given, "--main_process_port", str(free_port()))
+    assert done.returncode == 0, done.stderr
+    assert record(work)["processes"] == 2
+
+
+@pytest.mark.distributed
 def test_the_script_for_slurm_trains_on_two_nodes(words: list[str], work: Path) -> None:
     """Slurm's own commands do here what they do there, on one machine: one launch for each node."""
     commands = {

@@ -116,6 +116,14 @@ def test_sft_trains_lora_on_the_packed_words_of_the_assistant_and_resumes(
     check_resumes("trl/sft", words, run)
 
 
+def test_find_lr_finds_one_for_sft(
+    chat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in options("sft", chat, tmp_path) if word != "--quiet"]
+    assert main(["find-lr", "trl/sft", *words]) == 0
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
+
+
 def test_dpo_learns_a_preference_at_the_learning_rate_that_is_set_and_resumes(
     chat: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
@@ -181,6 +189,7 @@ def test_grpo_is_rewarded_by_a_function_of_a_file_and_resumes(
         ("dpo", ["--do_train", "false"], "`do_train: false` cannot be used with `task: dpo`"),
         ("dpo", ["--num_generations", "4"], "unknown option `--num_generations`"),
         ("sft", ["--eos_token", "stop"], "`task: sft`: The specified `eos_token` ('stop') is not"),
+        ("sft", ["--model_init_kwargs", '{"trust_remote_code": true}'], "must not hold `trust_"),
         ("reward", ["--reward_funcs", "a.b"], "`reward_funcs` cannot be used with `task: reward`"),
         ("grpo", ["--reward_funcs", "think_format"], "did you mean `think_format_reward`?"),
         ("grpo", ["--reward_funcs", "gone.py:f"], "`gone.py:f` could not be loaded"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pulseopt_hf.recipes import models
 from pulseopt_hf.recipes.keys import TRL_TASKS, RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split
 from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq, trl
@@ -24,12 +23,10 @@ _TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split
 def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
 ) -> Task:
-    """Check the rows, make examples of them, and load the model, in this order."""
+    """Check the rows and make examples of them; loading the model is left to the caller."""
     task = _TASKS[recipe.task](recipe, training, splits)
     for split in splits:
         task.sets[split.role].append(task.examples(split))
-    if task.model is None:
-        task.model = models.load_model(recipe, task.config)
     return task
 
 
