@@ -13,12 +13,13 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from pulseopt_hf import __version__
 from pulseopt_hf.command_line import COMMANDS, Parser, aligned
 from pulseopt_hf.errors import UsageError, nearest, one_line
-from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.recipes import catalogue, launching
 from pulseopt_hf.recipes.yaml_file import read_yaml
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A character that the terminal's encoding lacks must not end a command.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _run([word for word in words if word != "--debug"])
+        return _run([word for word in words if word != "--debug"], debug)
     except BrokenPipeError:
         # The reader has left, as `head` does; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,7 +72,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], debug: bool) -> int:
     parser = argparse.ArgumentParser(
         prog="pulseopt-hf",
         description="Fine-tune with Transformers from a recipe, with a calibrated learning rate.",
@@ -93,8 +94,10 @@ def _run(words: list[str]) -> int:
         parser.print_help()
         return BAD_USAGE
     own = {"list": _list, "show": _show, "cp": _cp}
-    own |= {"validate": _validate, "train": _train, "find-lr": _find_lr}
+    own |= {"validate": _validate, "find-lr": _find_lr}
     name = options.command
+    if name == "train":
+        return _train(rest, debug)
     return own[name](rest) if name in own else _show_runs(name, rest)
 
 
@@ -106,9 +109,12 @@ def _list(words: list[str]) -> int:
         model = recipe.get("model_name_or_path") or f"new {recipe.get('model_type')}"
         shown = (recipe.get("task"), model, recipe.get("expected_time"))
         rows.append((name, *(str(x or "-") for x in (*shown, recipe.get("expected_score")))))
-    for line in aligned(rows):
-        print(line)
-    print(f"\nlaunch profiles for `accelerate launch`: {', '.join(catalogue.profiles())}")
+    head, *lines = aligned(rows)
+    print(head)
+    for _, group in groupby(lines, lambda line: line.split("/")[0]):
+        print("", *group, sep="\n")
+    print(f"\nlaunch profiles for `--accelerate_config`: {', '.join(catalogue.profiles())}")
+    print(f"several nodes of Slurm: {catalogue.SLURM}")
     return DONE
 
 
@@ -148,7 +154,7 @@ def _validate(words: list[str]) -> int:
     return DONE
 
 
-def _train(words: list[str]) -> int:
+def _train(words: list[str], debug: bool) -> int:
     parser = Parser("train", takes_recipe=True)
     for flag, about in (
         ("--resume", "continue from the last whole checkpoint in the run folder"),
@@ -156,14 +162,19 @@ def _train(words: list[str]) -> int:
         ("--quiet", "print errors only"),
     ):
         parser.add_argument(flag, action="store_true", help=about)
+    launching.add_options(parser)
     if {"-h", "--help"} & set(words):
         from pulseopt_hf.recipes.parsing import recipe_parser
 
-        parser.epilog = recipe_parser().format_help()
+        recipe = {} if words[0].startswith("-") else read_yaml(catalogue.find(words[0]))
+        parser.epilog = recipe_parser(recipe.get("task")).format_help()
     options, keys = parser.parse_recipe(words)
     if options.resume and options.overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")
     catalogue.find(options.recipe)
+    launched = launching.launch(options, ["train", *words] + ["--debug"] * debug)
+    if launched is not None:
+        return launched
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import run
 

@@ -11,7 +11,7 @@ from pulseopt_hf.errors import UsageError
 
 COMMANDS = {
     "list": "list every recipe with its task, model, expected time and score",
-    "show": "print the YAML of a recipe or launch profile",
+    "show": "print a recipe or launch profile",
     "cp": "copy a recipe or launch profile, to edit the copy",
     "validate": "check a recipe, its local files and its model, and report every error",
     "train": "run a recipe",

@@ -8,6 +8,7 @@ from pulseopt_hf.errors import UsageError, nearest
 
 RECIPE = "recipe.yaml"  # in a run's folder
 LAUNCH = "launch/"  # the folder of Accelerate's launch profiles, which are not recipes
+SLURM = "launch/slurm.sh"
 
 
 def folder() -> Path:
@@ -23,20 +24,20 @@ def names() -> list[str]:
 
 def profiles() -> list[str]:
     """Return the names of all launch profiles, such as `launch/ddp`."""
-    return [name for name in _all() if name.startswith(LAUNCH)]
+    return [name for name in _all() if name.startswith(LAUNCH) and name != SLURM]
 
 
 def find(name: str) -> Path:
-    """Return the file of a recipe or launch profile.
+    """Return the file of a recipe, a launch profile or the script for Slurm.
 
     Args:
-        name: a name as `names()` and `profiles()` list it, or the path of a YAML file.
+        name: a name as `names()` and `profiles()` list it, `SLURM`, or the path of a YAML file.
 
     Raises:
         UsageError: there is none of that name.
     """
     if name in _all():
-        return folder() / f"{name}.yaml"
+        return _all()[name]
     path = Path(name)
     if path.is_file():
         return path
@@ -49,8 +50,8 @@ def find(name: str) -> Path:
     )
 
 
-def _all() -> list[str]:
+def _all() -> dict[str, Path]:
+    """Return every file by its name, which has an ending only if that is not `.yaml`."""
     root = folder()
-    return sorted(
-        file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml")
-    )
+    files = sorted(file for file in root.rglob("*") if file.suffix in (".yaml", ".sh"))
+    return {file.relative_to(root).as_posix().removesuffix(".yaml"): file for file in files}

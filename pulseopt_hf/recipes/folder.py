@@ -18,6 +18,7 @@ from pulseopt_hf.aees.run_record import FILE_NAME
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.files import write_whole
 from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.recipes.launching import is_launched
 from pulseopt_hf.recipes.parsing import Resolved, to_yaml_values
 from pulseopt_hf.recipes.yaml_file import read_yaml
 from pulseopt_hf.report.commands import PAGE, PICTURES
@@ -98,7 +99,7 @@ def _folder(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
 def command_to_go_on(path: Path, resolved: Resolved, command: Sequence[str]) -> str:
     """Return the command line that continues a run which this one started."""
     start = ["pulseopt-hf"]
-    if resolved.training.world_size > 1:
+    if resolved.training.world_size > 1 and not is_launched():
         start = ["accelerate", "launch", "...", "-m", "pulseopt_hf"]
     once = ("--overwrite", "--resume")
     words = [word for word in _without_secrets(command[1:]) if word not in once]

@@ -40,10 +40,16 @@ class Interruption(TrainerCallback):
         for kind, before in self._before.items():
             signal.signal(kind, before)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
+        if not self._asked:
+            self._write(
+                "Stopping after this step with a checkpoint; Ctrl-C once more stops at once."
+            )
         self._asked = True
-        self.__exit__()
-        self._write("Stopping after this step with a checkpoint; Ctrl-C once more stops at once.")
+        # SIGTERM may come twice, from a scheduler to all processes and from torchrun to its own.
+        for kind, before in self._before.items():
+            if signal.SIGINT in (kind, number):
+                signal.signal(kind, before)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

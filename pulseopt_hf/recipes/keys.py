@@ -21,13 +21,17 @@ from pulseopt_hf.errors import nearest
 from pulseopt_hf.trainer import PulseOptTrainingArguments
 
 _CLASS_METRICS = ("accuracy", "f1", "matthews")
-METRICS_OF_TASK = {
+# Tasks that TRL's Trainers do, and the first part of their names.
+TRL_TASKS = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "grpo": "GRPO"}
+REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # TRL's
+METRICS_OF_TASK: dict[str, tuple[str, ...]] = {
     "text-classification": _CLASS_METRICS,
     "text-regression": ("pearson", "spearman"),
     "causal-lm": ("perplexity",),
     "masked-lm": ("perplexity",),
     "seq2seq": ("rouge",),
     "image-classification": _CLASS_METRICS,
+    **dict.fromkeys(TRL_TASKS, ()),  # which measure by themselves
 }
 COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 
@@ -100,6 +104,12 @@ class RecipeArguments:
     mlm_probability: float = knob(0.15, "Share of tokens that a masked LM has to guess, in (0, 1).")
     max_target_length: int = knob(128, "Longest target text in tokens, >= 1, in seq2seq.")
     source_prefix: str = knob("", "Prefix of each source text, in seq2seq.")
+
+    reward_funcs: list[str] = knob(
+        [],
+        f"What `grpo` is rewarded by: {', '.join(REWARDS)}, a function as `package.module.name`, "
+        "or one in a local file as `rewards.py:name`.",
+    )
 
     metrics: list[str] = knob(
         [],
@@ -214,11 +224,14 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     task, is_new = recipe.task, recipe.model_type is not None
     if task not in METRICS_OF_TASK:
         yield f"`task` must be one of {', '.join(METRICS_OF_TASK)}, got {task!r}."
-    fitting = METRICS_OF_TASK.get(task, recipe.metrics)
+    fitting = METRICS_OF_TASK.get(task) or recipe.metrics
     for metric in recipe.metrics:
         if metric not in fitting:
             yield f"`metrics` of `{task}` are {', '.join(fitting)}, got {metric!r}."
-    if (recipe.model_name_or_path is None) != is_new:
+    if task in TRL_TASKS:
+        if recipe.model_name_or_path is None:
+            yield f"`model_name_or_path` must be set in `{task}`: it trains a pretrained model."
+    elif (recipe.model_name_or_path is None) != is_new:
         yield "Set one of `model_name_or_path` (pretrained) and `model_type` (a new model)."
     if not isinstance(recipe.model_config, dict | None):
         yield f"`model_config` must be a mapping, got {recipe.model_config!r}."
@@ -240,10 +253,25 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     for key, is_set, tasks in (
         ("lora_r", recipe.lora_r is not None, ("masked-lm", "image-classification")),
         ("class_names", bool(recipe.class_names), ("text-regression",)),
-        ("do_predict", predicts, ("causal-lm", "masked-lm")),
+        ("do_predict", predicts, ("causal-lm", "masked-lm", *TRL_TASKS)),
+        ("do_train: false", given.get("do_train") is False, TRL_TASKS),
+        ("metrics", bool(recipe.metrics), TRL_TASKS),
+        ("model_type", is_new, TRL_TASKS),
+        ("reward_funcs", bool(recipe.reward_funcs), {*METRICS_OF_TASK} - {"grpo"}),
     ):
         if is_set and task in tasks:
             yield f"`{key}` cannot be used with `task: {task}`; leave it out."
+    if task == "grpo" and not recipe.reward_funcs:
+        yield f"`reward_funcs` must be set in `grpo`, such as `reward_funcs: [{REWARDS[0]}]`."
+    for name in recipe.reward_funcs:
+        if name not in REWARDS and not {".", ":"} & set(name):
+            yield (
+                f"`reward_funcs`: there is no `{name}`{nearest(name, REWARDS) or '.'} There are "
+                f"{', '.join(REWARDS)}; or name a function of yours as `rewards.py:{name}`."
+            )
+    for key in ("trust_remote_code", "allow_all_kernels"):  # of Transformers: run code of the hub's
+        if key in (given.get("model_init_kwargs") or ()):
+            yield f"`model_init_kwargs` must not hold `{key}`; leave it out."
     yield from _problems_of_trackers(given.get("report_to") or [])
 
 

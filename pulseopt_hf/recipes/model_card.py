@@ -15,7 +15,8 @@ from pulseopt_hf.trainer.card import TAGS, table
 _PIPELINE = {
     "text-classification": "text-classification",
     "text-regression": "text-classification",
-    "causal-lm": "text-generation",
+    **dict.fromkeys(("causal-lm", "sft", "dpo", "grpo"), "text-generation"),
+    "reward": "text-classification",
     "masked-lm": "fill-mask",
     "image-classification": "image-classification",
 }

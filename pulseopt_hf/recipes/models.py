@@ -18,14 +18,17 @@ from pulseopt_hf.recipes.keys import RecipeArguments
 from pulseopt_hf.recipes.problems import usage_error
 
 _SEQUENCES = ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS")
+_CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM")
 # Of each task: Transformers' class, its list of types that fit, and peft's name.
 _MODELS = {
     "text-classification": _SEQUENCES,
     "text-regression": _SEQUENCES,
-    "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM"),
+    "causal-lm": _CAUSAL,
     "masked-lm": ("AutoModelForMaskedLM", "MASKED_LM", ""),
     "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQ_2_SEQ_LM"),
     "image-classification": ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", ""),
+    **dict.fromkeys(("sft", "dpo", "grpo"), _CAUSAL),
+    "reward": _SEQUENCES,
 }
 
 
@@ -66,7 +69,7 @@ def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
             f"`model_name_or_path`: {folder} could not be loaded from a folder, the hub or its "
             "local cache"
         ):
-            config = AutoConfig.from_pretrained(folder, **_source(recipe), **settings)
+            config = AutoConfig.from_pretrained(folder, **source(recipe), **settings)
     _check_fits(recipe, config)
     return config
 
@@ -79,8 +82,36 @@ def load_model(recipe: RecipeArguments, config: Any) -> Any:
         model = auto.from_config(config)
     else:
         with usage_error(f"`model_name_or_path`: {folder}", OSError):
-            model = auto.from_pretrained(folder, config=config, **_source(recipe))
-    return model if recipe.lora_r is None else _with_lora(recipe, model)
+            model = auto.from_pretrained(folder, config=config, **source(recipe))
+    lora = lora_config(recipe)
+    if lora is None:
+        return model
+    from peft import get_peft_model
+
+    with usage_error("`lora_target_modules`", ValueError):
+        return get_peft_model(model, lora)
+
+
+def lora_config(recipe: RecipeArguments) -> Any:
+    """Return peft's configuration of a recipe's LoRA, or `None` where it has none."""
+    if recipe.lora_r is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UsageError("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`.") from error
+    return LoraConfig(
+        task_type=_MODELS[recipe.task][2],
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules or None,
+    )
+
+
+def source(recipe: RecipeArguments) -> dict[str, Any]:
+    """Return the revision of a model to load, and whether its own code may run."""
+    return {"revision": recipe.model_revision, "trust_remote_code": recipe.trust_remote_code}
 
 
 def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
@@ -90,7 +121,7 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
         return embedded.train_tokenizer()
     key = "tokenizer_name" if recipe.tokenizer_name else "model_name_or_path"
     with usage_error(f"`{key}`: {name} has no tokenizer that could be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **_source(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(name, **source(recipe))
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
             raise UsageError(f"`pad_token`: {recipe.pad_token!r} is not a token of {name}.")
@@ -132,10 +163,6 @@ def need_length(key: str, length: int, tokenizer: PreTrainedTokenizerBase, confi
         raise UsageError(f"`{key}` must be at most {most} for this model, got {length}.")
 
 
-def _source(recipe: RecipeArguments) -> dict[str, Any]:
-    return {"revision": recipe.model_revision, "trust_remote_code": recipe.trust_remote_code}
-
-
 def _check_fits(recipe: RecipeArguments, config: Any) -> None:
     fitting = getattr(modeling_auto, f"MODEL_FOR_{_MODELS[recipe.task][1]}_MAPPING_NAMES")
     kind = config.model_type
@@ -155,19 +182,3 @@ def _check_fits(recipe: RecipeArguments, config: Any) -> None:
             f"`task: causal-lm` does not fit the encoder `{kind}`, which sees the words that it is "
             "to predict; use `task: masked-lm`."
         )
-
-
-def _with_lora(recipe: RecipeArguments, model: Any) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`.") from error
-    config = LoraConfig(
-        task_type=_MODELS[recipe.task][2],
-        r=int(recipe.lora_r or 0),
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.lora_target_modules or None,
-    )
-    with usage_error("`lora_target_modules`", ValueError):
-        return get_peft_model(model, config)

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,18 +21,14 @@ from pulseopt_hf.errors import UsageError, nearest, one_line
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
+    METRICS_OF_TASK,
+    TRL_TASKS,
     RecipeArguments,
     RecipeTrainingArguments,
     problems,
 )
 from pulseopt_hf.recipes.yaml_file import read_yaml
 
-_CLASSES = (RecipeArguments, RecipeTrainingArguments)
-_KEYS = {cls: [field.name for field in dataclasses.fields(cls) if field.init] for cls in _CLASSES}
-KEYS = [key for keys in _KEYS.values() for key in keys]
-_MAPPINGS = {
-    key for cls in _CLASSES for key, kind in get_type_hints(cls).items() if "dict" in str(kind)
-}
 # Keys whose defaults are Trainer's and may change with its releases.
 _PINNED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
@@ -42,14 +40,37 @@ _PINNED = (
 _NOT_OF_A_RUN = {*COMMAND_LINE_ONLY, "expected_time", "expected_score", "output_dir"}
 _PATHS = (
     *("train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name"),
-    *("deepspeed", "fsdp_config"),
+    *("deepspeed", "fsdp_config", "chat_template_path", "reward_funcs"),
 )
 
 
-def recipe_parser() -> HfArgumentParser:
-    """Return a parser of all keys of a recipe, which raises instead of exiting."""
-    classes: Any = _CLASSES  # upstream's type variable fits no class at all
-    parser = HfArgumentParser(
+class RecipeParser(HfArgumentParser):
+    """A parser of all keys of a task's recipes, which raises instead of exiting.
+
+    Attributes:
+        keys: the recipe's own and Trainer's, by the class that they are built into.
+        mappings: the keys whose values may be mappings.
+    """
+
+    keys: dict[type, list[str]]
+    mappings: set[str]
+
+
+@cache
+def recipe_parser(task: str | None = None) -> RecipeParser:
+    """Return the parser of a task's recipes.
+
+    Raises:
+        UsageError: the task needs TRL, which is not installed.
+    """
+    classes: Any = (RecipeArguments, RecipeTrainingArguments)
+    if task in TRL_TASKS:
+        try:
+            from pulseopt_hf.recipes import trl_keys
+        except ImportError as error:
+            raise UsageError(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`.") from error
+        classes = trl_keys.CLASSES[task]
+    parser = RecipeParser(
         classes,
         usage=argparse.SUPPRESS,  # it would list every key
         add_help=False,
@@ -58,6 +79,12 @@ def recipe_parser() -> HfArgumentParser:
     )
     parser._optionals.title = "keys of a recipe"
     parser._negative_number_matcher = ONE_DASH
+    parser.keys = {
+        cls: [field.name for field in dataclasses.fields(cls) if field.init] for cls in classes
+    }
+    parser.mappings = {
+        key for cls in classes for key, kind in get_type_hints(cls).items() if "dict" in str(kind)
+    }
     return parser
 
 
@@ -82,13 +109,12 @@ class Resolved:
     said: frozenset[str]
 
 
-def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None = None) -> Resolved:
+def resolve(name: str, options: Sequence[str]) -> Resolved:
     """Read a recipe, override it by the command line, and check the result.
 
     Args:
         name: a shipped recipe's name or a file's path.
         options: the command line's `--key value` words.
-        parser: a `recipe_parser()`, to save its construction.
 
     Raises:
         UsageError: with a line for everything that is wrong, not only the first.
@@ -96,16 +122,16 @@ def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None =
     path = catalogue.find(name)
     if name in catalogue.profiles():
         raise UsageError(
-            f"`{name}` is a launch profile. Copy it with `pulseopt-hf cp {name} FILE`, and use it "
-            "with `accelerate launch --config_file FILE`."
+            f"`{name}` is a launch profile: train a recipe with `--accelerate_config {name}`."
         )
-    parser = parser or recipe_parser()
+    content = read_yaml(path)
+    parser = recipe_parser(_task(content, options))
     wrong: list[str] = []
-    in_file = _from_yaml(path, parser, wrong)
+    in_file = _from_yaml(content, parser, wrong)
     said = _from_command_line(options, parser, wrong)
     given = {**in_file, **said}  # what the command line sets may be wrong in the file
     built: list[Any] = []
-    for cls, keys in _KEYS.items():
+    for cls, keys in parser.keys.items():
         try:
             # Trainer's arguments write into the mappings that they are given.
             built.append(cls(**{key: copy.deepcopy(given[key]) for key in keys if key in given}))
@@ -119,16 +145,30 @@ def resolve(name: str, options: Sequence[str], parser: HfArgumentParser | None =
     if wrong:
         raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(wrong)))
     recipe, training = built
+    for field in dataclasses.fields(recipe):
+        if not field.init:  # a key of both, which is TRL's
+            setattr(recipe, field.name, getattr(training, field.name))
     if "output_dir" not in given:
         training.output_dir = None
     return Resolved(name, path, recipe, training, given, frozenset(said))
 
 
-def _from_yaml(path: Path, parser: HfArgumentParser, wrong: list[str]) -> dict[str, Any]:
-    values = {}
-    for key, value in read_yaml(path).items():
-        if key not in KEYS:
-            wrong.append(f"unknown recipe key `{key}`{nearest(key, KEYS) or '.'}")
+def _task(content: dict[str, Any], options: Sequence[str]) -> str | None:
+    """Return the task of a recipe, on which its keys depend, if it is one of those there are."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--task", default=content.get("task"))
+    try:
+        task = first.parse_known_args(options)[0].task
+    except argparse.ArgumentError:  # which the whole parser tells
+        return None
+    return task if task in tuple(METRICS_OF_TASK) else None
+
+
+def _from_yaml(content: dict[str, Any], parser: RecipeParser, wrong: list[str]) -> dict[str, Any]:
+    values, keys = {}, [*chain(*parser.keys.values())]
+    for key, value in content.items():
+        if key not in keys:
+            wrong.append(f"unknown recipe key `{key}`{nearest(key, keys) or '.'}")
         elif key in COMMAND_LINE_ONLY and value not in (None, False):
             wrong.append(f"`{key}` can be set on the command line only; leave the line out.")
         else:
@@ -139,10 +179,10 @@ def _from_yaml(path: Path, parser: HfArgumentParser, wrong: list[str]) -> dict[s
     return values
 
 
-def _converted(key: str, value: Any, parser: HfArgumentParser) -> Any:
+def _converted(key: str, value: Any, parser: RecipeParser) -> Any:
     """Turn a value as YAML gives it into what the key's option makes of it."""
     action = parser._option_string_actions[f"--{key}"]
-    if isinstance(value, dict) and key in _MAPPINGS:
+    if isinstance(value, dict) and key in parser.mappings:
         return value
     if value in (None, []) and value == action.default:
         return value
@@ -168,10 +208,10 @@ def _converted(key: str, value: Any, parser: HfArgumentParser) -> Any:
 
 
 def _from_command_line(
-    options: Sequence[str], parser: HfArgumentParser, wrong: list[str]
+    options: Sequence[str], parser: RecipeParser, wrong: list[str]
 ) -> dict[str, Any]:
     unset = object()
-    namespace = argparse.Namespace(**dict.fromkeys(KEYS, unset))
+    namespace = argparse.Namespace(**dict.fromkeys(chain(*parser.keys.values()), unset))
     try:
         _, unknown = parser.parse_known_args(options, namespace)
     except argparse.ArgumentError as error:
@@ -206,6 +246,9 @@ def _plain(key: str, value: Any) -> Any:
         return [_plain(key, item) for item in value]
     if isinstance(value, Enum):
         return value.value
-    if key in _PATHS and isinstance(value, str) and Path(value).exists():
-        return str(Path(value).resolve())
+    if key in _PATHS and isinstance(value, str):
+        # A function of a file is `FILE:NAME`.
+        file, *name = value.rsplit(":", 1) if key == "reward_funcs" else [value]
+        if Path(file).exists():
+            return ":".join([str(Path(file).resolve()), *name])
     return value

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from pulseopt_hf import PulseOptSeq2SeqTrainer, PulseOptTrainer
+from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
@@ -46,22 +46,16 @@ def prepare(resolved: Resolved) -> tasks.Task:
     recipe, training = resolved.recipe, resolved.training
     set_seed(training.seed)
     with training.main_process_first(desc="data"):
-        return tasks.prepare(recipe, training, splits.load(recipe, training))
+        task = tasks.prepare(recipe, training, splits.load(recipe, training))
+    if task.model is None:
+        # By all ranks at once: under ZeRO-3 they divide its weights as it is made.
+        task.model = models.load_model(recipe, task.config)
+    return task
 
 
 def make_trainer(resolved: Resolved, task: tasks.Task, write: Lines) -> PulseOptTrainer:
     """Build the Trainer of a recipe, with callbacks that report its progress."""
-    cls: Any = PulseOptSeq2SeqTrainer if resolved.recipe.task == "seq2seq" else PulseOptTrainer
-    trainer: PulseOptTrainer = cls(
-        task.model,
-        resolved.training,
-        data_collator=task.collator(task.model),
-        train_dataset=next(iter(task.sets["train"]), None),
-        eval_dataset=next(iter(task.sets["validation"]), None),
-        processing_class=task.processing_class,
-        compute_metrics=task.compute_metrics,
-        preprocess_logits_for_metrics=task.preprocess_logits,
-    )
+    trainer = task.make_trainer(resolved.training)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not resolved.training.disable_tqdm:
@@ -114,12 +108,12 @@ def run(
     training.output_dir = str(path)
     task = prepare(resolved)
     _check_episode_length(resolved, task)
+    trainer = make_trainer(resolved, task, write)
     if training.process_index == 0:
         if overwrite:
             folder.clear(path)
         folder.write_start(path, resolved, command, checkpoint)
         write.file = path / folder.LOG
-    trainer = make_trainer(resolved, task, write)
     if training.do_train and not _train(trainer, checkpoint, write):
         step = trainer.state.global_step
         return (
@@ -143,8 +137,8 @@ def _check_episode_length(resolved: Resolved, task: tasks.Task) -> None:
     """Refuse an episode that is longer than the run before anything is written."""
     training = resolved.training
     length, steps = training.episode_length, training.max_steps
-    if not training.do_train or length is None:
-        return
+    if not training.do_train or length is None or resolved.recipe.task == "grpo":
+        return  # `grpo` takes several completions of each row
     if steps < 0:
         batch = training.train_batch_size * training.world_size
         batches = math.ceil(len(task.sets["train"][0]) / batch)

@@ -56,7 +56,12 @@ def test_list_and_show_load_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["recipe", "task", "model", "time", "score"]
-    assert [line.split()[0] for line in lines[1 : len(catalogue.names()) + 1]] == catalogue.names()
+    groups = done.stdout.split("\n\nlaunch profiles")[0].split("\n\n")[1:]
+    listed = [[line.split()[0] for line in group.splitlines()] for group in groups]
+    assert [name for group in listed for name in group] == catalogue.names()
+    assert [{name.split("/")[0] for name in group} for group in listed] == [
+        {folder.name} for folder in sorted(catalogue.folder().iterdir()) if folder.name != "launch"
+    ]
     assert "accuracy 92.3" in next(line for line in lines if line.startswith("glue/sst2 "))
     assert "# SST-2: is a sentence" in done.stdout
     assert lines[-1] == "set()"

@@ -13,6 +13,8 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from pulseopt_hf import cli
+from pulseopt_hf.command_line import Parser
+from pulseopt_hf.recipes import catalogue, launching
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -38,6 +40,10 @@ def check(words: list[str], folder: Path) -> None:
     """Run a command, or of one that trains or needs GPUs check all of its words."""
     if words[0] == "pulseopt-hf":
         assert run(words[1:]) == cli.DONE
+    elif words[0] == "sbatch":
+        script = words.index("slurm.sh")
+        assert (folder / words[script]).exists()
+        assert run(["train", *words[script + 1 :]]) == cli.DONE
     elif words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], check=True, cwd=ROOT, capture_output=True)
     elif words[0] in LAUNCHERS:
@@ -62,14 +68,20 @@ def check(words: list[str], folder: Path) -> None:
 def run(words: list[str]) -> int:
     if words[0] == "train" or words[:2] == ["find-lr", "my.yaml"]:
         # What they give, other tests show; the recipe's data is the hub's.
-        words = ["validate", *(w for w in words[1:] if w not in ("--resume", "--overwrite"))]
+        parser = Parser("train", takes_recipe=True)
+        launching.add_options(parser)
+        options, rest = parser.parse_known_args(words[1:])
+        profile = f"launch/{options.accelerate_config or 'ddp'}"
+        assert profile in catalogue.profiles()
+        rest = [word for word in rest if word not in ("--resume", "--overwrite")]
+        words = ["validate", options.recipe, *rest, "--use_cpu"]
     return cli.main(words)
 
 
 def test_there_are_commands_to_run() -> None:
     assert {len(PAGES[page]) for page in ("index.md", "method.md", "guarantees.md")} == {0}
-    assert len(PAGES["recipes.md"]) == 15
-    assert len(PAGES["launching.md"]) == 12
+    assert len(PAGES["recipes.md"]) == 17
+    assert len(PAGES["launching.md"]) == 20
     assert len(PAGES["report.md"]) == 5
 
 
@@ -79,8 +91,9 @@ def test_the_commands_of_a_page_are_right(
 ) -> None:
     """In their order and in one folder, as a reader would run them."""
     monkeypatch.chdir(tmp_path)
-    for name in ("train.csv", "validation.csv"):
-        Path(name).write_text("sentence,label\na good film,1\na bad film,0\n")
+    for name in ("train", "validation"):
+        Path(f"{name}.csv").write_text("sentence,label\na good film,1\na bad film,0\n")
+        Path(f"{name}.jsonl").write_text('{"text": "a good film"}\n')
     for words in PAGES[page]:
         if words[1] not in SEEN:
             check(words, tmp_path)

@@ -1,3 +1,3 @@
-from tests.recipes.tiny import bert, gpt2, t5
+from tests.recipes.tiny import bert, chat, gpt2, t5
 
-__all__ = ["bert", "gpt2", "t5"]
+__all__ = ["bert", "chat", "gpt2", "t5"]

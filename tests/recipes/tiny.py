@@ -14,6 +14,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -132,6 +134,32 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokens = {"pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
     config = T5Config(vocab_size=400, **sizes, **tokens)
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a one-layer Llama whose tokenizer has Qwen's markers of a chat."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = embedded.train_tokenizer(400)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 1024}
+    tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **tokens)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 

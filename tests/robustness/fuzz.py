@@ -23,7 +23,7 @@ from pulseopt_hf import AEES, newest_whole_checkpoint
 from pulseopt_hf.aees import Controller, StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.parsing import KEYS, recipe_parser, resolve
+from pulseopt_hf.recipes.parsing import recipe_parser, resolve
 
 LOADED, REFUSED = "loaded", "refused"
 Example = Callable[[random.Random], str]  # tries one, and returns which of the two it was
@@ -305,14 +305,13 @@ def recipes(folder: Path) -> Example:
     """Texts of recipes: spoiled lines, keys with values of another kind, and bytes."""
     texts = [catalogue.find(name).read_text() for name in ("glue/sst2", "quickstart/lm")]
     file = folder / "recipe.yaml"
-    parser = recipe_parser()
 
     def example(rng: random.Random) -> str:
         content = yaml_text(rng, rng.choice(texts))
         hypothesis.note(f"the recipe was {content!r}")
         file.write_bytes(content)
         try:
-            resolve(str(file), ["--use_cpu", "--output_dir", str(folder)], parser)
+            resolve(str(file), ["--use_cpu", "--output_dir", str(folder)])
         except UsageError as error:
             problems = error.problems
         else:
@@ -342,7 +341,8 @@ def yaml_text(rng: random.Random, recipe: str) -> bytes:
         if what < 6 and ":" in lines[index]:
             lines[index] = lines[index].split(":")[0] + ": " + value
         elif what < 14:
-            lines.append(f"{rng.choice(KEYS)}: {value}")
+            keys = [key for keys in recipe_parser().keys.values() for key in keys]
+            lines.append(f"{rng.choice(keys)}: {value}")
         elif what < 15:
             lines[index] = lines[index] * 2
         elif what < 17:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pulseopt_hf.recipes import models
-from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.keys import TRL_TASKS, RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split
-from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq
+from pulseopt_hf.recipes.tasks import classification, images, language, seq2seq, trl
 from pulseopt_hf.recipes.tasks.task import Task
 
 _TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split]], Task]] = {
@@ -17,17 +16,17 @@ _TASKS: dict[str, Callable[[RecipeArguments, RecipeTrainingArguments, list[Split
     "masked-lm": language.prepare,
     "seq2seq": seq2seq.prepare,
     "image-classification": images.prepare,
+    **dict.fromkeys(TRL_TASKS, trl.prepare),
 }
 
 
 def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
 ) -> Task:
-    """Check the rows, make examples of them, and load the model, in this order."""
+    """Check the rows and make examples of them; loading the model is left to the caller."""
     task = _TASKS[recipe.task](recipe, training, splits)
     for split in splits:
         task.sets[split.role].append(task.examples(split))
-    task.model = models.load_model(recipe, task.config)
     return task
 
 

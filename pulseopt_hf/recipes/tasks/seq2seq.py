@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
+from pulseopt_hf import PulseOptSeq2SeqTrainer
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split
@@ -64,6 +65,7 @@ def prepare(
         examples=examples,
         collator=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=compute_metrics if recipe.metrics else None,
+        trainer_class=PulseOptSeq2SeqTrainer,
         # One line per example: a newline would make two.
         to_lines=lambda ids: [" ".join(text.split()) for text in decode(ids)],
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from pulseopt_hf.recipes.keys import RecipeArguments
+from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import ROLES, Split
 
 
@@ -25,6 +26,7 @@ class Task:
         preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
         to_lines: turns the predictions for a test set into lines, one per example; `None` if the
             task predicts nothing.
+        trainer_class: the class of the Trainer.
         model: the model with its weights, once it is loaded.
         sets: the sets of examples of each role, once they are made.
     """
@@ -36,8 +38,23 @@ class Task:
     compute_metrics: Callable[[Any], dict[str, float]] | None
     preprocess_logits: Callable[[Any, Any], Any] | None = None
     to_lines: Callable[[Any], list[str]] | None = None
+    trainer_class: Any = PulseOptTrainer
     model: Any = None
     sets: dict[str, list[Dataset]] = field(default_factory=lambda: {role: [] for role in ROLES})
+
+    def make_trainer(self, training: RecipeTrainingArguments) -> PulseOptTrainer:
+        """Build the Trainer of the model, which evaluates on the first validation set."""
+        trainer: PulseOptTrainer = self.trainer_class(
+            self.model,
+            training,
+            data_collator=self.collator(self.model),
+            train_dataset=next(iter(self.sets["train"]), None),
+            eval_dataset=next(iter(self.sets["validation"]), None),
+            processing_class=self.processing_class,
+            compute_metrics=self.compute_metrics,
+            preprocess_logits_for_metrics=self.preprocess_logits,
+        )
+        return trainer
 
 
 def head_settings(recipe: RecipeArguments, names: list[str]) -> dict[str, Any]:

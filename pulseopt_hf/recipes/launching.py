@@ -1,0 +1,109 @@
+"""`pulseopt-hf train --accelerate_config`: the command starts itself in several processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from pulseopt_hf.errors import UsageError
+from pulseopt_hf.recipes import catalogue
+
+_MARK = "PULSEOPT_HF_LAUNCHED"  # set in the processes that a command has started
+_GRACE = 600  # seconds for the processes to end after a signal
+_OPTIONS = {  # of `accelerate launch`, each with its help
+    "num_processes": "processes on all machines; without a profile, that of `ddp` is used",
+    "num_machines": "machines; the same command is run on each",
+    "machine_rank": "number of this machine, from 0",
+    "main_process_ip": "address of machine 0",
+    "main_process_port": "free port of machine 0",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that launch."""
+    parser.add_argument(
+        "--accelerate_config",
+        metavar="PROFILE",
+        help="launch with a profile: a name from `list`, such as `fsdp2`, or Accelerate's YAML",
+    )
+    for name, about in _OPTIONS.items():
+        parser.add_argument(f"--{name}", metavar="X", help=about)
+
+
+def is_launched() -> bool:
+    """Whether this process is one of those that `launch` has started."""
+    return _MARK in os.environ
+
+
+def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
+    """Start this command in several processes, and wait for them.
+
+    Ctrl-C and SIGTERM reach each of them, which saves a checkpoint before it ends.
+
+    Args:
+        options: as parsed.
+        words: those of the command line from the command on; each process gets all of them.
+
+    Returns:
+        The exit code of the process that failed first, or 0; `None` where there is nothing to
+        launch.
+
+    Raises:
+        UsageError: there is no such profile, or another launcher has started this process.
+    """
+    given = {name: getattr(options, name) for name in _OPTIONS}
+    arguments = [w for name, x in given.items() if x is not None for w in (f"--{name}", x)]
+    if is_launched() or not (options.accelerate_config or arguments):
+        return None
+    if "RANK" in os.environ:
+        raise UsageError(
+            "`--accelerate_config` and `--num_processes` launch by themselves; leave them out, or "
+            "leave out `accelerate launch` or `torchrun`."
+        )
+    profile = _profile(options.accelerate_config or "ddp")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    module = ("--config_file", str(profile), *arguments, "-m", "pulseopt_hf", *words)
+    asked = launch_command_parser().parse_args(module)
+    # torchrun passes a signal on and waits; its 30 seconds are short for a large checkpoint. Where
+    # torch is too old for this, Accelerate leaves it out.
+    asked.shutdown_timeout = _GRACE
+    # A single process is reached by Ctrl-C without torchrun, and has to be waited for.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with patch_environment(**{_MARK: "1"}):
+            launch_command(asked)
+    except ChildFailedError as error:
+        return _code(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:
+        return _code(error.returncode)
+    except SignalException:
+        return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 0
+
+
+def _profile(name: str) -> Path:
+    """Return the file of a launch profile that ships, or of a user's own."""
+    shipped = f"{catalogue.LAUNCH}{name.removeprefix(catalogue.LAUNCH)}"
+    if shipped in catalogue.profiles():
+        return catalogue.find(shipped)
+    if Path(name).is_file():
+        return Path(name)
+    known = ", ".join(known.removeprefix(catalogue.LAUNCH) for known in catalogue.profiles())
+    raise UsageError(
+        f"`--accelerate_config`: there is no `{name}`; profiles are {known}, or name a file."
+    )
+
+
+def _code(code: int) -> int:
+    """Return a process's exit code, or 1 for one that a signal ended."""
+    return code if code > 0 else 1

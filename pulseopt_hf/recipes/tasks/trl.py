@@ -1,0 +1,122 @@
+"""Chat data, preferences and rewards, with TRL's Trainers. TRL is imported when it is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pulseopt_hf import PulseOptTrainer, with_pulseopt
+from pulseopt_hf.errors import UsageError
+from pulseopt_hf.recipes import models
+from pulseopt_hf.recipes.keys import (
+    REWARDS,
+    TRL_TASKS,
+    RecipeArguments,
+    RecipeTrainingArguments,
+)
+from pulseopt_hf.recipes.problems import Problems, usage_error
+from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.tasks.task import Task
+
+# The columns that each task reads, of which a split needs one set.
+_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sft": (("messages",), ("prompt", "completion"), ("conversations",), ("input_ids",)),
+    "dpo": (("chosen", "rejected"),),
+    "reward": (("chosen", "rejected"),),
+    "grpo": (("prompt",),),
+}
+
+
+@dataclass
+class TrlTask(Task):
+    """A task whose Trainer loads the model and makes the examples itself.
+
+    Attributes:
+        name: the task.
+        settings: further arguments of the Trainer.
+    """
+
+    name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def make_trainer(self, training: RecipeTrainingArguments) -> PulseOptTrainer:
+        """Build TRL's Trainer, and keep the examples that it makes of the rows."""
+        with usage_error(f"`task: {self.name}`", ValueError):
+            trainer: Any = self.trainer_class(
+                self.model,
+                args=training,
+                train_dataset=self.sets["train"][0],
+                eval_dataset={str(i): rows for i, rows in enumerate(self.sets["validation"])},
+                processing_class=self.processing_class,
+                **self.settings,
+            )
+        self.sets["train"] = [trainer.train_dataset]
+        self.sets["validation"] = list(trainer.eval_dataset.values())
+        trainer.eval_dataset = next(iter(self.sets["validation"]), None)
+        made: PulseOptTrainer = trainer
+        return made
+
+
+def prepare(
+    recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
+) -> Task:
+    """Prepare supervised fine-tuning, DPO, a reward model or GRPO."""
+    import trl
+
+    problems = Problems()
+    for split in splits:
+        with problems:
+            _need_columns(recipe.task, training, split)
+    problems.raise_any()
+    settings = {"peft_config": models.lora_config(recipe)}
+    if recipe.task == "grpo":
+        settings["reward_funcs"] = [_reward_function(name) for name in recipe.reward_funcs]
+    arguments: Any = training
+    arguments.model_init_kwargs = {**models.source(recipe), **(arguments.model_init_kwargs or {})}
+    return TrlTask(
+        config=models.load_config(recipe),
+        processing_class=models.load_tokenizer(recipe),
+        examples=lambda split: split.rows,
+        collator=lambda model: None,
+        compute_metrics=None,
+        trainer_class=with_pulseopt(getattr(trl, f"{TRL_TASKS[recipe.task]}Trainer")),
+        model=models.model_folder(recipe),
+        name=recipe.task,
+        settings=settings,
+    )
+
+
+def _need_columns(task: str, training: Any, split: Split) -> None:
+    choices = list(_COLUMNS[task])
+    if task == "sft":
+        choices.append((training.dataset_text_field,))
+    there = split.rows.column_names
+    if not any(set(choice) <= set(there) for choice in choices):
+        wanted = ", or ".join(" and ".join(f"`{name}`" for name in choice) for choice in choices)
+        raise UsageError(
+            f"{split.origin}: `task: {task}` reads {wanted}, and the columns are "
+            f"{', '.join(f'`{name}`' for name in there)}. Rename them."
+        )
+
+
+def _reward_function(name: str) -> Callable[..., Any]:
+    """Return one of TRL's functions, one of an installed package, or one of a local file."""
+    if name in REWARDS and "accuracy" in name and importlib.util.find_spec("math_verify") is None:
+        raise UsageError(f"`reward_funcs`: `{name}` needs `pip install 'pulseopt-hf[trl]'`.")
+    file, _, function = name.rpartition(":")
+    with usage_error(f"`reward_funcs`: `{name}` could not be loaded"):
+        if file.endswith(".py"):
+            spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            found = getattr(module, function)
+        else:
+            found = pkgutil.resolve_name(f"trl.rewards.{name}" if name in REWARDS else name)
+    if not callable(found):
+        raise UsageError(f"`reward_funcs`: `{name}` is not a function.")
+    loaded: Callable[..., Any] = found
+    return loaded

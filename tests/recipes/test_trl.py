@@ -1,0 +1,263 @@
+"""TRL's tasks as recipes, on local files, with a tiny model that knows a chat template."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import statistics
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pulseopt_hf import embedded
+from pulseopt_hf.cli import main
+from pulseopt_hf.recipes import running
+from pulseopt_hf.recipes.parsing import recipe_parser, resolve
+from tests.recipes.tiny import results
+
+trl = pytest.importorskip("trl", reason="install the extra `trl` to run these")
+
+STEPS = 60  # enough for a calibration
+SHORT = ["--use_cpu", "--quiet", "--bf16", "false", "--logging_steps", "1", "--save_steps", "30"]
+SHORT += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+SHORT += ["--max_steps", str(STEPS), "--learning_rate", "1e-3", "--eval_strategy", "no"]
+FEW = ["--num_generations", "4"]
+TEXTS = [text for text in embedded.sentences() if len(text) > 60][:200]
+
+
+def turns(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def rows(task: str) -> list[dict[str, Any]]:
+    """Return chats, or preferences for the true end of a sentence over the reversed one."""
+    ask = [turns("user", text[:20]) for text in TEXTS]
+    good = [turns("assistant", text[20:50]) for text in TEXTS]
+    bad = [turns("assistant", text[50:20:-1]) for text in TEXTS]
+    if task == "sft":
+        return [{"messages": a + g} for a, g in zip(ask, good, strict=True)]
+    return [
+        {"prompt": a, "chosen": g, "rejected": b} for a, g, b in zip(ask, good, bad, strict=True)
+    ]
+
+
+def options(task: str, model: str, folder: Path) -> list[str]:
+    """Write the files of a task, and return the options that name them and the model."""
+    made, files = rows(task), []
+    for split, part in (("train", made[:160]), ("validation", made[160:])):
+        file = folder / f"{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+        files += [f"--{split}_file", str(file)]
+    return ["--model_name_or_path", model, *files, *SHORT]
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that the Trainer of each run is added to."""
+    made: list[Any] = []
+    plain = running.make_trainer
+
+    def keep(*args: Any) -> Any:
+        made.append(plain(*args))
+        return made[-1]
+
+    monkeypatch.setattr(running, "make_trainer", keep)
+    return made
+
+
+def losses(run: Path) -> list[float]:
+    state = json.loads((run / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def fell(run: Path) -> bool:
+    seen = losses(run)
+    assert len(seen) == STEPS
+    return statistics.mean(seen[-10:]) < min(seen[:10])
+
+
+def check_resumes(recipe: str, words: list[str], run: Path) -> None:
+    """Resume from the checkpoint in the middle, and end where the whole run ended."""
+    whole = {file.name: file.read_bytes() for file in run.glob("*.safetensors")}
+    seen = losses(run)
+    assert whole
+    (run / f"checkpoint-{STEPS}").rename(run / "last")
+    assert main(["train", recipe, "--output_dir", str(run), *words, "--resume"]) == 0
+    assert losses(run) == seen
+    for name, content in whole.items():
+        assert (run / name).read_bytes() == content
+
+
+def test_sft_trains_lora_on_the_packed_words_of_the_assistant_and_resumes(
+    chat: str, tmp_path: Path, trainers: list[Any]
+) -> None:
+    run, words = tmp_path / "run", [*options("sft", chat, tmp_path), "--max_length", "256"]
+    assert main(["train", "trl/sft", "--output_dir", str(run), *words]) == 0
+    (trainer,) = trainers
+    assert isinstance(trainer, trl.SFTTrainer)
+    assert trainer.args.packing
+    assert trainer.args.assistant_only_loss
+    assert len(trainer.train_dataset) < 160 / 2, "several chats make one example"
+    # An assistant has less than half of these chats' tokens.
+    labels = trainer.data_collator([trainer.train_dataset[0]])["labels"]
+    assert 0 < (labels >= 0).float().mean() < 0.7
+    assert trainer.aees.get_logs()["calibration_trials"]
+    assert "Learning rate calibrated: " in (run / "train.log").read_text()
+    assert fell(run)
+    assert (run / "adapter_model.safetensors").exists()
+    assert "library_name: peft" in (run / "README.md").read_text()
+    scores = results(run)
+    assert scores["eval_loss"] > 0
+    assert 0 < scores["eval_mean_token_accuracy"] <= 1
+    check_resumes("trl/sft", words, run)
+
+
+def test_find_lr_finds_one_for_sft(
+    chat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in options("sft", chat, tmp_path) if word != "--quiet"]
+    assert main(["find-lr", "trl/sft", *words]) == 0
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
+
+
+def test_dpo_learns_a_preference_at_the_learning_rate_that_is_set_and_resumes(
+    chat: str, tmp_path: Path, trainers: list[Any]
+) -> None:
+    run, words = tmp_path / "run", options("dpo", chat, tmp_path)
+    assert main(["train", "trl/dpo", "--output_dir", str(run), *words]) == 0
+    (trainer,) = trainers
+    assert isinstance(trainer, trl.DPOTrainer)
+    assert "calibration_trials" not in trainer.aees.get_logs()
+    assert trainer.lr_scheduler.base_lrs[0] == 1e-3
+    assert fell(run)
+    assert results(run)["eval_rewards/accuracies"] > 0.9, "reversed text is easy to tell"
+    check_resumes("trl/dpo", words, run)
+
+
+def test_reward_learns_to_score_and_is_calibrated_and_resumes(
+    chat: str, tmp_path: Path, trainers: list[Any]
+) -> None:
+    run, words = tmp_path / "run", options("reward", chat, tmp_path)
+    assert main(["train", "trl/reward", "--output_dir", str(run), *words]) == 0
+    (trainer,) = trainers
+    assert isinstance(trainer, trl.RewardTrainer)
+    assert trainer.model.config.num_labels == 1
+    assert trainer.aees.get_logs()["calibration_trials"]
+    assert "Learning rate calibrated: " in (run / "train.log").read_text()
+    assert fell(run)
+    assert results(run)["eval_accuracy"] > 0.9
+    check_resumes("trl/reward", words, run)
+
+
+def test_grpo_is_rewarded_by_a_function_of_a_file_and_resumes(
+    chat: str, tmp_path: Path, trainers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "def letters(completions, **columns):\n"
+        "    texts = [completion[0]['content'] for completion in completions]\n"
+        "    return [sum(map(str.isalpha, text)) / (len(text) + 1) for text in texts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run, words = tmp_path / "run", options("grpo", chat, tmp_path)
+    words += ["--reward_funcs", "rewards.py:letters", "think_format_reward"]
+    words += [*FEW, "--max_completion_length", "8", "--max_eval_samples", "4"]
+    words += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "16"]
+    assert main(["train", "trl/grpo", "--output_dir", str(run), *words]) == 0
+    (trainer,) = trainers
+    assert isinstance(trainer, trl.GRPOTrainer)
+    assert "calibration_trials" not in trainer.aees.get_logs()
+    assert trainer.lr_scheduler.base_lrs[0] == 1e-2
+    history = [entry for entry in trainer.state.log_history if "rewards/letters/mean" in entry]
+    rewards = [entry["rewards/letters/mean"] for entry in history]
+    assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.2
+    assert {entry["rewards/think_format_reward/mean"] for entry in history} == {0.0}
+    kept = yaml.safe_load((run / "recipe.yaml").read_text())["reward_funcs"]
+    assert kept == [f"{tmp_path}/rewards.py:letters", "think_format_reward"]
+    check_resumes("trl/grpo", words, run)
+
+
+@pytest.mark.parametrize(
+    ("task", "extra", "says"),
+    [
+        ("sft", ["--packing_strategy", "tight"], "`packing_strategy`: invalid choice: 'tight'"),
+        ("sft", ["--model_type", "llama"], "`model_type` cannot be used with `task: sft`"),
+        ("sft", ["--metrics", "rouge"], "`metrics` cannot be used with `task: sft`"),
+        ("dpo", ["--do_train", "false"], "`do_train: false` cannot be used with `task: dpo`"),
+        ("dpo", ["--num_generations", "4"], "unknown option `--num_generations`"),
+        ("sft", ["--eos_token", "stop"], "`task: sft`: The specified `eos_token` ('stop') is not"),
+        ("sft", ["--model_init_kwargs", '{"trust_remote_code": true}'], "must not hold `trust_"),
+        ("reward", ["--reward_funcs", "a.b"], "`reward_funcs` cannot be used with `task: reward`"),
+        ("grpo", ["--reward_funcs", "think_format"], "did you mean `think_format_reward`?"),
+        ("grpo", ["--reward_funcs", "gone.py:f"], "`gone.py:f` could not be loaded"),
+        ("grpo", ["--reward_funcs", "math.pi"], "`math.pi` is not a function"),
+        ("sft", ["--dataset_text_field", "body"], "`task: sft` reads `messages`, or `prompt` and "),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    task: str,
+    extra: list[str],
+    says: str,
+    chat: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*options(task, chat, tmp_path), *(FEW if task == "grpo" else [])]
+    if "body" in extra:
+        file = tmp_path / "bodies.jsonl"
+        file.write_text('{"chat": "hello"}\n')
+        extra = [*extra, "--train_file", str(file)]
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    capsys.readouterr()
+    assert main(["train", f"trl/{task}", *words, *extra]) == 2
+    assert says in capsys.readouterr().err
+    assert list(work.iterdir()) == []
+
+
+def test_a_key_of_trl_is_a_key_of_its_tasks_only_and_has_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recipe, there in (("trl/sft", True), ("trl/grpo", False), ("glue/sst2", False)):
+        with pytest.raises(SystemExit):
+            main(["train", recipe, "--help"])
+        assert ("--assistant_only_loss" in capsys.readouterr().out) == there
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: sft\nmodel_name_or_path: x\nassistant_only_los: true\n")
+    assert main(["validate", str(file), "--use_cpu"]) == 2
+    assert "did you mean `assistant_only_loss`?" in capsys.readouterr().err
+
+
+def test_the_arguments_keep_trls_defaults_and_are_read_again_from_a_pickle() -> None:
+    for task, config in (("sft", trl.SFTConfig), ("grpo", trl.GRPOConfig)):
+        training = resolve(f"trl/{task}", ["--use_cpu", "--output_dir", "x"]).training
+        assert isinstance(training, config)
+        assert training.logging_steps == config.logging_steps == 10
+        assert pickle.loads(pickle.dumps(training)) == training
+        assert (training.do_eval, training.report_to) == (True, [])
+
+
+def test_without_trl_its_tasks_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "pulseopt_hf.recipes.trl_keys", raising=False)
+    monkeypatch.delattr("pulseopt_hf.recipes.trl_keys", raising=False)
+    recipe_parser.cache_clear()
+    assert main(["validate", "trl/sft"]) == 2
+    assert "`task: sft` needs `pip install 'pulseopt-hf[trl]'`" in capsys.readouterr().err
+    assert main(["validate", "glue/sst2"]) == 0
+
+
+@pytest.mark.skipif(find_spec("math_verify") is not None, reason="math-verify is installed")
+def test_without_math_verify_its_reward_names_the_extra(
+    chat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*options("grpo", chat, tmp_path), *FEW, "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "trl/grpo", *words]) == 2
+    assert "`accuracy_reward` needs `pip install 'pulseopt-hf[trl]'`" in capsys.readouterr().err
