@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ def commands(page: str) -> list[list[str]]:
     lines = "\n".join(block for language, block in blocks if language in ("", "bash"))
     found = lines.replace("\\\n", " ").splitlines()
     found += re.findall(r"`((?:python|torchrun|accelerate launch) [^`]+)`(?: \||\n)", text)
-    words = [shlex.split(line, comments=True) for line in found]
+    words = [shlex.split(line.replace(".venv/bin/", ""), comments=True) for line in found]
     return [w[1:] if re.fullmatch(r"[A-Z_]+=\S*", w[0]) else w for w in words if w]
 
 
@@ -52,8 +53,11 @@ def check(words: list[str], folder: Path) -> None:
         else:  # tests/engines launch it
             assert (ROOT / parsed.training_script).exists()
     elif words[:2] == ["pip", "install"]:
-        (extra,) = re.findall(r"^pulseopt-hf\[(\w+)\]$", words[2])
-        assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+        (extras,) = re.findall(r"^(?:pulseopt-hf|\.)\[([\w,]+)\]$", words[2])
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    elif words[:3] == ["python", "-m", "pulseopt_hf.quickstart"]:
+        assert words[3:] == ["--task", "order"]  # tests/test_quickstart.py runs it
     else:
         assert words[0] == "python"
         assert (ROOT / words[1]).exists()
@@ -63,12 +67,15 @@ def run(words: list[str]) -> int:
     if words[0] == "train" or words[:2] == ["find-lr", "my.yaml"]:
         # What they give, other tests show; the recipe's data is the hub's.
         words = ["validate", *(w for w in words[1:] if w not in ("--resume", "--overwrite"))]
+    if words[0] == "compare":
+        words = ["validate", words[1]]
     return cli.main(words)
 
 
 def test_there_are_commands_to_run() -> None:
-    assert {len(PAGES[page]) for page in ("index.md", "method.md", "guarantees.md")} == {0}
-    assert len(PAGES["recipes.md"]) == 15
+    assert {len(PAGES[page]) for page in ("limits.md", "method.md", "guarantees.md")} == {0}
+    assert len(PAGES["recipes.md"]) == 16
+    assert len(PAGES["quickstart.md"]) == 5
     assert len(PAGES["launching.md"]) == 12
     assert len(PAGES["report.md"]) == 5
 
@@ -102,3 +109,22 @@ def test_the_commands_on_reports_show_a_run(
     assert "Loss" in page
     assert "Learning rate calibrated: 5e-05 was set, " in page
     assert Path("three.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_comparison_shows_what_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Trainer's default LR, static runs learn little and calibrated ones as from another."""
+    monkeypatch.chdir(tmp_path)
+    (words,) = PAGES["compare.md"]
+    assert cli.main(words[1:]) == cli.DONE
+    content = json.loads(Path("runs/compare-quickstart-lm/compare.json").read_text())
+    losses = {
+        (cell["cell"]["method"], cell["cell"]["learning_rate"]): cell["loss_after"]
+        for cell in content["cells"]
+    }
+    assert losses["static", 5e-5] > losses["static", 1e-3] + 0.5
+    for learning_rate in (5e-5, 1e-3):
+        assert losses["default", learning_rate] < losses["static", 1e-3] + 0.1
