@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGE := $(VENV)/.package
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install quickstart browser test test-slow test-oldest soak lint format readme docs \
@@ -8,10 +9,15 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-# torch first and through the constraints file: see there.
-$(INSTALLED): pyproject.toml constraints.txt
+# The package and what it needs, which is all that the quickstart does. torch first and through the
+# constraints file: see there.
+$(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(INSTALLED): $(PACKAGE)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -30,7 +36,7 @@ browser:
 			|| echo "chromium could not be installed; tests of pages will be skipped"; \
 	else echo "chromium is not installed; tests of pages will be skipped"; fi
 
-quickstart: install
+quickstart: $(PACKAGE)
 	$(BIN)/python -m pulseopt_hf.quickstart
 
 test: $(VENV)/.engines browser
@@ -61,7 +67,7 @@ format: install
 	$(BIN)/ruff format .
 
 readme: install
-	$(BIN)/python benchmarks/knobs_table.py --write
+	$(BIN)/python benchmarks/knobs_page.py --write
 	$(BIN)/python benchmarks/tables.py --write
 
 # Into site/, which opens from disk. The extra `docs` is part of `dev`.

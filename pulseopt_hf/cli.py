@@ -58,7 +58,7 @@ def _complain(error: BaseException, debug: bool) -> int:
     if isinstance(error, UsageError):
         lines = [f"error: {problem}" for problem in error.problems if _is_first_process()]
     elif isinstance(error, KeyboardInterrupt):
-        lines = ["interrupted."]
+        lines = [str(error) or "interrupted."]
     else:
         lines = [f"failed: {type(error).__name__}: {one_line(error)}"]
         lines += [] if debug else ["Add --debug to see where."]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from pulseopt_hf.errors import UsageError
 
 # What an evaluation calls a recipe's metrics, where it is not the metric's name.
 METRIC_KEYS = {"matthews": "matthews_correlation", "spearman": "spearmanr", "rouge": "rougeL"}
+TIMED_STEPS = 10  # after the first one, from which it is told how long a run will take
 EVALUATIONS = 5  # in the course of a run, of which the best one is scored beside the last
 
 
@@ -54,19 +58,51 @@ def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
         UsageError: the recipe or the method cannot be run.
         RuntimeError: the process died.
     """
+    return result_of(cell, folder) or _apart(_train, cell, folder / f"{cell.name}.json")
+
+
+def result_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """Return what the file of a cell holds, or `None` where it has not been run."""
     file = folder / f"{cell.name}.json"
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if found.get("cell") == json.loads(json.dumps(asdict(cell))):
             return found
+    return None
+
+
+def expected_seconds(cell: Cell) -> float:
+    """Return about how long a cell will take, from a few static steps and one evaluation.
+
+    Raises:
+        UsageError: the recipe cannot be run.
+        RuntimeError: the process died.
+    """
+    cell = replace(cell, method="static")
+    with tempfile.TemporaryDirectory() as folder:
+        took = _apart(_time, cell, Path(folder) / "took.json")
+    evaluations = EVALUATIONS + 2  # before training and after it
+    seconds: float = took["set_up"] + evaluations * took["evaluation"] + cell.steps * took["step"]
+    return seconds
+
+
+def _apart(work: Callable[[Cell], dict[str, Any]], cell: Cell, file: Path) -> dict[str, Any]:
+    """Return what `work` makes of a cell in a process of its own, which leaves it in a file."""
     import torch
 
+    file.unlink(missing_ok=True)
     # A fork spares the imports; CUDA does not survive one.
     start = "spawn" if torch.cuda.is_available() else "fork"
     context: Any = multiprocessing.get_context(start)
-    process = context.Process(target=_run, args=(cell, file))
+    process = context.Process(target=_run, args=(work, cell, file))
+    # While it forks Python drops exceptions, and so a Ctrl-C of that moment.
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
     process.start()
     try:
+        signal.signal(signal.SIGINT, before)
+        if asked:
+            raise KeyboardInterrupt
         process.join()
     except KeyboardInterrupt:
         process.terminate()
@@ -81,11 +117,13 @@ def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _run(cell: Cell, file: Path) -> None:
+def _run(work: Callable[[Cell], dict[str, Any]], cell: Cell, file: Path) -> None:
+    # A terminal sends Ctrl-C to both processes; the other one ends this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         sys.stdout = nowhere
         try:
-            result = _train(cell)
+            result = work(cell)
         except UsageError as error:
             result = {"error": list(error.problems)}
     part = file.with_suffix(".part")
@@ -93,31 +131,28 @@ def _run(cell: Cell, file: Path) -> None:
     part.replace(file)
 
 
-def _train(cell: Cell) -> dict[str, Any]:
-    import torch
-
-    from pulseopt_hf.recipes.lines import Lines, quiet_libraries, without_calibration_log
+@contextlib.contextmanager
+def _trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
+    """Make the Trainer of a cell, in a folder that goes with it, and name the recipe's metric."""
+    from pulseopt_hf.recipes.lines import Lines, quiet_libraries
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import make_trainer, prepare
 
     method = METHODS[cell.method]
-    words = [*cell.options, *method.words, "--learning_rate", repr(cell.learning_rate)]
-    words += ["--seed", str(cell.seed), "--save_strategy", "no", "--logging_strategy", "no"]
-    words += [
-        "--report_to",
-        "none",
-        "--load_best_model_at_end",
-        "false",
-        "--eval_on_start",
-        "false",
-    ]
-    every = max(1, cell.steps // (method.evaluations or EVALUATIONS))
-    evaluating = ["--eval_strategy", "steps", "--eval_steps", str(every)]
+    settings = {
+        "learning_rate": repr(cell.learning_rate),
+        "seed": str(cell.seed),
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "load_best_model_at_end": "false",
+        "eval_on_start": "false",
+    }
+    own = [word for name, value in settings.items() for word in (f"--{name}", value)]
     with tempfile.TemporaryDirectory() as folder:
-        resolved = resolve(cell.recipe, [*words, *evaluating, "--output_dir", folder])
-        training = resolved.training
-        batch = training.train_batch_size * training.gradient_accumulation_steps
-        training.max_steps = cell.steps
+        options = [*cell.options, *method.words, *own, *words, "--output_dir", folder]
+        resolved = resolve(cell.recipe, options)
+        resolved.training.max_steps = cell.steps
         quiet_libraries(resolved, quiet=True)
         prepared = prepare(resolved)
         trainer: Any = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
@@ -127,6 +162,35 @@ def _train(cell: Cell) -> dict[str, Any]:
         if method.optimizer is not None:
             parameters = [p for p in trainer.model.parameters() if p.requires_grad]
             trainer.optimizer = method.optimizer(parameters)
+        name = next(iter(resolved.recipe.metrics), "")
+        yield trainer, METRIC_KEYS.get(name, name)
+
+
+def _time(cell: Cell) -> dict[str, Any]:
+    """Return the seconds that setting up, one evaluation and one step take."""
+    clock = [time.perf_counter()]
+    with _trainer_of(cell, "--eval_strategy", "no") as (trainer, _):
+        for steps in (1, 1 + TIMED_STEPS):
+            trainer.args.max_steps = steps
+            trainer.train()
+            clock.append(time.perf_counter())
+        trainer.evaluate()
+        clock.append(time.perf_counter())
+    set_up, timed, evaluation = (after - before for before, after in itertools.pairwise(clock))
+    return {"set_up": set_up, "evaluation": evaluation, "step": timed / (1 + TIMED_STEPS)}
+
+
+def _train(cell: Cell) -> dict[str, Any]:
+    import torch
+
+    from pulseopt_hf.recipes.lines import without_calibration_log
+
+    method = METHODS[cell.method]
+    every = max(1, cell.steps // (method.evaluations or EVALUATIONS))
+    evaluating = ("--eval_strategy", "steps", "--eval_steps", str(every))
+    with _trainer_of(cell, *evaluating) as (trainer, metric):
+        training = trainer.args
+        batch = training.train_batch_size * training.gradient_accumulation_steps
         before = _evaluated(trainer, "")[1]
         if method.calibrates and training.calibration != "off" and cell.learning_rate > 0.0:
             training.max_steps = steps_after_calibration(trainer, cell.steps, batch)
@@ -142,8 +206,6 @@ def _train(cell: Cell) -> dict[str, Any]:
         aees = getattr(trainer, "aees", None)
         calibrator = None if aees is None else aees.calibrator
         outcome = None if calibrator is None else calibrator.outcome
-        name = next(iter(resolved.recipe.metrics), "")
-        metric = METRIC_KEYS.get(name, name)
         history = [
             _values(entry, metric) for entry in trainer.state.log_history if "eval_loss" in entry
         ]

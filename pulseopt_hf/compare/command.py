@@ -1,27 +1,27 @@
-"""The command: which cells, what is shown meanwhile, and what is written."""
+"""The command: what is said before the runs and between them, and what is written after."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pulseopt_hf.command_line import Parser
-from pulseopt_hf.compare.cells import Cell, run_apart
+from tqdm import tqdm
+
+from pulseopt_hf.command_line import aligned
+from pulseopt_hf.compare.cells import expected_seconds, result_of, run_apart
 from pulseopt_hf.compare.drawing import draw
-from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.compare.scores import Scores, score
-from pulseopt_hf.errors import UsageError, nearest
-from pulseopt_hf.recipes import catalogue
-
-_Number = TypeVar("_Number", int, float)
+from pulseopt_hf.compare.plan import Plan, plan_of
+from pulseopt_hf.compare.scores import score
+from pulseopt_hf.compare.wording import about, markdown, scores_table, table, verdict
+from pulseopt_hf.errors import UsageError
+from pulseopt_hf.report.wording import counted
 
 
 def compare(words: Sequence[str]) -> Path:
-    """Run what is not there yet of a comparison, and write its table.
+    """Run what is not there yet of a comparison, say what came of it, and write it.
 
     Args:
         words: the recipe and the command's options; those it does not know are the recipe's keys.
@@ -31,129 +31,74 @@ def compare(words: Sequence[str]) -> Path:
 
     Raises:
         UsageError: an option, the recipe or its data is wrong.
+        KeyboardInterrupt: it was stopped; the message says how it goes on.
     """
-    parser = Parser("compare", takes_recipe=True)
-    parser.add_argument(
-        "--methods",
-        default="static,random,published,default",
-        help="some of those below, separated by commas; by default %(default)s",
-    )
-    parser.add_argument(
-        "--learning_rates",
-        default="1e-5,3e-5,1e-4,3e-4,1e-3,3e-3,1e-2",
-        help="base LRs, separated by commas; by default %(default)s",
-    )
-    parser.add_argument(
-        "--seeds", default="0,1,2", help="separated by commas; by default %(default)s"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=600, help="optimizer steps of a run; by default %(default)s"
-    )
-    parser.add_argument(
-        "--out",
-        help="folder of the results, by default runs/compare-RECIPE; a run whose result is there "
-        "is not repeated",
-    )
-    shown = "".join(f"\n  {name:<15}{method.about}" for name, method in METHODS.items())
-    parser.epilog = f"methods:{shown}\n\n{parser.epilog}"
-    options, rest = parser.parse_recipe(words)
-    recipe = options.recipe
-    catalogue.find(recipe)
-    methods = list(dict.fromkeys(name.strip() for name in options.methods.split(",")))
-    for name in methods:
-        if name not in METHODS:
-            raise UsageError(
-                f"Unknown method `{name}`{nearest(name, METHODS) or '.'} "
-                f"Methods are {', '.join(METHODS)}."
-            )
-    if "static" not in methods:
-        methods.insert(0, "static")  # which everything is measured against
-    learning_rates = _numbers("--learning_rates", options.learning_rates, float, "numbers")
-    seeds = _numbers("--seeds", options.seeds, int, "whole numbers")
-    if options.steps < 1:
-        raise UsageError(f"`--steps` must be at least 1, got {options.steps}.")
-    from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import check
-
-    check(resolve(recipe, rest))
-    folder = Path(options.out or f"runs/compare-{recipe.replace('/', '-')}")
+    plan = plan_of(words)
+    folder = plan.folder
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    cells = [
-        Cell(recipe, tuple(rest), method, learning_rate, seed, options.steps)
-        for seed in seeds
-        for method in methods
-        for learning_rate in learning_rates
-    ]
-    results = []
-    for index, cell in enumerate(cells, 1):
-        result = _run(cell, learning_rates, folder / "cells")
-        results.append(result)
-        loss = result["loss_after"]
-        shown = "not finite" if loss is None else f"{loss:.4f}"
-        print(
-            f"{index}/{len(cells)}  {cell.method} at {cell.learning_rate:g}, seed {cell.seed}: "
-            f"eval loss {result['loss_before']:.4f} to {shown}, {result['seconds']:.0f} s",
-            flush=True,
-        )
+    results = _run(plan)
     try:
         scores = score(results)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    content = {"recipe": recipe, "options": rest, "scores": asdict(scores), "cells": results}
+    content = {
+        "recipe": plan.recipe,
+        "options": plan.options,
+        "scores": asdict(scores),
+        "cells": results,
+    }
     (folder / "compare.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = to_markdown(recipe, options.steps, len(seeds), scores)
-    (folder / "compare.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\nWritten to {folder}.")
-    if not draw({recipe: (results, scores)}, folder / "compare.svg"):
-        print("No plot was drawn: pip install 'pulseopt-hf[report]' has what it needs.")
+    said, rows = verdict(results, scores, plan.own_lr), table(results, scores, plan.own_lr)
+    parts = [said, markdown(rows), scores_table(plan.recipe, plan.steps, len(plan.seeds), scores)]
+    (folder / "compare.md").write_text("\n".join(f"{part}\n" for part in parts), encoding="utf-8")
+    print("", said, "", *aligned(rows), "", sep="\n")
+    print(f"In {folder}: compare.md has this and the scores, compare.json every run,")
+    if draw({plan.recipe: (results, scores)}, folder / "compare.svg"):
+        print("compare.svg the picture.")
+    else:
+        print("but there is no picture: pip install 'pulseopt-hf[report]' has what it needs.")
     return folder
 
 
-def _run(cell: Cell, learning_rates: list[float], folder: Path) -> dict[str, Any]:
-    """Run a cell; a method that ignores the base LR is run at the first one only."""
-    if METHODS[cell.method].ignores_lr and cell.learning_rate != learning_rates[0]:
-        first = Cell(**{**asdict(cell), "learning_rate": learning_rates[0]})
-        result = run_apart(first, folder)
-        return {**result, "cell": asdict(cell)}
-    return run_apart(cell, folder)
-
-
-def to_markdown(recipe: str, steps: int, seeds: int, scores: Scores) -> str:
-    """Return the table of scores, best robustness first."""
-    metric = scores.metric or "metric"
-    lines = [
-        f"`{recipe}`, {steps} steps, {seeds} seeds. Eval loss {scores.loss_before:.4f} before "
-        f"training, {scores.loss_tuned:.4f} at the tuned base LR of {scores.tuned:.2g}"
-        + ("." if scores.metric_tuned is None else f", {scores.metric} {scores.metric_tuned:.4f}."),
-        "",
-        f"| method | robustness | 95 % | worst base LR | harm | at the best evaluation "
-        f"| {metric} | at the best evaluation | time | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(scores.scores, key=lambda row: row.robustness):
-        lines.append(
-            f"| {row.method} | {row.robustness:.3f} | {row.low:.3f} to {row.high:.3f} | "
-            f"{row.worst:.3f} | {row.harm:+.3f} | {row.best:.3f} | {_shown(row.metric)} | "
-            f"{_shown(row.best_metric)} | {row.seconds:.2f} | {row.peak_mib:.0f} |"
-        )
-    lines += [
-        "",
-        "Excess is (L - L\\*) / (L0 - L\\*): 0 is as good as tuned, 1 is nothing learned. "
-        "Robustness is its mean over base LRs from 1/30 to 30 times the tuned one, harm its value "
-        "at the tuned one. The best evaluation is the one with the lowest loss of each run.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], _Number], name: str) -> list[_Number]:
+def _run(plan: Plan) -> list[dict[str, Any]]:
+    """Run the cells that have no result yet, and return the results of all."""
+    folder = plan.folder / "cells"
+    cells = plan.cells
+    missing = {run for run in plan.runs if result_of(run, folder) is None}
+    results: list[dict[str, Any]] = []
+    print(plan, flush=True)
+    # To a file, where a bar would be many lines, it writes none.
+    bar = tqdm(
+        total=len(missing),
+        disable=None,
+        leave=False,
+        smoothing=0.0,
+        bar_format="{bar:30} {n_fmt} of {total_fmt} runs, {remaining} left",
+    )
     try:
-        values = [kind(word) for word in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or any(not math.isfinite(v) or v < 0 for v in values):
-        raise UsageError(f"`{option}` takes {name} >= 0, separated by commas, got {text!r}.")
-    return list(dict.fromkeys(values))
+        if missing:
+            seconds = expected_seconds(cells[0]) * len(missing)
+            left = "" if missing == plan.runs else f"{len(missing)} of them are left. "
+            tqdm.write(f"{left}About {about(seconds)}; Ctrl-C stops, and keeps what is done.")
+            bar.unpause()
+        for index, cell in enumerate(cells, 1):
+            run = plan.run_of(cell)
+            result = run_apart(run, folder)
+            results.append({**result, "cell": asdict(cell)})
+            bar.update(run in missing)
+            missing.discard(run)
+            loss = result["loss_after"]
+            shown = "not finite" if loss is None else f"{loss:.4f}"
+            tqdm.write(
+                f"{index}/{len(cells)}  {cell.method} at {cell.learning_rate:g}, seed "
+                f"{cell.seed}: eval loss {result['loss_before']:.4f} to {shown}, "
+                f"{result['seconds']:.0f} s"
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped with {counted(len(missing), 'run')} to go. What is done is kept: the same "
+            "command goes on from there."
+        ) from None
+    finally:
+        bar.close()
+    return results

@@ -119,15 +119,15 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
                 worst=max(_mean(values) for values in by_lr.values()),
                 harm=_mean(by_lr[best]),
                 best=_mean([excess(loss, loss_before, loss_tuned) for loss, _ in bests]),
-                metric=_mean_of_known([_last_metric(result) for result in near]),
-                best_metric=_mean_of_known([metric for _, metric in bests]),
+                metric=mean_of_known([last_metric(result) for result in near]),
+                best_metric=mean_of_known([metric for _, metric in bests]),
                 # Against the steps of a static run: what is paid for in steps is not charged twice.
                 seconds=_mean([r["seconds"] / r["cell"]["steps"] for r in own]) / seconds,
                 peak_mib=max(r["peak_mib"] for r in own),
             )
         )
     at_best = [r for r in _of(results, "static") if r["cell"]["learning_rate"] == best]
-    metric = _mean_of_known([_last_metric(result) for result in at_best])
+    metric = mean_of_known([last_metric(result) for result in at_best])
     return Scores(tuned, loss_before, loss_tuned, results[0].get("metric"), metric, scores)
 
 
@@ -186,7 +186,8 @@ def _best(result: dict[str, Any]) -> tuple[float | None, float | None]:
     return min(known, key=lambda pair: pair[0], default=(result["loss_after"], None))
 
 
-def _last_metric(result: dict[str, Any]) -> float | None:
+def last_metric(result: dict[str, Any]) -> float | None:
+    """Return the recipe's metric at the end of a run, or `None` where there is none."""
     evaluations = _evaluations(result)
     return evaluations[-1][2] if evaluations else None
 
@@ -195,7 +196,8 @@ def _evaluations(result: dict[str, Any]) -> Sequence[tuple[int, float | None, fl
     return result.get("evaluations") or []  # runs of earlier releases have none
 
 
-def _mean_of_known(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not `None`, or `None` where all are."""
     known = [value for value in values if value is not None]
     return _mean(known) if known else None
 

@@ -400,14 +400,22 @@ class PulseSession:
     def log_values(self) -> dict[str, float]:
         """Return the `pulse/*` values of the latest step, for Trainer's log.
 
-        A neutral run, whose every step is plain, has none unless a step was skipped.
+        With one arm they are what can vary: the effective LR, unless every step is plain, and the
+        skipped steps, once there are some.
         """
         aees = self._aees
-        quiet = aees is not None and aees.calibrator is None and not aees.skipped_steps
-        if aees is None or (aees.controller.is_neutral and quiet):
+        if aees is None:
             return {}
+        values: dict[str, float] = {}
+        if aees.config.arms > 1 or aees.skipped_steps:
+            values["pulse/skipped_steps"] = aees.skipped_steps
+        if aees.learning_rate is not None and not self.is_plain:
+            values["pulse/learning_rate"] = aees.learning_rate
+            if aees.ramp < 1.0:
+                values["learning_rate"] = aees.learning_rate
+        if aees.config.arms == 1:
+            return values
         records, episode = aees.controller.records, aees.controller.episode
-        values: dict[str, float] = {"pulse/skipped_steps": aees.skipped_steps}
         if episode is not None:
             values["pulse/episode"] = aees.controller.closed + 1
             values["pulse/lr_multiplier"] = episode.arm.lr_multiplier
@@ -416,10 +424,6 @@ class PulseSession:
             values["pulse/episode"] = aees.controller.closed
             values["pulse/lr_multiplier"] = records[-1].lr_value
             values["pulse/noise_std"] = records[-1].noise_value
-        if aees.learning_rate is not None:
-            values["pulse/learning_rate"] = aees.learning_rate
-            if aees.ramp < 1.0:
-                values["learning_rate"] = aees.learning_rate
         if records:
             values["pulse/reward"] = records[-1].reward
         return values

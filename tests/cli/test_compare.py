@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +19,9 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.compare.cells import EVALUATIONS, steps_after_calibration
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
+from pulseopt_hf.compare.plan import plan_of
 from pulseopt_hf.compare.scores import DIVERGED, score, tuned_lr
+from pulseopt_hf.compare.wording import table, verdict
 from tests.recipes.tiny import files_of
 
 
@@ -26,6 +33,7 @@ def cell(method: str, lr: float, seed: int, loss: float | None, seconds: float =
         "steps": 10,
         "seconds": seconds,
         "peak_mib": 100.0,
+        "lr_scale": None,
     }
 
 
@@ -131,6 +139,10 @@ def test_a_comparison_is_run_kept_and_written(
     methods = "published,pulseopt,default"
     assert main([*words, "--methods", methods]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith("8 runs of 70 steps: `static`, `published`, `pulseopt`, `default` at ")
+    before = shown.split("\n1/8  static at 3e-05, seed 0: ")[0]
+    assert "whether `published` or `pulseopt` or `default` ends lower than `static` at " in before
+    assert re.search(r"\nAbout \d+ (s|min); Ctrl-C stops", before)
     assert "8/8  default at 0.001, seed 0: eval loss" in shown
     content = json.loads((tmp_path / "out/compare.json").read_text())
     assert [row["method"] for row in content["scores"]["scores"]] == ["static", *methods.split(",")]
@@ -154,10 +166,16 @@ def test_a_comparison_is_run_kept_and_written(
         for method in ("static", "published", "pulseopt")
     }
     assert losses["published"] == losses["pulseopt"] != losses["static"]
-    table = (tmp_path / "out/compare.md").read_text()
-    assert table in shown
-    assert "| default |" in table
-    assert "matthews_correlation" in table
+    page = (tmp_path / "out/compare.md").read_text()
+    said = page.splitlines()[0]
+    assert re.match(r"At your learning rate of 3e-05 the default ends \S+ (low|high)er", said)
+    assert f"\n{said}\n" in shown
+    assert "which it found, and a sweep would have found " in said
+    assert "| default | " in page
+    assert "| method | robustness | " in page
+    assert re.search(r"\nmethod +final eval loss from 3e-05 .* matthews_correlation from", shown)
+    assert re.search(r"\nuntrained +\d", shown)
+    assert shown.count(str(tmp_path / "out")) == 1
     for result in content["cells"]:
         assert result["metric"] == "matthews_correlation"
         steps = [step for step, _, _ in result["evaluations"]]
@@ -173,6 +191,7 @@ def test_a_comparison_is_run_kept_and_written(
     cells[0].unlink()
     before = {file: file.stat().st_mtime_ns for file in cells[1:]}
     assert main([*words, "--methods", methods]) == 0
+    assert "\n1 of them are left. About " in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in cells[1:]} == before
     again = json.loads((tmp_path / "out/compare.json").read_text())
     for one, other in zip(content["cells"], again["cells"], strict=True):
@@ -192,10 +211,94 @@ def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(bert: str, tmp_p
     assert other["lr_scale"] > 0.0
 
 
+def test_what_is_stopped_goes_on_where_it_was(bert: str, tmp_path: Path) -> None:
+    files = files_of("cola", tmp_path)
+    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
+    words = ["compare", "glue/cola", "--model_name_or_path", bert, *files, "--use_cpu"]
+    words += ["--steps", "60", "--learning_rates", "1e-3,1e-2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pulseopt_hf", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("1/4"):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to parent and child
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    left = re.search(
+        r"^pulseopt-hf: stopped with ([123]) runs? to go\. What is done is kept: the same command "
+        r"goes on from there\.$",
+        errors,
+        re.M,
+    )
+    assert left is not None, errors
+    assert "Traceback" not in errors
+    done = list((tmp_path / "out/cells").iterdir())
+    assert len(done) == 4 - int(left[1])
+    before = {file: file.stat().st_mtime_ns for file in done}
+    assert main(words) == 0
+    assert len(list((tmp_path / "out/cells").iterdir())) == 4
+    assert {file: file.stat().st_mtime_ns for file in done} == before
+
+
+def test_the_grid_is_about_the_users_learning_rate_and_thorough_takes_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = plan_of(["quickstart/lm", "--learning_rate", "1e-4"])
+    assert short.own_lr == 1e-4
+    assert short.learning_rates == pytest.approx([2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3])
+    assert (short.methods, short.seeds, short.steps) == (["static", "default"], [0], 200)
+    thorough = plan_of(["quickstart/lm", "--thorough", "--seeds", "7"])
+    assert len(thorough.learning_rates) == 8  # and 5e-5, the recipe's own
+    assert (len(thorough.methods), thorough.seeds, thorough.steps) == (4, [7], 600)
+    assert len(thorough.runs) == 32
+    own = plan_of(["quickstart/lm", "--learning_rates", "1e-3,1e-2", "--methods", "prodigy"])
+    assert own.own_lr == 1e-3  # the recipe's is not among them
+    assert (len(own.cells), len(own.runs)) == (4, 3)  # Prodigy ignores the base LR
+
+
+@pytest.mark.parametrize(
+    ("static", "other", "said"),
+    [
+        (1.5, 1.47, "the default ends 0.03 lower than static; a sweep"),
+        (1.5, 1.75, "the default ends 0.25 higher than static; a sweep"),
+        (1.5, 1.5002, "the default ends where static does; a sweep"),
+        (None, 1.5, "the default ends at 1.5000 and static diverges; a sweep"),
+        (1.5, None, "the default diverges and static ends at 1.5000; a sweep"),
+    ],
+)
+def test_one_sentence_says_it(static: float | None, other: float | None, said: str) -> None:
+    cells = [cell("static", 1e-4, 0, static), cell("static", 1e-3, 0, 1.0)]
+    cells += [cell("default", rate, 0, other) for rate in (1e-4, 1e-3)]
+    sentence = verdict(cells, score(cells), 1e-4)
+    end = " would have found 0.001, the highest that was tried."
+    assert sentence == f"At your learning rate of 0.0001 {said}{end}"
+
+
+def test_it_says_what_was_found_and_what_there_is_without_another_method() -> None:
+    rates = (1e-4, 3e-4, 1e-3)
+    cells = [cell("static", rate, 0, abs(rate - 3e-4) + 1.0) for rate in rates]
+    only = verdict(cells, score(cells), 1e-4)
+    assert re.fullmatch(r"At your .* 0.0001 static ends at 1.0002; a sweep .* found \S+\.", only)
+    cells += [{**cell("default", rate, 0, 0.9), "lr_scale": 2.5e-4 / rate} for rate in rates]
+    cells += [cell("random", rate, 0, 1.2) for rate in rates]
+    said = verdict(cells, score(cells), 1e-4)
+    assert "lower than static: it trained at 0.00025, which it found, and a sweep" in said
+    rows = table(cells, score(cells), 1e-4)
+    assert [row[0] for row in rows] == ["method", "untrained", "static", "default", "random"]
+    assert rows[2][1:4] == ("1.0002", "1.0000 (0.0003)", "1.0007 (0.001)")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "The recipe comes first"),
+        (["glue/cola", "--learning_rate", "0"], "name some with `--learning_rates`"),
         (["glue/cola", "--methods", "statik"], "Unknown method `statik`"),
         (["glue/cola", "--seeds", "a"], "`--seeds` takes whole numbers"),
         (["glue/cola", "--seeds", "0.5"], "`--seeds` takes whole numbers"),

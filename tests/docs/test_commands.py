@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from pulseopt_hf import cli
 from pulseopt_hf.command_line import Parser
+from pulseopt_hf.compare.plan import plan_of
 from pulseopt_hf.recipes import catalogue, launching
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +30,7 @@ def commands(page: str) -> list[list[str]]:
     lines = "\n".join(block for language, block in blocks if language in ("", "bash"))
     found = lines.replace("\\\n", " ").splitlines()
     found += re.findall(r"`((?:python|torchrun|accelerate launch) [^`]+)`(?: \||\n)", text)
-    words = [shlex.split(line, comments=True) for line in found]
+    words = [shlex.split(line.replace(".venv/bin/", ""), comments=True) for line in found]
     return [w[1:] if re.fullmatch(r"[A-Z_]+=\S*", w[0]) else w for w in words if w]
 
 
@@ -58,8 +60,11 @@ def check(words: list[str], folder: Path) -> None:
         else:  # tests/engines launch it
             assert (ROOT / parsed.training_script).exists()
     elif words[:2] == ["pip", "install"]:
-        (extra,) = re.findall(r"^pulseopt-hf\[(\w+)\]$", words[2])
-        assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+        (extras,) = re.findall(r"^(?:pulseopt-hf|\.)\[([\w,]+)\]$", words[2])
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    elif words[:3] == ["python", "-m", "pulseopt_hf.quickstart"]:
+        assert words[3:] == ["--task", "order"]  # tests/test_quickstart.py runs it
     else:
         assert words[0] == "python"
         assert (ROOT / words[1]).exists()
@@ -75,12 +80,17 @@ def run(words: list[str]) -> int:
         assert profile in catalogue.profiles()
         rest = [word for word in rest if word not in ("--resume", "--overwrite")]
         words = ["validate", options.recipe, *rest, "--use_cpu"]
+    if words[0] == "compare":
+        assert plan_of(words[1:]).runs
+        return cli.DONE
     return cli.main(words)
 
 
 def test_there_are_commands_to_run() -> None:
-    assert {len(PAGES[page]) for page in ("index.md", "method.md", "guarantees.md")} == {0}
+    assert {len(PAGES[page]) for page in ("limits.md", "method.md", "guarantees.md")} == {0}
     assert len(PAGES["recipes.md"]) == 17
+    assert len(PAGES["quickstart.md"]) == 5
+    assert len(PAGES["compare.md"]) == 4
     assert len(PAGES["launching.md"]) == 20
     assert len(PAGES["report.md"]) == 5
 
@@ -115,3 +125,22 @@ def test_the_commands_on_reports_show_a_run(
     assert "Loss" in page
     assert "Learning rate calibrated: 5e-05 was set, " in page
     assert Path("three.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_comparison_shows_what_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Trainer's default LR, static runs learn little and calibrated ones as from another."""
+    monkeypatch.chdir(tmp_path)
+    (words,) = (words for words in PAGES["compare.md"] if "5e-5,1e-3" in words)
+    assert cli.main(words[1:]) == cli.DONE
+    content = json.loads(Path("runs/compare-quickstart-lm/compare.json").read_text())
+    losses = {
+        (cell["cell"]["method"], cell["cell"]["learning_rate"]): cell["loss_after"]
+        for cell in content["cells"]
+    }
+    assert losses["static", 5e-5] > losses["static", 1e-3] + 0.5
+    for learning_rate in (5e-5, 1e-3):
+        assert losses["default", learning_rate] < losses["static", 1e-3] + 0.1

@@ -1,7 +1,8 @@
-"""The wheel holds all that the package needs, and runs with no repository beside it."""
+"""What is uploaded is right, holds all that the package needs, and runs with no repository."""
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from trove_classifiers import classifiers
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -21,12 +23,18 @@ print(json.dumps([pulseopt_hf.__file__, pulseopt_hf.__version__]))
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the source distribution, and from that the wheel."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
     subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
-    return built
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
 
 
 def run_quickstart(python: Path | str, folder: Path, environment: dict[str, str]) -> str:
@@ -44,6 +52,26 @@ def run_quickstart(python: Path | str, folder: Path, environment: dict[str, str]
     loaded, version = json.loads(output.strip().splitlines()[-1])
     assert version
     return str(loaded)
+
+
+def test_twine_accepts_what_is_built(built: Path) -> None:
+    pytest.importorskip("twine", reason="install the extra `dev` to run this")
+    files = [str(file) for file in built.iterdir()]
+    assert len(files) == 2
+    command = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
+def test_the_project_page_has_links_and_classifiers_that_pypi_knows(wheel: Path) -> None:
+    name = wheel.name.removesuffix("-py3-none-any.whl")
+    text = zipfile.ZipFile(wheel).read(f"{name}.dist-info/METADATA").decode()
+    metadata = email.message_from_string(text)
+    assert metadata.get_all("Project-URL") == ["Method, https://pypi.org/project/pulseopt/"]
+    found = set(metadata.get_all("Classifier") or [])
+    assert len(found) > 8
+    assert found <= classifiers
+    assert f"Programming Language :: Python :: {metadata['Requires-Python'][2:]}" in found
 
 
 def test_the_wheel_is_typed_and_has_every_module(wheel: Path) -> None:

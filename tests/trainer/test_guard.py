@@ -65,6 +65,19 @@ def test_a_step_that_is_not_finite_is_skipped_and_counts_nowhere(
     assert [entry["pulse/skipped_steps"] for entry in entries][1:5] == [0, 1, 2, 2]
 
 
+def test_with_one_arm_skipped_steps_are_logged_once_there_are_some(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    trainer = spoiling(PulseOptTrainer, math.nan, {2, 9})(
+        tiny_model(), arguments(), train_dataset=tiny_data, pulse=PulseOptConfig(calibration="off")
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    counts = [entry.get("pulse/skipped_steps") for entry in entries]
+    assert counts == [None, None, *[1] * 7, *[2] * 15]
+    assert "pulse/learning_rate" not in entries[-1]  # it would be `learning_rate`
+
+
 def test_a_skipped_step_changes_no_parameter_and_no_moment(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:

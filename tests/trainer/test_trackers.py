@@ -118,6 +118,20 @@ def test_tensorboard_shows_what_each_step_used_and_each_episode_earned(
     assert 0.8 * highest < max(base) <= highest * (1 + 1e-6)
 
 
+def test_with_one_arm_only_what_varies_is_logged(
+    tiny_model: Any, tiny_data: Any, arguments: Any
+) -> None:
+    args = arguments(max_steps=STEPS["trust_region"])
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+    trainer.train()
+    assert trainer.aees.calibrator.outcome.reason is None
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {key for entry in steps for key in entry if "/" in key} == {"pulse/learning_rate"}
+    rates = [entry["pulse/learning_rate"] for entry in steps]
+    assert len(rates) == args.max_steps
+    assert len(set(rates)) > args.max_steps / 2
+
+
 def test_trackio_shows_them_in_its_local_store(
     tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
