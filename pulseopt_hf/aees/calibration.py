@@ -26,7 +26,7 @@ SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
-FROM_SCRATCH = 0.0625  # share of its norm by which a step moves the weights of a new model
+LAYERS = 2.0  # of a new model, for which `OUTPUT_RADIUS` stands; it grows with their number
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
@@ -83,7 +83,8 @@ class Outcome:
         limited_by: what keeps it from being higher: `outputs` or `weights`; `None` for `set_lr`.
         reason: why it is `set_lr`, or `None`.
         step: global step in which that was decided.
-        divisor: of what one step allows, for repeated passes over the data.
+        divisor: of what moves a model to its radius, for repeated passes over the data; below one
+            for the layers of a new model.
     """
 
     set_lr: float
@@ -101,6 +102,8 @@ class Outcome:
         divided = ""
         if self.divisor > 1.0:
             divided = f", divided by {self.divisor:.3g} for the repeated passes over the data"
+        elif self.divisor < 1.0:
+            divided = f", times {1.0 / self.divisor:.3g} for the layers of a new model"
         return (
             f"Learning rate calibrated: {self.set_lr:.3g} was set, {self.learning_rate:.3g} is "
             f"used ({self.learning_rate / self.set_lr:.3g} times). It is the highest at which one "
@@ -126,10 +129,11 @@ class Calibration:
     over trials b near the radius, each on a batch of its own: batches differ, and one that happens
     to be balanced hardly moves a classifier.
 
-    A run of n passes over its data divides that by n^(PASSES_EXPONENT (1 - w / FROM_SCRATCH)), with
-    w at that LR, and by nothing where w is larger. A pretrained model, whose weights such a step
-    hardly moves, learns the rows by heart in later passes. To a model from scratch the rows are
-    still new.
+    A run of n passes over its data divides that by n^PASSES_EXPONENT: a pretrained model learns the
+    rows by heart in later passes. To a new model the rows are still new, and nothing is divided.
+
+    All layers of a new model move its outputs the same way in the first step, and no more in later
+    ones. So the outputs' radius of one with L > LAYERS layers is L / LAYERS times as large.
 
     The search begins far below the LR that was set and goes to half of what the last trial allows:
     the outputs of a model from scratch soon saturate, and a step that hardly moves them further may
@@ -145,17 +149,19 @@ class Calibration:
     Args:
         set_lr: the highest peak LR of all parameter groups, as the user set it, > 0.
         passes: of the run over its data; less than one counts as one.
+        new_layers: layers of a new model; `None` for one that was trained before.
 
     Raises:
-        ValueError: one of them is not a number, or not > 0.
+        ValueError: the LR or the passes are not a number, or not > 0.
     """
 
-    def __init__(self, set_lr: float, passes: float = 1.0) -> None:
+    def __init__(self, set_lr: float, passes: float = 1.0, new_layers: int | None = None) -> None:
         for name, value in (("set_lr", set_lr), ("passes", passes)):
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"`{name}` must be a number > 0, got {value!r}.")
         self.set_lr = set_lr
         self.passes = max(1.0, passes)
+        self.new_layers = new_layers
         self.trials: list[Trial] = []
 
     @property
@@ -168,7 +174,7 @@ class Calibration:
             return _bounded(last.learning_rate * _step_towards(last))
         if not self._answers:  # it began too near to tell whether the outputs answer to the LR
             return _bounded(last.learning_rate / (SMALL * NEAR))
-        return _bounded(TRIAL_SHARE * _allowed(self._trusted or [last])[0])
+        return _bounded(TRIAL_SHARE * _allowed(self._trusted or [last], 1.0)[0])
 
     @property
     def batch_is_done(self) -> bool:
@@ -185,15 +191,16 @@ class Calibration:
         """The LR found; `None` before the search has ended, and where nothing was found."""
         if len(self._trusted) < TRUSTED:
             return None
-        return _bounded(_allowed(self._trusted)[0] / self.divisor)
+        once = _allowed(self._trusted, self._reach)[0]
+        return _bounded(once / self._passes_divisor)
 
     @property
     def divisor(self) -> float:
-        """What the LR that one step allows is divided by, for repeated passes over the data."""
+        """What the LR is divided by that moves a model to its radius; see `Outcome`."""
         if not self._trusted:
             return 1.0
-        weights = _allowed(self._trusted)[2]
-        return float(self.passes ** (PASSES_EXPONENT * max(0.0, 1.0 - weights / FROM_SCRATCH)))
+        at_radius = _allowed(self._trusted, 1.0)[0]
+        return self._passes_divisor * at_radius / _allowed(self._trusted, self._reach)[0]
 
     @property
     def failed(self) -> bool:
@@ -203,11 +210,20 @@ class Calibration:
     @property
     def limited_by(self) -> str | None:
         """What limits the LR found: `outputs` or `weights`."""
-        return None if self.learning_rate is None else _allowed(self._trusted)[1]
+        return None if self.learning_rate is None else _allowed(self._trusted, self._reach)[1]
 
     def add(self, trial: Trial) -> None:
         """Add a trial that was taken at `next_lr`."""
         self.trials.append(trial)
+
+    @property
+    def _passes_divisor(self) -> float:
+        return 1.0 if self.new_layers is not None else float(self.passes**PASSES_EXPONENT)
+
+    @property
+    def _reach(self) -> float:
+        """Factor on the outputs' radius."""
+        return max(1.0, (self.new_layers or 0) / LAYERS)
 
     @property
     def _trusted(self) -> list[Trial]:
@@ -233,6 +249,7 @@ class Calibration:
         return {
             "set_lr": self.set_lr,
             "passes": self.passes,
+            "new_layers": self.new_layers,
             "trials": [asdict(trial) for trial in self.trials],
         }
 
@@ -242,12 +259,14 @@ class Calibration:
         Raises:
             StateError: the state is damaged.
         """
-        set_lr = field(state, "set_lr", _learning_rate)
+        set_lr = field(state, "set_lr", _positive)
         passes = field(state, "passes", _at_least_one)
+        new_layers = field(state, "new_layers", optional(integer))
         trials = field(state, "trials", list_of(trial_from_json))
         if len(trials) > MOST_TRIALS:
             raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(trials)}.")
         self.set_lr, self.passes, self.trials = set_lr, passes, trials
+        self.new_layers = new_layers
 
 
 def trial_from_json(value: object, name: str) -> Trial:
@@ -257,7 +276,7 @@ def trial_from_json(value: object, name: str) -> Trial:
         StateError: an attribute is missing or of another type.
     """
     return Trial(
-        field(value, "learning_rate", _learning_rate),
+        field(value, "learning_rate", _positive),
         field(value, "movement", _movement),
         field(value, "weight_movement", _movement),
         field(value, "own_batch", flag),
@@ -272,12 +291,12 @@ def outcome_from_json(value: object, name: str) -> Outcome:
         StateError: an attribute is missing or of another type.
     """
     return Outcome(
-        field(value, "set_lr", _learning_rate),
-        field(value, "learning_rate", _learning_rate),
+        field(value, "set_lr", _positive),
+        field(value, "learning_rate", _positive),
         field(value, "limited_by", optional(text)),
         field(value, "reason", optional(text)),
         field(value, "step", integer),
-        field(value, "divisor", _at_least_one),
+        field(value, "divisor", _positive),
     )
 
 
@@ -298,32 +317,33 @@ def _step_towards(trial: Trial) -> float:
     return max(TRIAL_SHARE / trial.share, 1.0 / RETREAT)
 
 
-def _allowed(trials: Sequence[Trial]) -> tuple[float, str, float]:
-    """Return the LR that keeps both movements within their radii.
+def _allowed(trials: Sequence[Trial], reach: float) -> tuple[float, str]:
+    """Return the LR that keeps both movements within their radii, and which of them limits it.
 
-    Returns:
-        The LR, which of the movements limits it, and how far such a step moves the weights.
+    Args:
+        trials: those that decide.
+        reach: factor on the outputs' radius.
     """
 
     def slope(movements: Sequence[float]) -> float:
         slopes = (m / t.learning_rate for m, t in zip(movements, trials, strict=True))
         return math.hypot(*slopes) / math.sqrt(len(trials))
 
-    outputs = slope([trial.movement for trial in trials]) / OUTPUT_RADIUS
+    outputs = slope([trial.movement for trial in trials]) / (OUTPUT_RADIUS * reach)
     weights = slope([trial.weight_movement for trial in trials]) / WEIGHT_RADIUS
     if outputs >= weights:
-        return 1.0 / outputs, "outputs", WEIGHT_RADIUS * weights / outputs
-    return 1.0 / weights, "weights", WEIGHT_RADIUS
+        return 1.0 / outputs, "outputs"
+    return 1.0 / weights, "weights"
 
 
 def _bounded(learning_rate: float) -> float:
     return min(max(learning_rate, LOWEST_LR), HIGHEST_LR)
 
 
-def _learning_rate(value: object, name: str) -> float:
+def _positive(value: object, name: str) -> float:
     result = number(value, name)
     if result <= 0.0:
-        raise StateError(f"`{name}` must be a learning rate > 0, got {result}.")
+        raise StateError(f"`{name}` must be a number > 0, got {result}.")
     return result
 
 

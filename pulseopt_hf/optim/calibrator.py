@@ -38,6 +38,7 @@ from pulseopt_hf.optim import base_lr
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.hooks import ArmHooks
 from pulseopt_hf.optim.losses import LossBuffer
+from pulseopt_hf.optim.newness import layers_of_new_model
 from pulseopt_hf.optim.probe import Probe
 from pulseopt_hf.optim.scalars import norm
 from pulseopt_hf.optim.snapshot import Snapshot
@@ -104,7 +105,8 @@ class Calibrator:
         self._only_ask = only_ask
         self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
         self._set_lrs = base_lr.peaks(optimizer)
-        self.search = Calibration(max(self._set_lrs), passes)
+        new_layers = layers_of_new_model(model, agreement)
+        self.search = Calibration(max(self._set_lrs), passes, new_layers)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.probe = Probe(model, agreement, device)
         self._buffers = list(model.buffers())

@@ -30,8 +30,8 @@ def to_floats(values: Sequence[float | Tensor]) -> list[float]:
     return result
 
 
-def norm(tensor: Tensor) -> Tensor:
-    """Return the L2 norm of a tensor of any type, float32 of shape (), on its device."""
+def norm(tensor: Tensor, order: float = 2) -> Tensor:
+    """Return the vector norm of a tensor of any type, float32 of shape (), on its device."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide).float()
+    found: Tensor = torch.linalg.vector_norm(tensor, order, dtype=wide).float()
     return found

@@ -28,7 +28,8 @@ class Suggestion:
         trials: the steps that were tried, see `Trial`.
         set_lr: the LR that was set.
         reason: why nothing was found, or `None`.
-        divisor: of what one step allows, for repeated passes over the data.
+        divisor: of what moves the model to its radius, for repeated passes over the data; below
+            one for the layers of a new model.
         replayed_rows: rows that went forward, without gradient, to measure the trials.
     """
 

@@ -71,7 +71,8 @@ def trials_plot(
     """Draw how far each trial went, over its LR.
 
     A line leads to where the limit `limited_by`, `outputs` or `weights`, is reached. The LR that
-    was found is marked on it: there, or lower by `divisor` for repeated passes over the data.
+    was found is marked on it: there, or lower by `divisor` for repeated passes over the data, or
+    higher by it for the layers of a new model.
     Where `limited_by` is `None` nothing was found.
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]
@@ -87,7 +88,7 @@ def trials_plot(
         data["star"] = [{"rate": rounded(found), "share": rounded(1.0 / divisor)}]
         data["line"] = [
             {"rate": rounded(r), "share": rounded(r / highest), "measure": f"{limited_by} moved"}
-            for r in (lowest, highest)  # movements grow in proportion to the LR
+            for r in (lowest, max(found, highest))  # movements grow in proportion to the LR
         ]
     data["rates"] = rates
     labels = [f"{measure} moved" for measure in _MEASURES]

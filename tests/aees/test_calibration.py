@@ -9,7 +9,6 @@ import random
 import pytest
 
 from pulseopt_hf.aees.calibration import (
-    FROM_SCRATCH,
     MOST_TRIALS,
     NOT_FINITE,
     OUTPUT_RADIUS,
@@ -53,8 +52,10 @@ class Model:
         return Trial(lr, movement, WEIGHT_RADIUS * lr / self.weight_lr, step == 0, step)
 
 
-def run(model: Model, set_lr: float, passes: float = 1.0) -> Calibration:
-    search = Calibration(set_lr, passes)
+def run(
+    model: Model, set_lr: float, passes: float = 1.0, new_layers: int | None = None
+) -> Calibration:
+    search = Calibration(set_lr, passes, new_layers)
     for step in range(100):
         while not search.is_done:
             search.add(model.trial(search.next_lr, step))
@@ -129,7 +130,7 @@ def test_the_state_is_json_and_continues_exactly_from_every_trial() -> None:
         search = Calibration(1e-2)
         for trial in whole.trials[:stop]:
             search.add(trial)
-        restored = Calibration(1.0, passes=5.0)
+        restored = Calibration(1.0, passes=5.0, new_layers=3)
         restored.load_state_dict(json.loads(json.dumps(search.state_dict())))
         assert restored.next_lr == search.next_lr
         assert restored.batch_is_done == search.batch_is_done
@@ -181,14 +182,16 @@ def test_passes_over_the_data_divide_the_lr_of_a_pretrained_model(passes: float)
     assert search.limited_by == "outputs"
 
 
-def test_passes_matter_the_less_the_more_a_step_moves_the_weights() -> None:
-    scratch = run(Model(1e-2, weight_lr=1e-3), 1e-5, 10.0)
-    assert scratch.learning_rate == pytest.approx(1e-3)
-    assert scratch.divisor == 1.0
-    # A step at 1e-3 moves the weights by half of `FROM_SCRATCH`.
-    between = run(Model(1e-3, weight_lr=1e-3 * 2 * WEIGHT_RADIUS / FROM_SCRATCH), 1e-5, 9.0)
-    assert between.divisor == pytest.approx(3.0**PASSES_EXPONENT, rel=0.01)
-    assert between.learning_rate == pytest.approx(1e-3 / between.divisor)
+def test_passes_do_not_matter_to_a_new_model_but_its_layers_do() -> None:
+    for layers, factor in ((0, 1.0), (2, 1.0), (8, 4.0), (12, 6.0)):
+        search = run(Model(1e-3, weight_lr=1e3), 1e-5, 10.0, layers)
+        assert search.learning_rate == pytest.approx(factor * 1e-3, rel=0.01)
+        assert search.limited_by == "outputs"
+        assert search.divisor == pytest.approx(1.0 / factor)
+    # The weights' radius stays.
+    search = run(Model(1e-3, weight_lr=2e-3), 1e-5, 10.0, 12)
+    assert search.learning_rate == pytest.approx(2e-3, rel=0.01)
+    assert search.limited_by == "weights"
 
 
 @pytest.mark.parametrize("passes", [0.0, -1.0, math.nan, math.inf])

@@ -63,6 +63,7 @@ def calibrated(model: Any, settings: Any, data: Any, cls: Any = PulseOptTrainer)
         "fsdp2": trainer.accelerator.is_fsdp2,
         "seen": watch.seen,
         "trials": [asdict(trial) for trial in search.trials],
+        "layers": search.new_layers,
         "found": search.learning_rate,
         "used": max(trainer.lr_scheduler.base_lrs),
         "losses": losses,
@@ -72,6 +73,7 @@ def calibrated(model: Any, settings: Any, data: Any, cls: Any = PulseOptTrainer)
 def check(result: dict[str, Any], *, kept_gradient: bool = True) -> None:
     """Check that trials were taken, put back, and followed by training at what they found."""
     assert result["found"] is not None, result["trials"]
+    assert result["layers"] == 2  # the model is new, whatever part of it a rank has
     assert result["used"] == pytest.approx(result["found"], rel=1e-6)
     last = result["trials"][-1]["step"]  # whose batch is trained on where that is still possible
     seen = result["seen"]

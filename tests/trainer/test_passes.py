@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from pulseopt_hf import AEES, PulseOptTrainer, find_learning_rate
-from pulseopt_hf.aees import calibration
 from pulseopt_hf.embedded import minilm_folder
+from pulseopt_hf.optim import calibrator
 from tests.trainer.test_calibration import NAMED, calibrator_of, make
 
 ROWS, BATCH = 64, 8
@@ -21,7 +21,7 @@ ROWS, BATCH = 64, 8
 def as_if_pretrained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the tiny models, which are new, for pretrained ones, whose LR passes divide."""
     if "real" not in request.node.name:
-        monkeypatch.setattr(calibration, "FROM_SCRATCH", 10.0)
+        monkeypatch.setattr(calibrator, "layers_of_new_model", lambda *args: None)
 
 
 def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not(
@@ -43,7 +43,7 @@ def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not
         )
     }
     assert found["pretrained"].reason is None
-    assert found["pretrained"].divisor > 0.9 * 7 ** (2 / 3)
+    assert found["pretrained"].divisor == pytest.approx(7 ** (2 / 3))
     assert found["new"].reason is None
     assert found["new"].divisor == 1.0
 
@@ -67,7 +67,7 @@ def test_the_arguments_say_how_often(
     search = calibrator_of(trainer).search
     assert search.learning_rate is not None
     assert search.passes == passes
-    assert 1.0 < search.divisor <= passes
+    assert search.divisor == pytest.approx(passes ** (2 / 3))
     assert calibrator_of(trainer).outcome.divisor == search.divisor
 
 
@@ -114,4 +114,4 @@ def test_a_loop_of_ones_own_says_it(tiny_model: Any, tiny_data: Any) -> None:
         assert aees.calibrator is not None
         assert aees.calibrator.search.passes == passes
         found.append(suggestion.learning_rate)
-    assert 1.0 < found[0] / found[1] <= 8.0
+    assert found[0] / found[1] == pytest.approx(4.0)

@@ -1,0 +1,78 @@
+"""A model is new as long as nothing has trained it, whatever drew its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from pulseopt_hf.embedded import minilm_folder
+from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.newness import layers_of_new_model
+
+BERT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+T5: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "vocab_size": 500}
+NEW: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "BERT": (3, lambda: BertForSequenceClassification(BertConfig(**BERT))),
+    "ViT": (3, lambda: ViTForImageClassification(ViTConfig(**BERT))),
+    "LLaMA": (3, lambda: LlamaForCausalLM(LlamaConfig(vocab_size=500, **BERT))),
+    "T5": (4, lambda: T5ForConditionalGeneration(T5Config(num_layers=2, **T5))),
+    "convolutions": (0, lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))),
+}
+
+
+def layers(model: nn.Module) -> int | None:
+    return layers_of_new_model(model, Agreement(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", NEW)
+def test_new_models_are_new(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    count, make = NEW[name]
+    assert layers(make().to(dtype)) == count
+
+
+def test_a_pretrained_model_is_not_new_with_a_new_head_or_an_adapter() -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_hidden_layers=2)
+    assert layers(model) is None
+    settings = peft.LoraConfig(r=32, target_modules=["query", "key", "value"])
+    assert layers(peft.get_peft_model(model, settings)) is None
+
+
+@pytest.mark.parametrize("init", ["normal", "uniform"])
+def test_a_model_is_new_until_it_was_trained(init: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    if init == "normal":
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.05)
+    assert layers(model) == 0
+    rows = torch.randn(512, 128) * torch.linspace(0.0, 2.0, 128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        loss = nn.functional.cross_entropy(model(rows), rows[:, -10:].argmax(dim=1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert layers(model) is None
