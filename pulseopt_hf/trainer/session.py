@@ -260,16 +260,9 @@ class PulseSession:
             self._engine_stepped = aees.apply(plain_step)
             self._stop_asking(aees)
             return
-        if self.is_unattached and self._loss is None and aees.calibrator is not None:
-            aees.calibrator.give_up(
-                "the model returns no loss to watch over; "
-                "`PulseOptCallback(config).attach(trainer)` knows the Trainer's",
-                self.trainer.state.global_step,
-            )
-            aees.abandon()
-            plain_step()
-            return
-        loss = self._take_loss()
+        loss, self._loss = self._loss, None
+        if loss is None:
+            self._do_without_loss(aees)
         # A gradient scaler is a guard itself, and has to be stepped to lower its scale.
         scaled = self.trainer.optimizer.scaler is not None
         happened = scaled or guard is None or guard.is_finite()
@@ -278,6 +271,28 @@ class PulseSession:
         mark_step_skipped(self.trainer.optimizer, self.only_ask or not happened)
         self._stop_asking(aees)
         self._settle(aees, loss, happened)
+
+    def _do_without_loss(self, aees: AEES) -> None:
+        """Go on without a calibration, which has to watch the loss, where no arm needs one.
+
+        Raises:
+            RuntimeError: there are arms.
+        """
+        if not aees.controller.is_neutral:
+            raise RuntimeError(
+                "An optimizer step came without a loss: something stands in the place of the "
+                f"`training_step` of this {type(self.trainer).__name__}. Override it in a "
+                "subclass, and return the loss of `super().training_step(...)`."
+            )
+        if aees.calibrator is not None and aees.is_calibrating:
+            aees.calibrator.give_up(
+                "the model returns no loss to watch over; "
+                "`PulseOptCallback(config).attach(trainer)` knows the Trainer's"
+                if self.is_unattached
+                else "the loss of `training_step` was not seen; return that of "
+                "`super().training_step(...)`",
+                self.trainer.state.global_step,
+            )
 
     def _stop_asking(self, aees: AEES) -> None:
         if self.only_ask and not aees.is_calibrating:
@@ -302,11 +317,17 @@ class PulseSession:
         assert self._aees is not None
         happened, self._engine_stepped = self._engine_stepped, False
         mark_engine_step_skipped(self.trainer.optimizer, not happened)
-        self._settle(self._aees, self._take_loss(), happened)
+        loss, self._loss = self._loss, None
+        if loss is None:
+            self._do_without_loss(self._aees)
+        self._settle(self._aees, loss, happened)
 
-    def _settle(self, aees: AEES, loss: Tensor, happened: bool) -> None:
-        """Count the step or skip it."""
+    def _settle(self, aees: AEES, loss: Tensor | None, happened: bool) -> None:
+        """Count the step or skip it; one without a loss is not counted."""
         if happened:
+            if loss is None:
+                aees.abandon()
+                return
             record = aees.record(loss)
             if record is not None:
                 logger.info(
@@ -328,21 +349,11 @@ class PulseSession:
         elif aees.config.nonfinite == "raise" and not self._is_overflow(aees, loss):
             raise ValueError(
                 f"The loss or a gradient is not finite at global step "
-                f"{self.trainer.state.global_step}; the step's loss is {loss.item()}."
+                f"{self.trainer.state.global_step}; the step's loss is "
+                f"{'unknown' if loss is None else loss.item()}."
             )
         else:
             aees.skip()
-
-    def _take_loss(self) -> Tensor:
-        loss, self._loss = self._loss, None
-        if loss is None:
-            name = type(self.trainer).__name__
-            raise RuntimeError(
-                f"An optimizer step came without a loss: something stands in the place of the "
-                f"`training_step` of this {name}. Override it in a subclass, and return the loss "
-                "of `super().training_step(...)`."
-            )
-        return loss
 
     def agree(self, model: object = None, trial: object = None) -> None:
         """Make ready for a checkpoint; every rank takes part.
@@ -428,13 +439,14 @@ class PulseSession:
             values["pulse/reward"] = records[-1].reward
         return values
 
-    def _is_overflow(self, aees: AEES, loss: Tensor) -> bool:
+    def _is_overflow(self, aees: AEES, loss: Tensor | None) -> bool:
         """Whether a skip is a gradient scaler's ordinary overflow: all ranks' losses are finite."""
         scaled = self.trainer.optimizer.scaler is not None
         if self.trainer.is_deepspeed_enabled:
             scaled = self.trainer.accelerator.mixed_precision == "fp16"
         # One rank alone must not raise: the others would wait for it.
-        return scaled and not aees.any_rank(not bool(torch.isfinite(loss).item()))
+        bad = loss is not None and not bool(torch.isfinite(loss).item())
+        return scaled and not aees.any_rank(bad)
 
     def _run_config(self, max_steps: int, saved: object | None) -> PulseOptConfig:
         args = self.trainer.args

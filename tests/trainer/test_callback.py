@@ -8,6 +8,7 @@ import pytest
 from transformers import Trainer
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from tests.conftest import history, parameters_equal
 
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
 
@@ -65,6 +66,37 @@ def test_a_trainer_whose_training_step_went_another_way_is_refused_naming_the_su
     trainer.training_step = lambda *args, **kwargs: Trainer.training_step(trainer, *args, **kwargs)
     with pytest.raises(RuntimeError, match="stands in the place of the `training_step`"):
         trainer.train()
+
+
+@pytest.mark.parametrize("calibration", ["auto", "off"])
+def test_without_arms_a_training_step_that_is_not_seen_trains_as_the_stock_trainer(
+    calibration: str,
+    tiny_model: Any,
+    tiny_data: Any,
+    arguments: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def train(trainer: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return Trainer.training_step(trainer, *args, **kwargs)
+
+        trainer.training_step = step
+        trainer.train()
+        return trainer
+
+    args = arguments(max_steps=60)
+    stock = train(Trainer(tiny_model(), args, train_dataset=tiny_data))
+    pulse = PulseOptConfig(calibration=calibration)
+    ours = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=pulse)
+    train(ours)
+    assert parameters_equal(ours.model, stock.model)
+    entries = [
+        {key: value for key, value in entry.items() if not key.startswith("pulse/")}
+        for entry in history(ours)
+    ]
+    assert entries == history(stock)
+    said = "the loss of `training_step` was not seen" in caplog.text
+    assert said == (calibration == "auto")
 
 
 def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(
