@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device")
     options.out.mkdir(parents=True, exist_ok=True)
     for piece in options.pieces.split(","):
         if piece == "overhead":
@@ -450,6 +452,42 @@ def summary(steps: int, folder: Path) -> dict[str, Any] | None:
         "loss": {"untouched": losses[atlas.UNTOUCHED], "ours": ours["loss_after"]},
         "excess": excess(ours["loss_after"], ours["loss_before"], min(losses.values())),
     }
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return a table of what a step costs, and one of the sizes, blank where nothing was run."""
+    cost = result["overhead"]
+    lines = [
+        f"{result['card']}, a step of {1000 * cost['step_seconds']:.0f} ms:",
+        "",
+        "| variant | step time | extra peak memory |",
+        "|---|---|---|",
+    ]
+    for name, row in cost["variants"].items():
+        memory = round(row["extra_peak_mib"])
+        lines.append(f"| {name} | {row['step_ratio']:.3f} x | {memory} MiB |")
+    lines += [
+        "",
+        f"Calibration takes the time of {cost['calibration_steps']:.1f} optimizer steps and "
+        f"{cost['calibration_batches']:.0f} batches, {cost['calibration_share']:.1%} of "
+        f"{LONG_RUN:,} steps, and {max(0, round(cost['calibration_extra_peak_mib']))} MiB.",
+        "",
+    ]
+    rows = {name: row["losses"] for name, row in result["sizes"].items()} | result["unfinished"]
+    rates = sorted({float(rate) for losses in rows.values() for rate in losses})
+    lines += [
+        "| model | " + " | ".join(f"{rate:g}" for rate in rates) + " | tuned | found | its loss |",
+        "|---" * (len(rates) + 4) + "|",
+    ]
+    for name, losses in rows.items():
+        known = {float(rate): loss for rate, loss in losses.items()}
+        cells = [f"{known[rate]:.3f}" if rate in known else "" for rate in rates]
+        row = result["sizes"].get(name)
+        found = ["", "", ""]
+        if row is not None:
+            found = [f"{row['tuned']:.1e}", f"{row['found']:.1e}", f"{row['loss']['ours']:.3f}"]
+        lines.append(f"| {name} | {' | '.join([*cells, *found])} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ try:
         ablation,
         atlas,
         compare_tasks,
+        gpu,
         planted_bandit,
         small_models,
         trust_region,
@@ -26,6 +27,7 @@ except ImportError:
     import ablation
     import atlas
     import compare_tasks
+    import gpu
     import planted_bandit
     import small_models
     import trust_region
@@ -50,6 +52,7 @@ TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
     (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "atlas", atlas.RESULT, atlas.to_markdown),
+    (BENCHMARK, "gpu", gpu.RESULT, gpu.to_markdown),
     (README, "atlas", atlas.RESULT, atlas.to_short_markdown),
 ]
 
