@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from pulseopt_hf import embedded
 from pulseopt_hf.errors import UsageError, nearest
@@ -88,6 +89,8 @@ def load_model(recipe: RecipeArguments, config: Any) -> Any:
         return model
     from peft import get_peft_model
 
+    # As peft finds out by itself, with a warning.
+    lora.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     with usage_error("`lora_target_modules`", ValueError):
         return get_peft_model(model, lora)
 
