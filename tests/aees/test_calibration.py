@@ -213,6 +213,8 @@ def test_an_outcome_is_one_line_with_both_lrs_and_how_to_keep_the_old_one() -> N
         assert part in found
     several = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 2.9))
     assert "too far, divided by 2.9 for the repeated passes over the data. To keep" in several
+    deep = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 0.25))
+    assert "too far, times 4 for the layers of a new model. To keep" in deep
     kept = str(Outcome(2e-5, 2e-5, None, "it is zero", 5))
     assert kept == (
         "The learning rate is not calibrated: it is zero. The one that was set is used."

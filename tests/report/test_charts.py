@@ -291,13 +291,14 @@ def shares(plot: Plot, measure: str) -> list[float]:
     return [r["share"] for r in plot.data["trials"] if r["measure"] == f"{measure} moved"]
 
 
+@pytest.mark.parametrize("divisor", [2.0, 0.25], ids=["passes", "layers"])
 def test_the_lr_that_was_found_is_marked_where_its_movement_reaches_what_is_allowed(
-    calibrated: Path,
+    divisor: float, calibrated: Path
 ) -> None:
     run = read_run(calibrated)
     assert run.outcome is not None
-    halved = replace(run.outcome, learning_rate=run.outcome.learning_rate / 2, divisor=2.0)
-    run = replace(run, outcome=halved)
+    found_lr = run.outcome.learning_rate / divisor
+    run = replace(run, outcome=replace(run.outcome, learning_rate=found_lr, divisor=divisor))
     found = plots(run)
     plot = found["calibration"]
     assert run.outcome is not None
@@ -305,11 +306,11 @@ def test_the_lr_that_was_found_is_marked_where_its_movement_reaches_what_is_allo
     label = f"found: {run.calibrated_lr:.3g}, limited by the {run.outcome.limited_by}"
     assert [row["label"] for row in plot.data["rates"]] == ["set: 0.0001", label]
     (star,), (first, last) = stars(plot), plot.data["line"]
-    divisor = run.outcome.divisor
-    assert divisor == 2.0
     assert star["rate"] == pytest.approx(run.calibrated_lr, rel=1e-7)
-    # The limit is reached where the line ends, and the LR lies on it, divided for repeated passes.
-    assert (last["rate"], last["share"]) == (pytest.approx(star["rate"] * divisor), 1.0)
+    # The limit is reached where the line ends, and the LR lies on it, divided for repeated passes,
+    # or beyond, for the layers of a new model.
+    assert star["share"] == 1.0 / divisor
+    assert last["share"] == max(1.0, star["share"])
     for row in (first, star):
         assert last["share"] / row["share"] == pytest.approx(last["rate"] / row["rate"])
     assert last["measure"] == f"{run.outcome.limited_by} moved"
