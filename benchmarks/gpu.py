@@ -49,7 +49,7 @@ from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.published import PublishedTrainer
 from pulseopt_hf.compare.scores import excess, tuned_lr
 from pulseopt_hf.embedded import train_tokenizer
-from pulseopt_hf.trainer.guard import NonFiniteGuard
+from pulseopt_hf.trainer.nonfinite import NonFiniteGuard
 
 OUT = Path("runs/gpu")
 RESULT = Path(__file__).parent / "results" / "gpu.json"

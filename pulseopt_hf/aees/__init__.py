@@ -8,9 +8,9 @@ from pulseopt_hf.aees.arms import Arm
 from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB, RandomBandit, ScaledUCB
 from pulseopt_hf.aees.context import TrendBandit, loss_trend
 from pulseopt_hf.aees.controller import Controller, Selection
-from pulseopt_hf.aees.records import LOG_KEYS, EpisodeRecord, to_logs
+from pulseopt_hf.aees.episode_record import LOG_KEYS, EpisodeRecord, to_logs
+from pulseopt_hf.aees.json_checks import StateError
 from pulseopt_hf.aees.reward import Reward, episode_reward
-from pulseopt_hf.aees.state import StateError
 
 __all__ = [
     "LOG_KEYS",

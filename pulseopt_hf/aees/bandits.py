@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
     field,

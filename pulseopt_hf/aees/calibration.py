@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
     field,

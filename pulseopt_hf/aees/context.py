@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB, ScaledUCB
-from pulseopt_hf.aees.state import StateDict, StateError, field, shorten
+from pulseopt_hf.aees.json_checks import StateDict, StateError, field, shorten
 
 BUCKETS = ("improving", "stable", "worsening")
 

@@ -16,21 +16,13 @@ from pulseopt_hf.aees.bandits import (
     ScaledUCB,
 )
 from pulseopt_hf.aees.context import BUCKETS, TrendBandit, loss_trend
-from pulseopt_hf.aees.left_out import (
-    ArmTotals,
-    kept_numbers,
-    settled,
-    sum_up,
-    totals_from_json,
-)
-from pulseopt_hf.aees.records import (
+from pulseopt_hf.aees.episode_record import (
     EpisodeRecord,
     records_from_json,
     records_to_json,
     to_logs,
 )
-from pulseopt_hf.aees.reward import episode_reward
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
     field,
@@ -41,6 +33,14 @@ from pulseopt_hf.aees.state import (
     shorten,
     text,
 )
+from pulseopt_hf.aees.left_out import (
+    ArmTotals,
+    kept_numbers,
+    settled,
+    sum_up,
+    totals_from_json,
+)
+from pulseopt_hf.aees.reward import episode_reward
 from pulseopt_hf.config import PulseOptConfig, method_settings
 
 STATE_VERSION = 1

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as attribute
 
-from pulseopt_hf.aees.records import EpisodeRecord
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.episode_record import EpisodeRecord
+from pulseopt_hf.aees.json_checks import (
     StateError,
     field,
     from_one,

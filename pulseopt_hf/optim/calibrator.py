@@ -23,7 +23,7 @@ from pulseopt_hf.aees.calibration import (
     finite_movement,
     outcome_from_json,
 )
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
     field,

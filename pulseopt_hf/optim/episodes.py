@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pulseopt_hf.aees import Controller, EpisodeRecord, Selection
-from pulseopt_hf.aees.state import StateDict, StateError, field, integer, list_of, number
+from pulseopt_hf.aees.json_checks import StateDict, StateError, field, integer, list_of, number
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.divergence import DivergenceGuard

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from pulseopt_hf.aees.calibration import finite_movement
-from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.aees.json_checks import StateError
 from pulseopt_hf.optim import trees
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.movement import Reading, distance, noise, positions, read, unit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.aees.json_checks import StateError
 from pulseopt_hf.optim import trees
 from pulseopt_hf.optim.scalars import norm
 from pulseopt_hf.optim.unwrap import innermost, stepped_parameters

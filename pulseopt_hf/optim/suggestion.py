@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pulseopt_hf.aees.calibration import MOST_TRIALS, Trial, not_calibrated
 from pulseopt_hf.config import PulseOptConfig
-from pulseopt_hf.optim.aees import AEES
 from pulseopt_hf.optim.calibrator import Calibrator, why_not_calibrate
+from pulseopt_hf.optim.loop import AEES
 from pulseopt_hf.optim.randomness import kept_random_state
 from pulseopt_hf.optim.unwrap import device_of, innermost
 

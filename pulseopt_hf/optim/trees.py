@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.aees.json_checks import StateError
 
 _CONTENT = "content"
 

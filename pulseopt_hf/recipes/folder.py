@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from pulseopt_hf.aees.run_record import FILE_NAME
+from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.files import write_whole
 from pulseopt_hf.recipes import catalogue

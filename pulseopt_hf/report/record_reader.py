@@ -10,7 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from pulseopt_hf.aees.calibration import Outcome
-from pulseopt_hf.aees.run_record import (
+from pulseopt_hf.aees.json_checks import StateError
+from pulseopt_hf.aees.record_format import (
     FILE_NAME,
     End,
     Head,
@@ -20,7 +21,6 @@ from pulseopt_hf.aees.run_record import (
     NumberedTrial,
     decode,
 )
-from pulseopt_hf.aees.state import StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.run_data import RunData, Status
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pulseopt_hf.aees.calibration import Outcome, Trial
+from pulseopt_hf.aees.episode_record import EpisodeRecord
 from pulseopt_hf.aees.left_out import ArmTotals, sum_up
-from pulseopt_hf.aees.records import EpisodeRecord
-from pulseopt_hf.aees.run_record import Log
+from pulseopt_hf.aees.record_format import Log
 
 Status = Literal["finished", "stopped", "failed", "running", "silent"]
 Series = list[tuple[int, float]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pulseopt_hf.aees.calibration import Outcome
-from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
+from pulseopt_hf.aees.record_format import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.record_reader import News, RecordReader, require_folder

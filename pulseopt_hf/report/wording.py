@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from pulseopt_hf.aees.calibration import NOT_FINITE, OUTPUT_RADIUS, WEIGHT_RADIUS, Trial
-from pulseopt_hf.aees.records import EpisodeRecord
+from pulseopt_hf.aees.episode_record import EpisodeRecord
 from pulseopt_hf.report.run_data import RunData, Series, deciding_trials
 
 _COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")

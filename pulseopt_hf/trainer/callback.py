@@ -16,7 +16,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
-from pulseopt_hf.aees.state import StateDict
+from pulseopt_hf.aees.json_checks import StateDict
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.trainer.session import PulseSession, session_in_training

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from pulseopt_hf.aees.calibration import not_calibrated
-from pulseopt_hf.aees.state import StateDict, field, integer
+from pulseopt_hf.aees.json_checks import StateDict, field, integer
 from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.optim.movement import loss_of
@@ -24,9 +24,9 @@ from pulseopt_hf.trainer import deepspeed
 from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
 from pulseopt_hf.trainer.eligibility import passes_over_data, why_not_calibrate
-from pulseopt_hf.trainer.guard import NonFiniteGuard
+from pulseopt_hf.trainer.nonfinite import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
-from pulseopt_hf.trainer.record import RunRecorder
+from pulseopt_hf.trainer.record_writer import RunRecorder
 from pulseopt_hf.trainer.upstream import (
     checkpoint_folder,
     mark_engine_step_skipped,

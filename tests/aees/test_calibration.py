@@ -22,7 +22,7 @@ from pulseopt_hf.aees.calibration import (
     outcome_from_json,
     trial_from_json,
 )
-from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.aees.json_checks import StateError
 
 
 class Model:

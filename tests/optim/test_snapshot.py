@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pulseopt_hf.aees.state import StateError
+from pulseopt_hf.aees.json_checks import StateError
 from pulseopt_hf.optim.snapshot import Snapshot
 
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees import EpisodeRecord
-from pulseopt_hf.aees.run_record import FILE_NAME, End, Head, Log, NumberedEpisode, encode
+from pulseopt_hf.aees.record_format import FILE_NAME, End, Head, Log, NumberedEpisode, encode
 
 CHROMIUM = shutil.which("chromium")
 # No sandbox, since a container's root has none, and nothing that talks to the network by itself.

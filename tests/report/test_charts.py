@@ -16,7 +16,7 @@ import pytest
 
 from pulseopt_hf.aees.calibration import NOT_FINITE, Outcome, Trial
 from pulseopt_hf.aees.left_out import ArmTotals
-from pulseopt_hf.aees.run_record import FILE_NAME, Log, encode
+from pulseopt_hf.aees.record_format import FILE_NAME, Log, encode
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.charts import Plot, thinned
 from pulseopt_hf.report.palette import arm_styles

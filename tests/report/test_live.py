@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pulseopt_hf.aees.run_record import FILE_NAME, End
+from pulseopt_hf.aees.record_format import FILE_NAME, End
 from pulseopt_hf.report.live import Sparkline, picture
 from pulseopt_hf.report.record_reader import RecordReader, read_run
 from tests.report.conftest import edit_record

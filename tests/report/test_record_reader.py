@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
-from pulseopt_hf.aees.run_record import FILE_NAME
+from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.record_reader import read_run
 

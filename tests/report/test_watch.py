@@ -25,7 +25,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from pulseopt_hf import PulseOptTrainer
-from pulseopt_hf.aees.run_record import FILE_NAME
+from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes.lines import EpisodeLines
 from pulseopt_hf.report.live import picture

@@ -20,15 +20,15 @@ from transformers import PrinterCallback, TrainerCallback
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees import left_out
-from pulseopt_hf.aees.run_record import FILE_NAME, NumberedEpisode
+from pulseopt_hf.aees.record_format import FILE_NAME, NumberedEpisode
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.record_reader import RecordReader, read_run
 from pulseopt_hf.report.tables import tables_of_run
 from pulseopt_hf.trainer import record
 from pulseopt_hf.trainer.card import section
-from pulseopt_hf.trainer.record import RunRecorder
+from pulseopt_hf.trainer.record_writer import RunRecorder
 from tests.conftest import history, parameters_equal
-from tests.trainer.test_run_record import comparable
+from tests.trainer.test_record_writer import comparable
 
 KNOBS: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],

@@ -12,11 +12,11 @@ import pytest
 from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
-from pulseopt_hf.aees.run_record import FILE_NAME, FORMAT_VERSION
+from pulseopt_hf.aees.record_format import FILE_NAME, FORMAT_VERSION
 from pulseopt_hf.optim.calibrator import SHORTEST_WATCH
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_data import RunData
-from pulseopt_hf.trainer.record import RunRecorder
+from pulseopt_hf.trainer.record_writer import RunRecorder
 from tests.engines.ranks import run_ranks
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=5)

@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from pulseopt_hf import __version__
 from pulseopt_hf.aees.left_out import kept_numbers, settled
-from pulseopt_hf.aees.run_record import (
+from pulseopt_hf.aees.record_format import (
     FILE_NAME,
     End,
     Head,

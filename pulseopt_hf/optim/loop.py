@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pulseopt_hf.aees import Arm, Controller, EpisodeRecord
 from pulseopt_hf.aees.calibration import not_calibrated
-from pulseopt_hf.aees.state import StateDict, field, integer, number, optional
+from pulseopt_hf.aees.json_checks import StateDict, field, integer, number, optional
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.calibrator import Calibrator, StepFate, why_not_calibrate

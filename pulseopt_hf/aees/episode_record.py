@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
     field,

@@ -1,6 +1,6 @@
 """The run record's format: one JSON object a line. Standard library only.
 
-A run writes it line by line (`pulseopt_hf.trainer.record`), and whoever shows a run reads it
+A run writes it line by line (`pulseopt_hf.trainer.record_writer`), and whoever shows a run reads it
 (`pulseopt_hf.report`). The kinds of line:
 
 | kind | holds |
@@ -30,9 +30,8 @@ from numbers import Real
 from typing import Any
 
 from pulseopt_hf.aees.calibration import Outcome, Trial, outcome_from_json, trial_from_json
-from pulseopt_hf.aees.left_out import ArmTotals, totals_from_json
-from pulseopt_hf.aees.records import EpisodeRecord, episode_from_json
-from pulseopt_hf.aees.state import (
+from pulseopt_hf.aees.episode_record import EpisodeRecord, episode_from_json
+from pulseopt_hf.aees.json_checks import (
     StateError,
     field,
     flag,
@@ -44,6 +43,7 @@ from pulseopt_hf.aees.state import (
     optional,
     text,
 )
+from pulseopt_hf.aees.left_out import ArmTotals, totals_from_json
 
 FILE_NAME = "pulse.jsonl"
 FORMAT_VERSION = 2
