@@ -7,11 +7,15 @@ the fields below.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 EPISODES_PER_ARM = 10  # that an automatic episode length aims at
 SHORTEST_AUTOMATIC_EPISODE = 5
@@ -202,6 +206,33 @@ class PulseOptConfig(PulseOptKnobs):
             )
         seed = seed if self.seed is None else self.seed
         return dataclasses.replace(self, episode_length=length, seed=seed)
+
+
+def takes_knobs(defaults: PulseOptConfig) -> Callable[[type[T]], type[T]]:
+    """Return a decorator for a class that takes the knobs as keywords, with these defaults.
+
+    It writes the knobs, which are `**knobs` of `__init__`, into the signature and the docstring.
+    """
+
+    def document(cls: type[T]) -> type[T]:
+        # For the instances' own `self` a signature has no word.
+        _, *others = inspect.signature(cls.__init__).parameters.values()
+        shown = [one for one in others if one.kind is not one.VAR_KEYWORD]
+        lines = ["", "    Knobs:"]
+        for field in dataclasses.fields(PulseOptConfig):
+            default = getattr(defaults, field.name)
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            kind = str(field.type)
+            shown.append(inspect.Parameter(field.name, keyword, default=default, annotation=kind))
+            text = f"{field.name}: {field.metadata['help']} Default: {default!r}."
+            lines.append(
+                textwrap.indent(textwrap.fill(text, 92, subsequent_indent=" " * 4), " " * 8)
+            )
+        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n".join(["", *lines, ""])
+        return cls
+
+    return document
 
 
 # Knobs that say how a run is watched over, not what the method computes: a run may be resumed

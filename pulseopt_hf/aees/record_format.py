@@ -120,7 +120,8 @@ class End:
     error: str | None = None
 
 
-Line = Head | Log | NumberedEpisode | NumberedTrial | Outcome | End
+RunEvent = NumberedEpisode | NumberedTrial | Outcome  # what happens in a step
+Line = Head | Log | RunEvent | End
 
 
 def encode(line: Line, time: float | None) -> bytes:

@@ -45,6 +45,19 @@ class DivergenceGuard:
         if self._snapshot is not None:
             self._snapshot.take()
 
+    def go_on(self) -> None:
+        """Note a step of an open episode; a resumed one goes back to here where its start is lost.
+
+        Reads nothing from the device.
+        """
+        if self._snapshot is not None and not self._snapshot.is_taken:
+            self._snapshot.take()
+
+    def forget(self) -> None:
+        """Let go of the start of an episode that is not the open one any more."""
+        if self._snapshot is not None:
+            self._snapshot.discard()
+
     @staticmethod
     def looks(steps: int, episode_length: int) -> bool:
         """Whether to look at the losses after so many steps of an episode."""
@@ -84,15 +97,11 @@ class DivergenceGuard:
                 error,
             )
 
-    def load(self, path: Path | None) -> None:
-        """Read what `save` wrote; where it wrote nothing, go back to here at worst.
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote, if it wrote anything.
 
         Raises:
             StateError: the file is damaged or another model's.
         """
-        if self._snapshot is None:
-            return
-        if path is not None and path.exists():
+        if self._snapshot is not None and path.exists():
             self._snapshot.load(path)
-        else:
-            self._snapshot.take()

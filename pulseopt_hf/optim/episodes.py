@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
-from pulseopt_hf.aees import Controller, EpisodeRecord, Selection
-from pulseopt_hf.aees.json_checks import StateDict, StateError, field, integer, list_of, number
+from pulseopt_hf.aees import Arm, Controller, EpisodeRecord, Selection
+from pulseopt_hf.aees.json_checks import (
+    StateDict,
+    StateError,
+    anything,
+    field,
+    integer,
+    list_of,
+    number,
+)
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.divergence import DivergenceGuard
+from pulseopt_hf.optim.hooks import ArmHooks
 from pulseopt_hf.optim.losses import LossBuffer
-from pulseopt_hf.optim.update_norm import UpdateNorm
 
 
 class Episodes:
@@ -25,27 +33,24 @@ class Episodes:
     Args:
         config: the knobs; `episode_length` is set.
         agreement: how ranks agree.
+        hooks: what runs the steps under the arms, and measures them.
         guard: ends episodes that ruin the model, if given.
-        update_norm: measures updates, if given.
-        learning_rate: reads the effective LR of the last step, for the record.
     """
 
     def __init__(
         self,
         config: PulseOptConfig,
         agreement: Agreement,
+        hooks: ArmHooks,
         guard: DivergenceGuard | None = None,
-        update_norm: UpdateNorm | None = None,
-        learning_rate: Callable[[], float | None] = lambda: None,
     ) -> None:
         assert config.episode_length is not None
         self.controller = Controller(config)
-        self.guard = guard
         self._config = config
         self._length = config.episode_length
         self._agreement = agreement
-        self._update_norm = update_norm
-        self._learning_rate = learning_rate
+        self._hooks = hooks
+        self._guard = guard
         self._losses = LossBuffer()
         self._last_step = 0  # global step of the last optimizer step that counted
 
@@ -54,20 +59,20 @@ class Episodes:
         """Whether an episode is open."""
         return self.controller.episode is not None
 
-    def open(self, step: int, noise_seed: int) -> int:
-        """Begin an episode at global step `step`, with the arm that rank 0 chooses.
-
-        Returns:
-            Rank 0's noise seed.
-        """
+    def begin_step(self, step: int) -> Arm:
+        """Return the arm of global step `step`, which rank 0 chooses where an episode begins."""
+        if self.controller.episode is not None:
+            if self._guard is not None:
+                self._guard.go_on()
+            return self.controller.episode.arm
         choice = self.controller.choose()
         lr_index, noise_index, noise_seed = self._agreement.from_rank_0(
-            [choice.lr_index, choice.noise_index, noise_seed]
+            [choice.lr_index, choice.noise_index, self._hooks.noise.seed]
         )
-        self.controller.open(Selection(lr_index, noise_index, choice.context), step)
-        if self.guard is not None:
-            self.guard.begin()
-        return noise_seed
+        self._hooks.noise.reseed(noise_seed)
+        if self._guard is not None:
+            self._guard.begin()
+        return self.controller.open(Selection(lr_index, noise_index, choice.context), step)
 
     def count(self, loss: float | Tensor, step: int) -> EpisodeRecord | None:
         """Count an optimizer step, which happened in global step `step`.
@@ -81,31 +86,28 @@ class Episodes:
         """
         self._losses.append(loss)
         self._last_step = step
-        guard = self.guard
-        if guard is not None and guard.looks(len(self._losses), self._length):
+        steps, guard = len(self._losses), self._guard
+        looks = guard is not None and guard.looks(steps, self._length)
+        if looks or steps >= self._length:
             self.agree(step)
-            if self._has_diverged(guard):
-                return self._close_diverged(guard, step)
-        if len(self._losses) < self._length:
+        if guard is not None and looks and self._has_diverged(guard):
+            return self._close(step, guard.undo())
+        # Fewer are left where a loss was not finite although its step was sound.
+        return self._close(step) if len(self._losses) >= self._length else None
+
+    def cut(self, step: int) -> EpisodeRecord | None:
+        """Close the open episode as diverged before global step `step`, where a guard is kept."""
+        if self._guard is None or not self.is_open:
             return None
         self.agree(step)
-        # Fewer are left where a loss was not finite although its step was sound.
-        if len(self._losses) < self._length:
-            return None
-        return self._close()
+        return self._close(step, self._guard.undo())
 
-    def cut(self, step: int) -> None:
-        """Close the open episode as diverged before global step `step`, where a guard is kept."""
-        if self.guard is not None and self.is_open:
-            self.agree(step)
-            self._close_diverged(self.guard, step)
-
-    def finish(self, step: int) -> None:
+    def finish(self, step: int) -> EpisodeRecord | None:
         """Close an episode that was only begun, if it has any losses."""
-        if self.is_open:
-            self.agree(step)
-            if self._losses.agreed:
-                self._close()
+        if not self.is_open:
+            return None
+        self.agree(step)
+        return self._close(self._last_step) if self._losses.agreed else None
 
     def agree(self, step: int) -> None:
         """Average the losses seen so far over ranks; every rank must call it.
@@ -118,7 +120,21 @@ class Episodes:
         if bad:
             if self._config.nonfinite == "raise":
                 raise ValueError(f"`loss` must be finite, got {bad[0]} before global step {step}.")
-            self._losses.agreed = [loss for loss in self._losses.agreed if math.isfinite(loss)]
+            self._losses.restore(filter(math.isfinite, self._losses.agreed))
+
+    def save(self, path: Path) -> None:
+        """Write the start of the open episode, where a guard keeps it."""
+        if self._guard is not None and self.is_open:
+            self._guard.save(path)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote, after `resumed`.
+
+        Raises:
+            StateError: the file is damaged or another model's.
+        """
+        if self._guard is not None and self.is_open:
+            self._guard.load(path)
 
     def state_dict(self) -> StateDict:
         """Return everything that later arms depend on, as JSON; `agree` comes before it."""
@@ -128,32 +144,30 @@ class Episodes:
             "last_step": self._last_step,
         }
 
-    def prepare(self, state: object) -> Callable[[], None]:
-        """Check what `state_dict()` returned, and return what continues from it.
+    def resumed(self, state: object) -> Episodes:
+        """Return the episodes that go on from `state_dict()`, in place of these.
 
         Raises:
-            StateError: the state is damaged, of another version, or of other settings.
+            StateError: the state is damaged, of another version, or of other settings. These
+                episodes are as they were.
         """
         losses = field(state, "losses", list_of(number))
-        last_step = field(state, "last_step", integer)
         if len(losses) >= self._length:
             raise StateError(
                 f"The open episode has {len(losses)} losses, and an episode {self._length}."
             )
-        controller = Controller(self._config)
-        controller.load_state_dict(field(state, "controller", lambda value, name: value))
-        if losses and controller.episode is None:
+        new = Episodes(self._config, self._agreement, self._hooks, self._guard)
+        new._last_step = field(state, "last_step", integer)
+        new.controller.load_state_dict(field(state, "controller", anything))
+        if losses and not new.is_open:
             raise StateError(f"There are {len(losses)} losses, but no episode is open.")
+        new._losses.restore(losses)
+        return new
 
-        def go_on() -> None:
-            self.controller = controller
-            self._last_step = last_step
-            self._losses.clear()
-            self._losses.agreed = losses
-            if self.guard is not None and self.is_open:
-                self.guard.load(None)
-
-        return go_on
+    def forget_start(self) -> None:
+        """Let go of where an episode began, once others take its place."""
+        if self._guard is not None:
+            self._guard.forget()
 
     def _has_diverged(self, guard: DivergenceGuard) -> bool:
         losses = self._losses.agreed
@@ -162,20 +176,9 @@ class Episodes:
         sound = self.controller.sound_loss()
         return guard.has_diverged(losses, losses[0] if sound is None else sound)
 
-    def _close(self) -> EpisodeRecord:
-        losses = self._losses.agreed
-        self._losses.clear()
-        return self.controller.close(
-            losses, self._last_step, self._mean_norm(), learning_rate=self._learning_rate()
-        )
-
-    def _close_diverged(self, guard: DivergenceGuard, step: int) -> EpisodeRecord:
-        outcome = guard.undo()
+    def _close(self, step: int, outcome: str | None = None) -> EpisodeRecord:
         # An episode of which no step was sound has no loss to show but the one before it.
         losses = self._losses.agreed or [self.controller.sound_loss() or 1.0]
         self._losses.clear()
-        rate = self._learning_rate()
-        return self.controller.close(losses, step, self._mean_norm(), outcome, rate)
-
-    def _mean_norm(self) -> float | None:
-        return self._update_norm.mean() if self._update_norm is not None else None
+        norm, learning_rate = self._hooks.mean_update_norm(), self._hooks.learning_rate
+        return self.controller.close(losses, step, norm, outcome, learning_rate)

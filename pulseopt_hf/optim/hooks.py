@@ -7,7 +7,7 @@ exists only between the optimizer's pre-step and post-step hook.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pulseopt_hf.aees import Arm
+from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.noise import GradientNoise, all_parameters
 from pulseopt_hf.optim.update_norm import UpdateNorm
 
@@ -54,28 +55,30 @@ class ArmHooks:
 
     Args:
         optimizer: any `torch.optim.Optimizer` whose groups carry their LR as a number or tensor.
-        noise: source of the gradient noise.
-        update_norm: measures how far a step moves the parameters, if given.
+        config: the knobs.
+        seed: of the gradient noise.
         shard: number of this rank's part, where an engine hands the optimizer parts of parameters
             that are not DTensors.
 
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
-        ValueError: the optimizer has no LR to scale, or cannot be stepped without a closure.
+        ValueError: the optimizer has no LR to scale, or cannot be stepped without a closure, or
+            its updates are to be measured and its parameters are sharded.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        noise: GradientNoise,
-        update_norm: UpdateNorm | None = None,
+        config: PulseOptConfig,
+        seed: int,
         shard: int = 0,
     ) -> None:
         check_optimizer(optimizer)
-        self.optimizer = optimizer
-        self.noise = noise
-        self.learning_rate: float | Tensor | None = None
-        self._update_norm = update_norm
+        self.noise = GradientNoise(seed, config.noise_mode)
+        self._learning_rate: float | Tensor | None = None  # effective, in the last step
+        self._update_norm: UpdateNorm | None = None
+        if config.log_update_norm:
+            self._update_norm = UpdateNorm(all_parameters(optimizer))
         self._shard = shard
         self._current: tuple[Arm, int, StepOutcome] | None = None
         self._lrs: Sequence[float] | None = None
@@ -110,9 +113,40 @@ class ArmHooks:
             self._current = None
             self._restore()
 
-    def read_learning_rate(self) -> float | None:
-        """Return the effective LR of the last step, or `None` before it; see `learning_rate`."""
-        return None if self.learning_rate is None else float(self.learning_rate)
+    def take(self, step: Callable[[], object], arm: Arm, number: int) -> bool:
+        """Call `step`, which steps the optimizer, under an arm.
+
+        Args:
+            step: called once.
+            arm: LR multiplier and noise level.
+            number: number of optimizer steps taken before.
+
+        Returns:
+            Whether the parameters were updated.
+        """
+        with self.applied(arm, number) as outcome:
+            step()
+        happened = outcome.happened
+        if outcome.fired and not happened and self._update_norm is not None:
+            self._update_norm.discard_last()
+        return happened
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Effective LR of the first parameter group in the last step, or `None` before it.
+
+        Reads the device where the LR is a tensor.
+        """
+        return None if self._learning_rate is None else float(self._learning_rate)
+
+    def mean_update_norm(self) -> float | None:
+        """Return the mean update norm since the last call, or `None` where none was measured."""
+        return None if self._update_norm is None else self._update_norm.mean()
+
+    def restore(self, noise_seed: int, learning_rate: float | None) -> None:
+        """Go on where a saved run was."""
+        self.noise.reseed(noise_seed)
+        self._learning_rate = learning_rate
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -150,7 +184,7 @@ class ArmHooks:
         bases = self._lrs
         first = optimizer.param_groups[0]["lr"] if bases is None else bases[0]
         # An LR tensor is what schedulers change in place, so what is kept for the logs is a copy.
-        self.learning_rate = first * multiplier
+        self._learning_rate = first * multiplier
         if multiplier == 1.0 and bases is None:
             return
         seen: set[int] = set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from pulseopt_hf.optim.agreement import Agreement
@@ -45,7 +47,11 @@ class LossBuffer:
         self.agreed.extend(new)
         return new
 
+    def restore(self, agreed: Iterable[float]) -> None:
+        """Hold these losses, which ranks have agreed on, instead of all that there are."""
+        self.agreed = list(agreed)
+        self._pending = []
+
     def clear(self) -> None:
         """Forget all losses."""
-        self.agreed = []
-        self._pending = []
+        self.restore(())

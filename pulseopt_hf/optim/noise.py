@@ -47,6 +47,10 @@ class GradientNoise:
         self._workspaces = threading.local()
         self._pool: ThreadPoolExecutor | None = None
 
+    def reseed(self, seed: int) -> None:
+        """Take another seed, such as rank 0's."""
+        self.seed = seed
+
     @torch.no_grad()
     def add(
         self,

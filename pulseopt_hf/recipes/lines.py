@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.recipes.parsing import Resolved
-from pulseopt_hf.report.wording import described, episode_line, trial_line
+from pulseopt_hf.report.wording import described, event_line
 
 
 class Lines:
@@ -101,37 +100,12 @@ class EpisodeLines(TrainerCallback):
     def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
         self._trainer = trainer
         self._write = write
-        self._told: dict[Callable[..., str], int] = {}  # how many of each kind of line
 
     def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
-        """Skip what was printed before the checkpoint that is resumed."""
-        self._news()
-
-    def on_step_end(self, *event: Any, **kwargs: Any) -> None:
-        """Print what happened in this step: trials, or the end of an episode."""
-        for line in self._news():
-            self._write(line)
-
-    def on_train_end(self, *event: Any, **kwargs: Any) -> None:
-        """Print the last episode, which may be a partial one."""
-        self.on_step_end()
-
-    def _news(self) -> list[str]:
+        """Listen to what comes after the checkpoint that is resumed, if one is."""
         aees: AEES | None = getattr(self._trainer, "aees", None)
-        if aees is None or not self._trainer.is_world_process_zero():
-            return []
-        kinds: list[tuple[Callable[..., str], Sequence[Any]]] = []
-        if aees.calibrator is not None:
-            kinds += [(trial_line, aees.calibrator.search.trials)]
-            kinds += [(_outcome_line, aees.calibrator.outcomes)]
-        lines = []
-        for to_line, seen in kinds:
-            told = self._told.get(to_line, 0)
-            lines += [to_line(number, one) for number, one in enumerate(seen[told:], told + 1)]
-            self._told[to_line] = len(seen)
-        episodes = aees.controller.since(self._told.get(episode_line, 0))
-        self._told[episode_line] = aees.controller.closed
-        return lines + [episode_line(number, record) for number, record in episodes]
+        if aees is not None and self._trainer.is_world_process_zero():
+            aees.listeners.append(lambda event: self._write(event_line(event)))
 
 
 def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:
@@ -157,7 +131,3 @@ def without_calibration_log() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _outcome_line(number: int, outcome: Outcome) -> str:
-    return str(outcome)

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pulseopt_hf.aees.calibration import Outcome
-from pulseopt_hf.aees.record_format import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
+from pulseopt_hf.aees.record_format import FILE_NAME, Line, Log, RunEvent
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.record_reader import News, RecordReader, require_folder
@@ -20,12 +19,11 @@ from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.wording import (
     counted,
     described,
-    episode_line,
+    event_line,
     printable,
     shown,
     silence,
     status_line,
-    trial_line,
 )
 
 if TYPE_CHECKING:
@@ -104,12 +102,8 @@ class PlainView:
 def _lines(news: Iterable[Line]) -> list[str]:
     lines = []
     for line in news:
-        if isinstance(line, NumberedTrial):
-            lines.append(trial_line(line.number, line.trial))
-        elif isinstance(line, Outcome):
-            lines.append(str(line))
-        elif isinstance(line, NumberedEpisode):
-            lines.append(episode_line(line.number, line.record))
+        if isinstance(line, RunEvent):
+            lines.append(event_line(line))
         elif isinstance(line, Log) and "eval_loss" in line.values:
             metrics = {key: v for key, v in line.values.items() if key.startswith("eval_")}
             lines.append(f"step {line.step}  {described(metrics)}")

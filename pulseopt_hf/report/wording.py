@@ -8,10 +8,20 @@ from collections.abc import Mapping
 
 from pulseopt_hf.aees.calibration import NOT_FINITE, OUTPUT_RADIUS, WEIGHT_RADIUS, Trial
 from pulseopt_hf.aees.episode_record import EpisodeRecord
+from pulseopt_hf.aees.record_format import NumberedEpisode, NumberedTrial, RunEvent
 from pulseopt_hf.report.run_data import RunData, Series, deciding_trials
 
 _COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")
 _CLOCKS = ("epoch", "model_preparation_time")
+
+
+def event_line(event: RunEvent) -> str:
+    """Tell of a trial, of what came of a calibration, or of an episode."""
+    if isinstance(event, NumberedTrial):
+        return trial_line(event.number, event.trial)
+    if isinstance(event, NumberedEpisode):
+        return episode_line(event.number, event.record)
+    return str(event)
 
 
 def trial_line(number: int, trial: Trial) -> str:

@@ -13,7 +13,6 @@ from huggingface_hub import metadata_load, metadata_save
 from pulseopt_hf.aees.left_out import ArmTotals
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
-from pulseopt_hf.optim.base_lr import peaks
 
 # The hub has fields for tags and for scores, which Trainer fills in, and none for learning rates.
 TAGS = ("pulseopt_hf", "aees")
@@ -63,11 +62,9 @@ def section(trainer: Any) -> str | None:
         The text, or `None` where nothing was done to the LR.
     """
     aees: AEES | None = getattr(trainer, "aees", None)
-    if aees is None:
+    if aees is None or aees.is_plain:
         return None
     plays = not aees.controller.is_neutral
-    if not plays and aees.calibrator is None:
-        return None
     logged = [
         float(entry["pulse/learning_rate"])
         for entry in trainer.state.log_history
@@ -118,10 +115,10 @@ def _cell(text: str) -> str:
 
 def _rate_rows(aees: AEES, logged: list[float]) -> list[tuple[str, str]]:
     if aees.calibrator is None:
-        rows = [("Base learning rate", f"{max(peaks(aees.optimizer)):.4g}")]
+        rows = [("Base learning rate", f"{aees.set_lr:.4g}")]
     else:
         search, outcome = aees.calibrator.search, aees.calibrator.outcome
-        rows = [("Learning rate that was set", f"{search.set_lr:.4g}")]
+        rows = [("Learning rate that was set", f"{aees.set_lr:.4g}")]
         if outcome is None:
             text = "none: training ended amid the search"
         elif outcome.reason is not None:

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sized
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
-from pulseopt_hf.aees.calibration import SHORTEST_RUN
+from pulseopt_hf.aees.calibration import SHORTEST_RUN, not_calibrated
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import calibrator
 from pulseopt_hf.trainer.upstream import searched_arguments
+
+logger = logging.getLogger("pulseopt_hf")
 
 # TRL's Trainers that learn from examples. Its others optimise a preference or a reward, or take
 # turns with a generation; their LRs are far below those of supervised training, for reasons that
 # one step does not show.
 _SUPERVISED = ("SFTTrainer", "RewardTrainer", "PRMTrainer")
+
+
+def is_to_calibrate(trainer: Any, config: PulseOptConfig, max_steps: int, *, asked: bool) -> bool:
+    """Return whether the LR of a run that begins is to be calibrated; log why not, once.
+
+    Args:
+        trainer: the Trainer.
+        config: the knobs.
+        max_steps: optimizer steps of the run.
+        asked: whether the run is there for that alone.
+
+    Raises:
+        ValueError: it cannot be, and was asked for.
+    """
+    if config.calibration == "off":
+        return False
+    reason = why_not_calibrate(trainer, config, max_steps)
+    if reason is not None and asked:
+        raise ValueError(not_calibrated(reason))
+    if reason is not None and trainer.is_world_process_zero():
+        logger.warning(not_calibrated(reason))
+    return reason is None
 
 
 def why_not_calibrate(trainer: Any, config: PulseOptConfig, max_steps: int) -> str | None:

@@ -27,11 +27,11 @@ from pulseopt_hf.aees.record_format import (
     Log,
     NumberedEpisode,
     NumberedTrial,
+    RunEvent,
     encode,
 )
 from pulseopt_hf.files import write_whole
 from pulseopt_hf.optim import AEES
-from pulseopt_hf.optim.base_lr import peaks
 from pulseopt_hf.trainer.upstream import run_folder
 
 logger = logging.getLogger("pulseopt_hf")
@@ -80,7 +80,9 @@ class RunRecorder:
         self._warned = False
         self._ended = False
         self._add("head", -1, head, self._began)
-        self._add_news(None)
+        for event in aees.events():
+            self._add_event(event, None)
+        aees.listeners.append(lambda event: self._add_event(event, time.time()))
         counts = Counter(map(_sort, state.log_history))
         kept = {sort: set(kept_numbers(count)) for sort, count in counts.items()}
         for entry in state.log_history:
@@ -98,15 +100,14 @@ class RunRecorder:
         That is on other ranks, where nothing is logged, and in a neutral run.
         """
         args = trainer.args
-        neutral = aees.controller.is_neutral and aees.calibrator is None
-        if neutral or args.logging_strategy == "no" or not trainer.is_world_process_zero():
+        if aees.is_plain or args.logging_strategy == "no" or not trainer.is_world_process_zero():
             return None
         folder = run_folder(trainer)
         head = Head(
             name=args.run_name or folder.resolve().name,
             max_steps=state.max_steps,
             knobs=asdict(aees.config),
-            base_lr=_set_lr(aees),
+            base_lr=aees.set_lr,
             versions={
                 "python": platform.python_version(),
                 "pulseopt-hf": __version__,
@@ -120,10 +121,7 @@ class RunRecorder:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Write an entry of the log history, after the episodes and trials ended before it."""
-        now = time.time()
-        if not self._ended:
-            self._add_news(now)
-        self._add_log(entry, now)
+        self._add_log(entry, time.time())
         self._flush()
 
     def end(self, step: int, error: BaseException | None = None) -> None:
@@ -131,24 +129,19 @@ class RunRecorder:
         if self._ended:
             return
         self._ended = True
-        now = time.time()
-        self._add_news(now)
+        finished = error is None and step >= self._head.max_steps
         name = None if error is None else type(error).__name__
-        self._add("end", step, End(step, error is None and step >= self._head.max_steps, name), now)
+        self._add("end", step, End(step, finished, name), time.time())
         self._flush()
 
-    def _add_news(self, now: float | None) -> None:
-        """Add the trials and episodes that are not among the lines yet, with this time."""
-        calibrator = self._aees.calibrator
-        if calibrator is not None:
-            for trial in calibrator.search.trials[self._counts["trial"] :]:
-                numbered = NumberedTrial(self._counts["trial"] + 1, trial)
-                self._add("trial", trial.step + 1, numbered, now)
-            for outcome in calibrator.outcomes[self._counts["calibration"] :]:
-                self._add("calibration", outcome.step + 1, outcome, now)
-        for number, record in self._aees.controller.since(self._counts["episode"]):
-            self._counts["episode"] = number - 1  # of very many at once, some are left out already
-            self._add("episode", record.end_step + 1, NumberedEpisode(number, record), now)
+    def _add_event(self, event: RunEvent, now: float | None) -> None:
+        if isinstance(event, NumberedEpisode):
+            self._counts["episode"] = event.number - 1  # of very many, some are left out already
+            self._add("episode", event.record.end_step + 1, event, now)
+        elif isinstance(event, NumberedTrial):
+            self._add("trial", event.trial.step + 1, event, now)
+        else:
+            self._add("calibration", event.step + 1, event, now)
 
     def _add_log(self, entry: Mapping[str, Any], now: float | None) -> None:
         values = {key: value for key, value in entry.items() if key != "step"}
@@ -210,9 +203,3 @@ class RunRecorder:
 def _sort(entry: Mapping[str, Any]) -> str:
     # Trainer writes them sorted by key into a checkpoint, so their order says nothing.
     return _LOG + min(entry.keys() - {"epoch", "step"}, default="nothing")
-
-
-def _set_lr(aees: AEES) -> float:
-    """Return the LR that was set: a calibration may have changed the optimizer's since."""
-    calibrator = aees.calibrator
-    return max(peaks(aees.optimizer)) if calibrator is None else calibrator.search.set_lr

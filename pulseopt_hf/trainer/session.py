@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -15,23 +14,25 @@ from torch import Tensor
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from pulseopt_hf.aees.calibration import not_calibrated
-from pulseopt_hf.aees.json_checks import StateDict, field, integer
-from pulseopt_hf.config import PulseOptConfig, PulseOptKnobs
+from pulseopt_hf.aees.json_checks import StateDict
+from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.optim.movement import loss_of
 from pulseopt_hf.trainer import deepspeed
 from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
-from pulseopt_hf.trainer.eligibility import passes_over_data, why_not_calibrate
+from pulseopt_hf.trainer.eligibility import is_to_calibrate, passes_over_data
+from pulseopt_hf.trainer.log_values import log_episode, log_values
 from pulseopt_hf.trainer.nonfinite import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
 from pulseopt_hf.trainer.record_writer import RunRecorder
-from pulseopt_hf.trainer.upstream import (
-    checkpoint_folder,
-    mark_engine_step_skipped,
-    mark_step_skipped,
+from pulseopt_hf.trainer.settings import (
+    check_events,
+    check_given_once,
+    check_optimizer,
+    run_config,
 )
+from pulseopt_hf.trainer.upstream import checkpoint_folder, mark_step_skipped
 
 logger = logging.getLogger("pulseopt_hf")
 
@@ -78,12 +79,9 @@ class PulseSession:
         unattached: bool = False,
         only_ask: bool = False,
     ) -> None:
-        if config is not None and not only_ask and isinstance(trainer.args, PulseOptKnobs):
-            if PulseOptConfig.of_knobs(trainer.args) != PulseOptConfig():
-                raise ValueError(
-                    "The knobs were given twice: in the training arguments and in a "
-                    "PulseOptConfig. Give them once."
-                )
+        check_optimizer(trainer)
+        if config is not None and not only_ask:
+            check_given_once(trainer.args)
         # Upstream annotates `optimizer` and friends as what they are before training prepares them.
         self.trainer: Any = None
         self.is_unattached = unattached
@@ -96,11 +94,9 @@ class PulseSession:
         self._guard: NonFiniteGuard | None = None
         self._plain_step: Callable[[], object] | None = None
         self._loss: Tensor | None = None
-        self._engine_stepped = False
         self._recorder: RunRecorder | None = None
         # The checkpoint that `train` was asked to resume from.
         self.resumed_folder: Path | None = None
-        self._check_engine(trainer)
 
     @contextmanager
     def in_training(
@@ -144,24 +140,28 @@ class PulseSession:
         self.end()
         trainer = self.trainer
         resuming = state.global_step > 0
-        config = self._run_config(state.max_steps, saved if resuming else None)
+        config = run_config(trainer, self._config, state.max_steps, saved if resuming else None)
         if self.is_unattached:
-            self._check_events(config)
+            check_events(trainer, config)
             self.resumed_folder = checkpoint_folder(trainer, None) if resuming else None
-        engine = None
+        engine, options = None, dict[str, Any]()
         if trainer.is_deepspeed_enabled:
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
             deepspeed.check_knobs(config, engine)
-        shard = 0 if engine is None else deepspeed.shard_number(engine)
+            options["shard"] = deepspeed.shard_number(engine)
+            options["scales_loss"] = trainer.accelerator.mixed_precision == "fp16"
         before = None if self.latest is None else self.latest.calibrator
         if before is not None and not resuming:
             # Trainer keeps its optimizer for another training, and where memory ran out.
             before.undo(trainer.optimizer, trainer.lr_scheduler)
         aees = AEES.from_config(
-            trainer.optimizer, config, shard=shard, buffers=trainer.model.buffers()
+            trainer.optimizer, config, buffers=trainer.model.buffers(), **options
         )
         was_calibrated = isinstance(saved, dict) and saved.get("calibration") is not None
-        if was_calibrated if resuming else self._is_to_calibrate(config, state.max_steps):
+        calibrates = was_calibrated
+        if not resuming:
+            calibrates = is_to_calibrate(trainer, config, state.max_steps, asked=self.only_ask)
+        if calibrates:
             aees.calibrate(
                 trainer.model_wrapped,
                 trainer.lr_scheduler,
@@ -169,30 +169,13 @@ class PulseSession:
                 passes_over_data(self.arguments or trainer.args, batches),
                 only_ask=self.only_ask,
             )
-        if resuming and saved is not None:
-            aees.load_state_dict(saved)
-            if aees.calibrator is not None:
-                aees.calibrator.load(self.resumed_folder, trainer.args.process_index)
-            if aees.divergence is not None and self.resumed_folder is not None:
-                aees.divergence.load(self.resumed_folder / self._snapshot_file)
-        if resuming and self.resumed_folder is not None and not has_optimizer(self.resumed_folder):
-            logger.warning(
-                "%s holds weights only, as `save_only_model` saves them. Optimizer, schedule and "
-                "random state start afresh, so the run does not go on as it would have.",
-                self.resumed_folder,
-            )
-        if resuming and saved is None:
-            logger.warning(
-                "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
-                "Its weights and its learning rate are resumed; nothing is calibrated, and arms "
-                "start afresh.",
-                state.global_step,
-            )
+        if resuming:
+            self._resume(aees, state.global_step, saved)
         self._aees = self.latest = trainer.aees = aees
+        aees.listeners.append(log_episode)
         if not self.only_ask:
             self._recorder = RunRecorder.of(trainer, aees, state)
         self._loss = None
-        self._engine_stepped = False
         if self.is_unattached:
             handle = trainer.model.register_forward_hook(self._observe_output)
             self._patches.add(handle.remove)
@@ -204,7 +187,7 @@ class PulseSession:
         )
         if engine is not None:
             self._plain_step = DeepSpeedSteps(engine, self._patches, at_step).run
-            at_step = self._settle_engine_step
+            at_step = self._settle
 
         def stepping(step: Callable[..., Any]) -> Callable[..., Any]:
             def step_if_training(closure: Any = None) -> Any:
@@ -214,6 +197,24 @@ class PulseSession:
             return step_if_training
 
         self._patches.wrap(trainer.optimizer, "step", stepping)
+
+    def _resume(self, aees: AEES, step: int, saved: object | None) -> None:
+        if saved is not None:
+            aees.load_state_dict(saved)
+            aees.load_files(self.resumed_folder, self.trainer.args.process_index)
+        if self.resumed_folder is not None and not has_optimizer(self.resumed_folder):
+            logger.warning(
+                "%s holds weights only, as `save_only_model` saves them. Optimizer, schedule and "
+                "random state start afresh, so the run does not go on as it would have.",
+                self.resumed_folder,
+            )
+        if saved is None:
+            logger.warning(
+                "The checkpoint at step %d has no AEES state; it was saved without pulseopt_hf. "
+                "Its weights and its learning rate are resumed; nothing is calibrated, and arms "
+                "start afresh.",
+                step,
+            )
 
     def begin_step(self, global_step: int) -> None:
         """Note that Trainer starts on the first micro-batch of an optimizer step."""
@@ -257,46 +258,46 @@ class PulseSession:
             plain_step()
             return
         if self.trainer.is_deepspeed_enabled:
-            self._engine_stepped = aees.apply(plain_step)
-            self._stop_asking(aees)
+            aees.apply(plain_step)
             return
-        loss, self._loss = self._loss, None
-        if loss is None:
-            self._do_without_loss(aees)
-        # A gradient scaler is a guard itself, and has to be stepped to lower its scale.
+        self._look_for_loss(aees)
+        # A gradient scaler is a guard itself, so that the norm need not be read.
         scaled = self.trainer.optimizer.scaler is not None
-        happened = scaled or guard is None or guard.is_finite()
-        if happened:
-            happened = aees.apply(plain_step)
-        mark_step_skipped(self.trainer.optimizer, self.only_ask or not happened)
-        self._stop_asking(aees)
-        self._settle(aees, loss, happened)
+        aees.apply(plain_step, scaled or guard is None or guard.is_finite())
+        if self.only_ask and not aees.is_calibrating:
+            raise LearningRateFound
+        self._settle()
 
-    def _do_without_loss(self, aees: AEES) -> None:
-        """Go on without a calibration, which has to watch the loss, where no arm needs one.
+    def _settle(self) -> None:
+        """Let Trainer know what became of the step, and AEES its loss."""
+        aees = self._aees
+        assert aees is not None
+        mark_step_skipped(self.trainer.optimizer, self.only_ask or not aees.step_happened)
+        self._look_for_loss(aees)
+        loss, self._loss = self._loss, None
+        aees.settle(loss)
+
+    def _look_for_loss(self, aees: AEES) -> None:
+        """Give up a calibration that has no loss to watch.
 
         Raises:
-            RuntimeError: there are arms.
+            RuntimeError: there is none, and arms need one.
         """
+        if self._loss is not None:
+            return
         if not aees.controller.is_neutral:
             raise RuntimeError(
                 "An optimizer step came without a loss: something stands in the place of the "
                 f"`training_step` of this {type(self.trainer).__name__}. Override it in a "
                 "subclass, and return the loss of `super().training_step(...)`."
             )
-        if aees.calibrator is not None and aees.is_calibrating:
-            aees.calibrator.give_up(
-                "the model returns no loss to watch over; "
-                "`PulseOptCallback(config).attach(trainer)` knows the Trainer's"
-                if self.is_unattached
-                else "the loss of `training_step` was not seen; return that of "
-                "`super().training_step(...)`",
-                self.trainer.state.global_step,
-            )
-
-    def _stop_asking(self, aees: AEES) -> None:
-        if self.only_ask and not aees.is_calibrating:
-            raise LearningRateFound
+        aees.give_up_calibration(
+            "the model returns no loss to watch over; "
+            "`PulseOptCallback(config).attach(trainer)` knows the Trainer's"
+            if self.is_unattached
+            else "the loss of `training_step` was not seen; return that of "
+            "`super().training_step(...)`"
+        )
 
     @property
     def _only_looks_on(self) -> bool:
@@ -306,54 +307,7 @@ class PulseSession:
     @property
     def is_plain(self) -> bool:
         """Whether nothing is done to the LR, so that a run is the stock Trainer's."""
-        aees = self._aees
-        return aees is None or (aees.controller.is_neutral and aees.calibrator is None)
-
-    @property
-    def _snapshot_file(self) -> str:
-        return f"pulse_episode_{self.trainer.args.process_index}.safetensors"
-
-    def _settle_engine_step(self) -> None:
-        assert self._aees is not None
-        happened, self._engine_stepped = self._engine_stepped, False
-        mark_engine_step_skipped(self.trainer.optimizer, not happened)
-        loss, self._loss = self._loss, None
-        if loss is None:
-            self._do_without_loss(self._aees)
-        self._settle(self._aees, loss, happened)
-
-    def _settle(self, aees: AEES, loss: Tensor | None, happened: bool) -> None:
-        """Count the step or skip it; one without a loss is not counted."""
-        if happened:
-            if loss is None:
-                aees.abandon()
-                return
-            record = aees.record(loss)
-            if record is not None:
-                logger.info(
-                    "Episode %d: %s, loss %.4g to %.4g, reward %+.4f",
-                    aees.controller.closed,
-                    record.name,
-                    record.ema_start,
-                    record.ema_end,
-                    record.reward,
-                )
-                if record.outcome is not None:
-                    logger.warning(
-                        "Episode %d, %s, diverged at step %d and was %s.",
-                        aees.controller.closed,
-                        record.name,
-                        record.end_step,
-                        record.outcome,
-                    )
-        elif aees.config.nonfinite == "raise" and not self._is_overflow(aees, loss):
-            raise ValueError(
-                f"The loss or a gradient is not finite at global step "
-                f"{self.trainer.state.global_step}; the step's loss is "
-                f"{'unknown' if loss is None else loss.item()}."
-            )
-        else:
-            aees.skip()
+        return self._aees is None or self._aees.is_plain
 
     def agree(self, model: object = None, trial: object = None) -> None:
         """Make ready for a checkpoint; every rank takes part.
@@ -368,14 +322,9 @@ class PulseSession:
 
     def save_files(self, trial: object = None) -> None:
         """Write into a checkpoint what `state_dict` cannot hold; every rank takes part."""
-        aees = self._aees
-        if aees is None:
-            return
-        folder = checkpoint_folder(self.trainer, trial)
-        if aees.is_calibrating and aees.calibrator is not None:
-            aees.calibrator.save(folder, self.trainer.args.process_index)
-        if aees.divergence is not None and aees.controller.episode is not None:
-            aees.divergence.save(folder / self._snapshot_file)
+        if self._aees is not None:
+            folder = checkpoint_folder(self.trainer, trial)
+            self._aees.save_files(folder, self.trainer.args.process_index)
 
     def end(self, error: BaseException | None = None) -> None:
         """Finish training, or what an exception left of it. `trainer.aees` keeps the record.
@@ -409,111 +358,11 @@ class PulseSession:
         return self._aees.state_dict()
 
     def log_values(self) -> dict[str, float]:
-        """Return the `pulse/*` values of the latest step, for Trainer's log.
-
-        With one arm they are what can vary: the effective LR, unless every step is plain, and the
-        skipped steps, once there are some.
-        """
-        aees = self._aees
-        if aees is None:
-            return {}
-        values: dict[str, float] = {}
-        if aees.config.arms > 1 or aees.skipped_steps:
-            values["pulse/skipped_steps"] = aees.skipped_steps
-        if aees.learning_rate is not None and not self.is_plain:
-            values["pulse/learning_rate"] = aees.learning_rate
-            if aees.ramp < 1.0:
-                values["learning_rate"] = aees.learning_rate
-        if aees.config.arms == 1:
-            return values
-        records, episode = aees.controller.records, aees.controller.episode
-        if episode is not None:
-            values["pulse/episode"] = aees.controller.closed + 1
-            values["pulse/lr_multiplier"] = episode.arm.lr_multiplier
-            values["pulse/noise_std"] = episode.arm.noise_std
-        elif records:
-            values["pulse/episode"] = aees.controller.closed
-            values["pulse/lr_multiplier"] = records[-1].lr_value
-            values["pulse/noise_std"] = records[-1].noise_value
-        if records:
-            values["pulse/reward"] = records[-1].reward
-        return values
-
-    def _is_overflow(self, aees: AEES, loss: Tensor | None) -> bool:
-        """Whether a skip is a gradient scaler's ordinary overflow: all ranks' losses are finite."""
-        scaled = self.trainer.optimizer.scaler is not None
-        if self.trainer.is_deepspeed_enabled:
-            scaled = self.trainer.accelerator.mixed_precision == "fp16"
-        # One rank alone must not raise: the others would wait for it.
-        bad = loss is not None and not bool(torch.isfinite(loss).item())
-        return scaled and not aees.any_rank(bad)
-
-    def _run_config(self, max_steps: int, saved: object | None) -> PulseOptConfig:
-        args = self.trainer.args
-        config = self._config
-        if config is None:
-            # Read at every start: a hyperparameter search sets knobs between trials.
-            config = PulseOptConfig()
-            if isinstance(args, PulseOptKnobs):
-                config = PulseOptConfig.of_knobs(args)
-        if (idle := config.idle_knobs()) and self.trainer.is_world_process_zero():
-            logger.warning(
-                "%s has no effect with one arm. Give several `lr_candidates` or "
-                "`noise_candidates`.",
-                " and ".join(f"`{name}`" for name in idle),
-            )
-        unset = config.episode_length is None
-        config = config.for_run(max_steps, args.seed)
-        if unset and saved is not None:
-            # A resumed run may be made longer; its episodes keep the length they had.
-            controller = field(saved, "controller", lambda value, name: value)
-            settings = field(controller, "settings", lambda value, name: value)
-            config.episode_length = field(settings, "episode_length", integer)
-        assert config.episode_length is not None
-        episodes = max_steps // config.episode_length
-        if 1 < config.arms and episodes < config.arms:
-            warnings.warn(
-                f"{max_steps} steps make {episodes} episodes of {config.episode_length} steps for "
-                f"{config.arms} arms, so not every arm is tried. Set `episode_length` to at most "
-                f"{max(1, max_steps // config.arms)}, or give fewer candidates.",
-                stacklevel=2,
-            )
-        return config
-
-    def _is_to_calibrate(self, config: PulseOptConfig, max_steps: int) -> bool:
-        """Whether the LR of a run that begins is to be calibrated; says why not, once."""
-        if config.calibration == "off":
-            return False
-        reason = why_not_calibrate(self.trainer, config, max_steps)
-        if self.only_ask:
-            if reason is not None:
-                raise ValueError(not_calibrated(reason))
-        elif reason is not None and self.trainer.is_world_process_zero():
-            logger.warning(not_calibrated(reason))
-        return reason is None
-
-    def _check_events(self, config: PulseOptConfig) -> None:
-        arms = [config.lr_candidates, config.noise_candidates]
-        if arms != [[1.0], [0.0]] or self.trainer.is_deepspeed_enabled:
-            raise RuntimeError(
-                "PulseOptCallback is not attached, and no event hands it the loss, which arms "
-                "need, or DeepSpeed's engine. Write `PulseOptCallback(config).attach(trainer)`, or "
-                "use PulseOptTrainer."
-            )
+        """Return what Trainer's log says of the latest step; nothing outside of training."""
+        return {} if self._aees is None else log_values(self._aees)
 
     def _observe_output(self, model: object, args: object, output: object) -> None:
         """Take a model's own loss for the step's, where no event carries that."""
         loss = loss_of(output)
         if torch.is_grad_enabled() and loss is not None:
             self.observe(loss)
-
-    def _check_engine(self, trainer: Any) -> None:
-        if trainer.is_deepspeed_enabled:
-            deepspeed.check_settings(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-        optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-        if "lomo" in optim or "layerwise" in optim:
-            raise ValueError(
-                f"`optim={optim}` updates parameters during the backward pass, so there is no "
-                "step for an arm to apply to. Choose an optimizer that steps, such as "
-                "`adamw_torch`."
-            )

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pulseopt_hf.optim.unwrap import is_stepped_by_deepspeed
+
 # `Trainer._save_checkpoint` is the only moment, between an optimizer step and the checkpoint's
 # files, at which every rank takes part: `on_save` comes after the files, and the state of callbacks
 # is asked for on rank 0 alone. Transformers 5.6 - 5.24.
@@ -59,16 +61,12 @@ def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
 
     Trainer advances the LR scheduler unless that says so, and the property has no setter: it reads
     `AcceleratedOptimizer._is_overflow`. Accelerate itself leaves that at False when a fused
-    optimizer skips an overflow in its kernel (accelerate issue 4242). Accelerate 1.1 - 1.15.
+    optimizer skips an overflow in its kernel (accelerate issue 4242). Its wrapper of a DeepSpeed
+    optimizer asks that for `overflow`, if it had one when it was wrapped; those that do not look
+    for overflow have none. Accelerate 1.1 - 1.15.
     """
-    optimizer._is_overflow = skipped
-
-
-def mark_engine_step_skipped(optimizer: Any, skipped: bool) -> None:
-    """Tell Trainer the same of a step that a DeepSpeed engine took.
-
-    `DeepSpeedOptimizerWrapper` asks DeepSpeed's optimizer for `overflow`, if that had one when it
-    was wrapped; those that do not look for overflow have none. Accelerate 1.1 - 1.15.
-    """
-    optimizer.optimizer.overflow = skipped
-    optimizer.__has_overflow__ = True
+    if is_stepped_by_deepspeed(optimizer):
+        optimizer.optimizer.overflow = skipped
+        optimizer.__has_overflow__ = True
+    else:
+        optimizer._is_overflow = skipped

@@ -112,7 +112,7 @@ def test_the_lr_and_noise_path_itself_never_waits(mode: str, tensor_lr: bool) ->
         try:
             aees.step_start(step)
             aees.apply(optimizer.step)
-            aees.record(loss)
+            aees.settle(loss)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len(aees.controller.records) == 4

@@ -71,7 +71,7 @@ def test_arms_and_rewards_are_the_cpus_for_the_same_losses(settings: Any) -> Non
             parameter.grad = torch.ones_like(parameter)
             aees.step_start(step)
             aees.apply(optimizer.step)
-            aees.record(loss)
+            aees.settle(loss)
         aees.finalize()
         logs.append(aees.get_logs())
     assert len(set(logs[0]["selected_combined_names"])) > 3

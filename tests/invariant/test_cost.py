@@ -86,7 +86,7 @@ def test_the_lr_and_noise_path_itself_reads_nothing(mode: str) -> None:
                 parameter.grad = torch.ones_like(parameter)
             aees.step_start(step)
             aees.apply(optimizer.step)
-            aees.record(torch.tensor(1.0))
+            aees.settle(torch.tensor(1.0))
     assert counter.reads == 0  # the losses of an episode come in one copy, which is not a scalar
 
 
@@ -106,7 +106,7 @@ def test_the_losses_of_an_episode_are_read_in_one_copy(monkeypatch: pytest.Monke
         parameter.grad = torch.ones(2)
         aees.step_start(step)
         aees.apply(optimizer.step)
-        aees.record(torch.tensor(1.0))
+        aees.settle(torch.tensor(1.0))
     assert copies == [(5,)] * 4
 
 
@@ -144,7 +144,7 @@ def test_nothing_of_the_models_size_is_allocated() -> None:
             for step in range(3):
                 aees.step_start(step)
                 aees.apply(optimizer.step)
-                aees.record(1.0)
+                aees.settle(1.0)
     finally:
         torch.set_num_threads(threads)
     assert 0 < counter.largest <= 1 << 17

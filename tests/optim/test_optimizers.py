@@ -179,7 +179,7 @@ def test_a_compiled_optimizer_is_not_compiled_again_when_the_arm_changes() -> No
         for parameter in module.parameters():
             parameter.grad = torch.ones_like(parameter)
         assert aees.apply(compiled)
-        aees.record(1.0)
+        aees.settle(1.0)
         frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert frames[0] > 0
     assert frames[-1] == frames[1]

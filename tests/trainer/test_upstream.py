@@ -17,7 +17,6 @@ from transformers.trainer_callback import ExportableState
 from pulseopt_hf.trainer.upstream import (
     SAVE_CHECKPOINT,
     checkpoint_folder,
-    mark_engine_step_skipped,
     mark_step_skipped,
     run_folder,
 )
@@ -76,21 +75,14 @@ def test_the_folder_of_a_run_that_has_begun_is_the_trials_own_in_a_search(
     assert run_folder(trainer) == Path(trainer.args.output_dir)
 
 
-def test_the_mark_is_what_accelerate_reports_as_a_skipped_step() -> None:
-    optimizer: Any = AcceleratedOptimizer.__new__(AcceleratedOptimizer)
+@pytest.mark.parametrize("wrapper", [AcceleratedOptimizer, DeepSpeedOptimizerWrapper])
+def test_the_mark_is_what_accelerate_reports_as_a_skipped_step(wrapper: type[Any]) -> None:
+    optimizer = wrapper.__new__(wrapper)
+    optimizer.optimizer = SimpleNamespace()  # DeepSpeed's optimizers without overflow checks
     for skipped in (True, False):
         mark_step_skipped(optimizer, skipped)
         assert optimizer.step_was_skipped is skipped
-    assert AcceleratedOptimizer.step_was_skipped.fset is None
-
-
-def test_the_engines_mark_is_what_accelerate_reports_under_deepspeed() -> None:
-    wrapper: Any = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
-    wrapper.optimizer = SimpleNamespace()  # DeepSpeed's optimizers without overflow checks
-    for skipped in (True, False):
-        mark_engine_step_skipped(wrapper, skipped)
-        assert wrapper.step_was_skipped is skipped
-    assert DeepSpeedOptimizerWrapper.step_was_skipped.fset is None
+    assert wrapper.step_was_skipped.fset is None
 
 
 def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler(
