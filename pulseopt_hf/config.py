@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -335,14 +335,5 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_CHOICES = {
-    "noise_mode": ("absolute", "relative"),
-    "calibration": ("auto", "trust_region", "off"),
-    "control_mode": ("adaptive", "random"),
-    "bandit": ("scaled_ucb", "discounted_ucb"),
-    "reward": ("slope", "smoothed"),
-    "structured_control_mode": ("independent", "conditional"),
-    "context_mode": ("none", "trend"),
-    "nonfinite": ("skip", "raise"),
-    "divergence": ("off", "cut", "rollback"),
-}
+_TYPES = get_type_hints(PulseOptKnobs)
+_CHOICES = {name: get_args(kind) for name, kind in _TYPES.items() if get_origin(kind) is Literal}

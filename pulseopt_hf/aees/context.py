@@ -42,6 +42,11 @@ class TrendBandit(Bandit):
     A bucket's bandit is made when its trend is first met. It starts from what a global bandit,
     which sees every update, has learned by then, and is seeded `seed + 1000 + index of the
     bucket`. From then on it learns only from episodes chosen under its trend.
+
+    Args:
+        arms: number of arms, >= 1.
+        seed: see `Bandit`.
+        bandit: the class that is wrapped.
     """
 
     kind = "trend"
@@ -49,7 +54,6 @@ class TrendBandit(Bandit):
     def __init__(
         self, arms: int, seed: int | None, bandit: type[DiscountedUCB | ScaledUCB] = DiscountedUCB
     ) -> None:
-        """See `Bandit`; `bandit` is the class that is wrapped."""
         super().__init__(arms, seed)
         self._seed = seed
         self._class: type[Any] = bandit
@@ -57,12 +61,10 @@ class TrendBandit(Bandit):
         self._buckets: dict[str, Any] = {}
 
     def select(self, context: str | None = None) -> int:
-        """See `Bandit`; `context` is one of `BUCKETS`."""
         chosen: int = self._bucket(context).select()
         return chosen
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
-        """See `Bandit`; `context` is one of `BUCKETS`."""
         bucket = self._bucket(context)
         self._global.update(arm, reward)
         bucket.update(arm, reward)
@@ -81,7 +83,6 @@ class TrendBandit(Bandit):
         return self._class(self.arms, seed)
 
     def state_dict(self) -> StateDict:
-        """See `Bandit`."""
         return {
             **super().state_dict(),
             "global": self._global.state_dict(),
@@ -89,7 +90,6 @@ class TrendBandit(Bandit):
         }
 
     def load_state_dict(self, state: object) -> None:
-        """See `Bandit`."""
         saved = field(state, "buckets", _bucket_states)
         new_global = self._class(self.arms, None)
         new_global.load_state_dict(field(state, "global", lambda value, name: value))

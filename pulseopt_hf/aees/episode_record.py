@@ -6,16 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pulseopt_hf.aees.json_checks import (
-    StateDict,
-    StateError,
-    field,
-    integer,
-    list_of,
-    number,
-    optional,
-    text,
-)
+from pulseopt_hf.aees.json_checks import StateDict, StateError, checks_of, field, list_of
 
 
 @dataclass(frozen=True)
@@ -91,14 +82,7 @@ _ATTRIBUTE_OF_KEY = {
 _CONTEXT_KEY = "context_buckets"
 _OUTCOME_KEY = "episode_outcomes"
 LOG_KEYS = (*_ATTRIBUTE_OF_KEY, _CONTEXT_KEY)
-
-_CHECKS = {
-    "int": integer,
-    "float": number,
-    "str": text,
-    "float | None": optional(number),
-    "str | None": optional(text),
-}
+_LATER = ("outcome", "learning_rate")  # columns that the first saved states lack
 
 
 def to_logs(
@@ -133,44 +117,12 @@ def records_to_json(records: Sequence[EpisodeRecord]) -> StateDict:
 def records_from_json(value: object, name: str) -> list[EpisodeRecord]:
     """Rebuild what `records_to_json` returned."""
     columns: dict[str, list[Any]] = {}
-    for column, info in EpisodeRecord.__dataclass_fields__.items():
-        later = column in ("outcome", "learning_rate")
-        if later and isinstance(value, Mapping) and column not in value:
-            columns[column] = [None] * len(columns["reward"])  # saved before it was recorded
+    for column, check in checks_of(EpisodeRecord).items():
+        if column in _LATER and isinstance(value, Mapping) and column not in value:
+            columns[column] = [None] * len(columns["reward"])
         else:
-            columns[column] = field(value, column, list_of(_CHECKS[str(info.type)]))
+            columns[column] = field(value, column, list_of(check))
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
         raise StateError(f"The columns of `{name}` differ in length: {sorted(lengths)}.")
-    # The checks above give every column the type of its attribute.
     return [EpisodeRecord(*row) for row in zip(*columns.values(), strict=True)]
-
-
-def episode_from_json(value: object) -> EpisodeRecord:
-    """Rebuild one episode from a mapping of its attributes.
-
-    Raises:
-        StateError: an attribute is missing or of another type.
-    """
-    attributes: dict[str, Any] = {
-        name: field(value, name, _CHECKS[str(info.type)])
-        for name, info in EpisodeRecord.__dataclass_fields__.items()
-    }
-    return EpisodeRecord(**attributes)
-
-
-def records_from_logs(logs: object) -> list[EpisodeRecord]:
-    """Rebuild the record from what `to_logs` returned.
-
-    Raises:
-        StateError: a list is missing, of another length or holds another type.
-    """
-    columns = {name: field(logs, key, _anything) for key, name in _ATTRIBUTE_OF_KEY.items()}
-    none = [None] * len(field(logs, "episode_rewards", list_of(number)))
-    for key, name in ((_CONTEXT_KEY, "context"), (_OUTCOME_KEY, "outcome")):
-        columns[name] = logs[key] if isinstance(logs, Mapping) and key in logs else none
-    return records_from_json(columns, "episodes")
-
-
-def _anything(value: object, name: str) -> object:
-    return value

@@ -7,13 +7,15 @@ failure is a `StateError`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 StateDict = dict[str, Any]
+Check = Callable[[object, str], Any]
 
 _MERSENNE_TWISTER = 3  # the version tag of `random.Random.getstate` since Python 3.2
 _MERSENNE_WORDS = 625  # 624 words of 32 bits and the position among them
@@ -110,6 +112,46 @@ def list_of(
         return [check(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
     return check_list
+
+
+def dataclass_of(
+    kind: type[T], value: object, *, later: Collection[str] = (), **checks: Check
+) -> T:
+    """Rebuild an instance of a dataclass from a mapping of its fields.
+
+    Args:
+        kind: the dataclass.
+        value: the mapping; it may have other items as well.
+        later: fields that states of earlier releases lack; they get their default.
+        **checks: of fields whose type alone does not say what they may be.
+
+    Raises:
+        StateError: a field is missing or of another type.
+    """
+    lacking = {name for name in later if isinstance(value, Mapping) and name not in value}
+    content = {
+        name: field(value, name, check)
+        for name, check in {**checks_of(kind), **checks}.items()
+        if name not in lacking
+    }
+    return kind(**content)
+
+
+def checks_of(kind: type) -> dict[str, Check]:
+    """Return the check of each field of a dataclass, by its type."""
+    return {one.name: _CHECKS.get(str(one.type), anything) for one in dataclasses.fields(kind)}
+
+
+_CHECKS: dict[str, Check] = {
+    "int": integer,
+    "float": number,
+    "bool": flag,
+    "str": text,
+    "int | None": optional(integer),
+    "float | None": optional(number),
+    "str | None": optional(text),
+    "dict[str, Any]": mapping,
+}
 
 
 def random_to_json(rng: random.Random) -> list[int]:

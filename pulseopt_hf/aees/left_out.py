@@ -15,12 +15,10 @@ from dataclasses import field as attribute
 from pulseopt_hf.aees.episode_record import EpisodeRecord
 from pulseopt_hf.aees.json_checks import (
     StateError,
-    field,
+    dataclass_of,
     from_one,
-    integer,
     list_of,
     mapping,
-    number,
     text,
 )
 from pulseopt_hf.config import LONGEST_TREND_WINDOW
@@ -127,13 +125,7 @@ def totals_from_json(value: object, name: str) -> list[ArmTotals]:
 
 
 def _arm_from_json(value: object, name: str) -> ArmTotals:
-    numbers = ("lr_multiplier", "noise_std", "mean", "squares", "lowest", "highest")
-    return ArmTotals(
-        **{key: field(value, key, number) for key in numbers},
-        plays=field(value, "plays", from_one),
-        steps=field(value, "steps", integer),
-        outcomes=field(value, "outcomes", _outcomes),
-    )
+    return dataclass_of(ArmTotals, value, plays=from_one, outcomes=_outcomes)
 
 
 def _outcomes(value: object, name: str) -> dict[str, int]:

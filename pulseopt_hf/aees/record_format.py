@@ -30,14 +30,13 @@ from numbers import Real
 from typing import Any
 
 from pulseopt_hf.aees.calibration import Outcome, Trial, outcome_from_json, trial_from_json
-from pulseopt_hf.aees.episode_record import EpisodeRecord, episode_from_json
+from pulseopt_hf.aees.episode_record import EpisodeRecord
 from pulseopt_hf.aees.json_checks import (
     StateError,
+    dataclass_of,
     field,
-    flag,
     from_one,
     integer,
-    later_field,
     mapping,
     number,
     optional,
@@ -122,6 +121,14 @@ class End:
 
 RunEvent = NumberedEpisode | NumberedTrial | Outcome  # what happens in a step
 Line = Head | Log | RunEvent | End
+_KINDS: dict[type, str] = {
+    Head: "head",
+    Log: "log",
+    NumberedEpisode: "episode",
+    NumberedTrial: "trial",
+    Outcome: "calibration",
+    End: "end",
+}
 
 
 def encode(line: Line, time: float | None) -> bytes:
@@ -132,21 +139,19 @@ def encode(line: Line, time: float | None) -> bytes:
         time: seconds since 1970, or `None` where that is not known.
     """
     content: dict[str, Any]
-    if isinstance(line, Head):
-        content = {"kind": "head", "version": FORMAT_VERSION, **asdict(line)}
-    elif isinstance(line, Log):
-        content = {"kind": "log", "step": line.step, "values": loggable(line.values)}
+    if isinstance(line, Log):
+        content = {"step": line.step, "values": loggable(line.values)}
     elif isinstance(line, NumberedEpisode):
         # A norm that was measured can overflow; everything else in a record is finite.
-        content = {"kind": "episode", "number": line.number, **loggable(asdict(line.record))}
+        content = {"number": line.number, **loggable(asdict(line.record))}
     elif isinstance(line, NumberedTrial):
-        content = {"kind": "trial", "number": line.number, **asdict(line.trial)}
-    elif isinstance(line, Outcome):
-        content = {"kind": "calibration", **asdict(line)}
+        content = {"number": line.number, **asdict(line.trial)}
     else:
-        content = {"kind": "end", **asdict(line)}
-    content["time"] = None if time is None else round(time, 3)
-    return json.dumps(content, allow_nan=False).encode() + b"\n"
+        content = asdict(line)
+    version = {"version": FORMAT_VERSION} if isinstance(line, Head) else {}
+    stamp = None if time is None else round(time, 3)
+    whole = {"kind": _KINDS[type(line)], **version, **content, "time": stamp}
+    return json.dumps(whole, allow_nan=False).encode() + b"\n"
 
 
 def decode(content: object) -> tuple[Line | None, float | None]:
@@ -159,23 +164,22 @@ def decode(content: object) -> tuple[Line | None, float | None]:
         StateError: it is damaged, or of a newer format version.
     """
     kind, time = field(content, "kind", text), field(content, "time", optional(number))
+    line: Line | None = None
     if kind == "head":
-        return _head(content), time
-    if kind == "log":
-        return Log(field(content, "step", integer), field(content, "values", _values)), time
-    if kind == "episode":
-        episode = episode_from_json(content)
-        return NumberedEpisode(field(content, "number", from_one), episode), time
-    if kind == "trial":
-        trial = trial_from_json(content, "trial")
-        return NumberedTrial(field(content, "number", from_one), trial), time
-    if kind == "calibration":
-        return outcome_from_json(content, kind), time
-    if kind == "end":
-        finished = field(content, "finished", flag)
-        step = field(content, "step", integer)
-        return End(step, finished, field(content, "error", optional(text))), time
-    return None, time
+        line = _head(content)
+    elif kind == "log":
+        line = dataclass_of(Log, content, values=_values)
+    elif kind == "episode":
+        episode = dataclass_of(EpisodeRecord, content)
+        line = NumberedEpisode(field(content, "number", from_one), episode)
+    elif kind == "trial":
+        trial = trial_from_json(content, kind)
+        line = NumberedTrial(field(content, "number", from_one), trial)
+    elif kind == "calibration":
+        line = outcome_from_json(content, kind)
+    elif kind == "end":
+        line = dataclass_of(End, content)
+    return line, time
 
 
 def loggable(values: Mapping[str, Any]) -> dict[str, Value]:
@@ -202,16 +206,12 @@ def _head(content: object) -> Head:
             f"has format version {version}, and this release of pulseopt_hf reads up to version "
             f"{FORMAT_VERSION}. Upgrade pulseopt_hf to the release that wrote it."
         )
-    return Head(
-        field(content, "name", text),
-        field(content, "max_steps", integer),
-        field(content, "knobs", mapping),
-        field(content, "base_lr", number),
-        {key: text(value, key) for key, value in field(content, "versions", mapping).items()},
-        field(content, "resumed_from", optional(integer)),
-        later_field(content, "left_out", totals_from_json, before=[]),
-        later_field(content, "left_out_logs", integer, before=0),
-    )
+    later = ("left_out", "left_out_logs")
+    return dataclass_of(Head, content, later=later, versions=_texts, left_out=totals_from_json)
+
+
+def _texts(value: object, name: str) -> dict[str, str]:
+    return {key: text(item, key) for key, item in mapping(value, name).items()}
 
 
 def _values(value: object, name: str) -> dict[str, Value]:

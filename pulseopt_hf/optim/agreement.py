@@ -60,11 +60,7 @@ class Agreement:
 
     def any(self, value: bool) -> bool:
         """Return whether `value` is true on any rank."""
-        if self.world_size == 1:
-            return value
-        flag = torch.tensor(int(value), dtype=torch.int64, device=self._device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return self.least(-int(value)) < 0
 
     def least(self, value: int) -> int:
         """Return the smallest `value` of all ranks."""

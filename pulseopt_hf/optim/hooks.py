@@ -124,11 +124,13 @@ class ArmHooks:
         Returns:
             Whether the parameters were updated.
         """
+        if self._update_norm is not None:
+            self._update_norm.before_step()
         with self.applied(arm, number) as outcome:
             step()
         happened = outcome.happened
-        if outcome.fired and not happened and self._update_norm is not None:
-            self._update_norm.discard_last()
+        if happened and self._update_norm is not None:
+            self._update_norm.after_step()
         return happened
 
     @property
@@ -169,16 +171,11 @@ class ArmHooks:
                 shard=self._shard,
                 first_index=outcome.parameters,
             )
-        if self._update_norm is not None and self._lrs is None:
-            self._update_norm.before_step()
         self._scale(optimizer, arm.lr_multiplier)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._current is None:
-            return
-        self._restore()
-        if self._update_norm is not None and self._lrs is None:
-            self._update_norm.after_step()
+        if self._current is not None:
+            self._restore()
 
     def _scale(self, optimizer: torch.optim.Optimizer, multiplier: float) -> None:
         bases = self._lrs

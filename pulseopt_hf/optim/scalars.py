@@ -22,14 +22,6 @@ def stack(values: Sequence[float | Tensor]) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
 
 
-def to_floats(values: Sequence[float | Tensor]) -> list[float]:
-    """Read scalars of shape () from the device, all at once."""
-    if not values:
-        return []
-    result: list[float] = stack(values).tolist()
-    return result
-
-
 def norm(tensor: Tensor, order: float = 2) -> Tensor:
     """Return the vector norm of a tensor of any type, float32 of shape (), on its device."""
     wide = torch.promote_types(tensor.dtype, torch.float32)

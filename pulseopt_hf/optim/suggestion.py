@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from pulseopt_hf.aees.calibration import MOST_TRIALS, Trial, not_calibrated
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.calibrator import Calibrator, why_not_calibrate
+from pulseopt_hf.optim.kept_model import kept_model
 from pulseopt_hf.optim.loop import AEES
+from pulseopt_hf.optim.noise import all_parameters
 from pulseopt_hf.optim.randomness import kept_random_state
 from pulseopt_hf.optim.unwrap import device_of, innermost
 
@@ -75,14 +77,11 @@ def suggest(
     reason = why_not_calibrate(optimizer, PulseOptConfig(calibration="trust_region"))
     if reason is not None:
         raise ValueError(not_calibrated(reason))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [parameter.grad for parameter in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = [(module, module.training) for module in model.modules()]
+    parameters = list(all_parameters(optimizer))
     aees = AEES(optimizer)
     calibrator = aees.calibrate(model, None, passes=passes, only_ask=True)
     try:
-        with kept_random_state(device_of(innermost(optimizer))):
+        with kept_random_state(device_of(innermost(optimizer))), kept_model(model, parameters):
             model.train()
             for step, batch in enumerate(_again_and_again(batches, MOST_TRIALS + 1)):
                 if calibrator.is_done:
@@ -95,13 +94,6 @@ def suggest(
                 aees.step_end(value)
     finally:
         aees.remove()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for module, was_training in training:
-            module.training = was_training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
     return Suggestion.of(calibrator)
 
 

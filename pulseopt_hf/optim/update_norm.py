@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pulseopt_hf.optim.scalars import norm, to_floats
+from pulseopt_hf.optim.scalars import norm
 
 MAX_ELEMENTS = 1 << 22  # 16 MiB of float32
 
@@ -37,7 +37,7 @@ class UpdateNorm:
         elements = sum(parameter.numel() for parameter in self._parameters)
         self._stride = max(1, -(-elements // max_elements))
         self._before: list[Tensor] = []
-        self._norms: list[float | Tensor] = []
+        self._norms: list[Tensor] = []
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -55,16 +55,13 @@ class UpdateNorm:
         self._before = []
         self._norms.append(torch.stack(squares).sum().sqrt())
 
-    def discard_last(self) -> None:
-        """Forget the last step, which turned out not to have happened."""
-        if self._norms:
-            self._norms.pop()
-
     def mean(self) -> float | None:
         """Return the mean norm since the last call, or `None` without a step. One device read."""
-        norms = to_floats(self._norms)
+        if not self._norms:
+            return None
+        mean = float(torch.stack(self._norms).mean())
         self._norms = []
-        return sum(norms) / len(norms) if norms else None
+        return mean
 
     def _watched(self, parameter: Tensor) -> Tensor:
         return parameter.detach().reshape(-1)[:: self._stride]

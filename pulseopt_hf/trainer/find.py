@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim.kept_model import kept_model
 from pulseopt_hf.optim.randomness import kept_random_state
 from pulseopt_hf.optim.suggestion import Suggestion, suggest
 from pulseopt_hf.optim.unwrap import innermost
@@ -71,6 +72,7 @@ def find_learning_rate(
     made: Any = trainer
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(trainer.args.device))
+        stack.enter_context(kept_model(made.model))
         stack.enter_context(_as_before(made))
         arguments, made.args = made.args, copy.copy(made.args)
         made.args.max_steps = SHORTEST_RUN  # also where the data is less than that
@@ -98,9 +100,6 @@ def _as_before(trainer: Any) -> Iterator[None]:
     kept = [*changing, trainer.optimizer, optimizer, model]
     attributes = [(one, vars(one).copy()) for one in kept if one is not None]
     groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     # What training counts and collects goes into copies.
     for one in changing:
         if one is not None:
@@ -119,13 +118,6 @@ def _as_before(trainer: Any) -> Iterator[None]:
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
                 group.clear()
                 group.update(saved)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, was_training in training:
-            module.training = was_training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _copied(value: Any) -> Any:

@@ -45,7 +45,3 @@ def test_the_mean_starts_anew_and_is_none_without_a_step() -> None:
     norm.after_step()
     assert norm.mean() == 2.0
     assert norm.mean() is None
-    norm.before_step()
-    norm.after_step()
-    norm.discard_last()
-    assert norm.mean() is None
