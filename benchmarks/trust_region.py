@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ except ImportError:
 
 from pulseopt_hf import cli
 from pulseopt_hf.aees.calibration import FAINT, OUTPUT_RADIUS, WEIGHT_RADIUS
+from pulseopt_hf.report.record_reader import read_run
 
 RESULT = Path(__file__).parent / "results" / "trust-region.json"
 BASE_LR, STEPS = 1e-4, 50
@@ -46,9 +48,7 @@ def trials(task: str, data: Path, out: Path, seed: int) -> list[dict[str, Any]]:
         words += ["--calibration", "trust_region", "--eval_strategy", "no", "--do_eval", "false"]
         if cli.main(words):
             raise SystemExit("The run failed.")
-        logs = json.loads((run / "episodes.json").read_text(encoding="utf-8"))
-    found: list[dict[str, Any]] = logs["calibration_trials"]
-    return found
+        return [asdict(trial) for trial in read_run(run).trials]
 
 
 def allowed(found: list[dict[str, Any]], *movements: str) -> float | None:

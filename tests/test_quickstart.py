@@ -30,7 +30,7 @@ def test_the_quickstart_learns_and_says_where_to_look(
     assert output.count("\nepisode ") == len(run.episodes) >= 5
     assert f"eval loss after training:  {evaluations[-1]:.3f}" in output
     assert str(folder) in output
-    for name in ("episodes.json", "train_results.json", "eval_results.json", "model.safetensors"):
+    for name in ("train_results.json", "eval_results.json", "model.safetensors"):
         assert (folder / name).exists()
 
 

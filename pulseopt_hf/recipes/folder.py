@@ -112,7 +112,7 @@ def clear(path: Path) -> None:
     """Delete what an earlier run left: checkpoints, results, records, its page and pictures."""
     for checkpoint in checkpoints(path):
         shutil.rmtree(checkpoint)
-    records = ("*_results.json", RECIPE, RUN, LOG, FILE_NAME, "episodes.json", "trainer_state.json")
+    records = ("*_results.json", RECIPE, RUN, LOG, FILE_NAME, "trainer_state.json")
     for pattern in (*records, PAGE, f"{PICTURES}/*.svg", f"{PICTURES}/*.png"):
         for file in path.glob(pattern):
             file.unlink()

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.recipes import folder
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.trainer.card import TAGS, table
@@ -52,6 +53,9 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
         tags=list(TAGS) if rate is not None else None,
     )
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in results.items()}
+    recorded = ""
+    if (path / FILE_NAME).exists():
+        recorded = f", every trial and episode in `{FILE_NAME}`"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
@@ -62,7 +66,7 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
         "## To run it again",
         f"`{folder.RECIPE}` in this folder is the whole recipe: "
         f"`pulseopt-hf train {folder.RECIPE}`. Versions, command and commit are in "
-        f"`{folder.RUN}`, every episode in `episodes.json`.",
+        f"`{folder.RUN}`{recorded}.",
     ]
     (path / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
@@ -129,7 +130,10 @@ def run(
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         write_card(path, resolved, results, section(trainer))
     write(f"The run is in {path}: {folder.RECIPE} runs it again, README.md sums it up,")
-    write("episodes.json holds every trial and episode, all_results.json the scores.")
+    if (path / FILE_NAME).exists():
+        write(f"{FILE_NAME} holds every trial and episode, all_results.json the scores.")
+    else:
+        write("all_results.json holds the scores.")
     return None
 
 
@@ -164,10 +168,6 @@ def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> b
     trainer.save_metrics("train", {**result.metrics, "train_samples": len(data)})
     trainer.save_state()
     assert trainer.aees is not None
-    logs = trainer.aees.get_logs()
-    if trainer.is_world_process_zero():
-        file = Path(str(trainer.args.output_dir)) / "episodes.json"
-        file.write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
     if trainer.aees.config.arms > 1:
         plays = Counter[float]()
         for arm in trainer.aees.controller.totals():

@@ -19,7 +19,7 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.command_line import COMMANDS
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.recipes import catalogue
-from tests.recipes.tiny import SHARED, files_of, results
+from tests.recipes.tiny import SHARED, assert_same_run, files_of, results
 
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -179,8 +179,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
     done = command(*go_on[1:])
     assert done.returncode == 0, done.stderr
     assert f"going on from {Path('run') / ('checkpoint-' + stopped[1])}" in done.stdout
-    for name in ("model.safetensors", "episodes.json"):
-        assert (work / "run" / name).read_bytes() == (work / "whole" / name).read_bytes()
+    assert_same_run(work / "run", work / "whole")
 
 
 @pytest.mark.distributed

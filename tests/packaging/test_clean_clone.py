@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pulseopt_hf.report.record_reader import read_run
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,9 +57,9 @@ def test_a_clean_clone_does_its_quickstart_and_collects_its_tests(tmp_path: Path
     before, after = re.findall(r"eval loss (?:before|after) training: +([\d.]+)", output)
     assert float(after) < float(before) - 2
     run = clone / "runs" / "quickstart-lm"
-    episodes = json.loads((run / "episodes.json").read_text())
-    assert len(episodes["selected_lr_values"]) == 10
-    assert len(episodes["calibration_trials"]) >= 4
+    record = read_run(run)
+    assert len(record.episodes) == 10
+    assert len(record.trials) >= 4
     assert json.loads((run / "all_results.json").read_text())["eval_loss"] == pytest.approx(
         float(after), abs=1e-3
     )

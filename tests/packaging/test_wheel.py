@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from trove_classifiers import classifiers
 
+from pulseopt_hf.report.record_reader import read_run
+
 ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys, pulseopt_hf
@@ -47,8 +49,7 @@ def run_quickstart(python: Path | str, folder: Path, environment: dict[str, str]
         env={**os.environ, **environment},
     ).stdout
     assert (folder / "run" / "model.safetensors").exists()
-    episodes = json.loads((folder / "run" / "episodes.json").read_text())
-    assert episodes["episode_end_steps"][-1] == 19
+    assert read_run(folder / "run").episodes[-1].end_step == 19
     loaded, version = json.loads(output.strip().splitlines()[-1])
     assert version
     return str(loaded)

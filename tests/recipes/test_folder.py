@@ -15,7 +15,7 @@ from pulseopt_hf.recipes import folder
 from pulseopt_hf.recipes.parsing import resolve
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.trainer.checkpoints import checkpoints
-from tests.recipes.tiny import files_of, results, train
+from tests.recipes.tiny import assert_same_run, files_of, results, train
 
 STEPS = ["--max_steps", "30", "--save_strategy", "steps", "--save_steps", "10"]
 STEPS += ["--save_total_limit", "5", "--lr_candidates", "0.5", "1.0", "2.0"]
@@ -60,10 +60,10 @@ def test_the_folder_says_what_was_run_on_what(run: Path) -> None:
         assert json.loads((run / f"{name}_results.json").read_text())
     card = (run / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
-    logs = json.loads((run / "episodes.json").read_text())
-    assert set(logs["selected_lr_values"]) == {0.5, 1.0, 2.0}
-    for multiplier in set(logs["selected_lr_values"]):
-        plays = logs["selected_lr_values"].count(multiplier)
+    played = [episode.lr_value for episode in read_run(run).episodes]
+    assert set(played) == {0.5, 1.0, 2.0}
+    for multiplier in set(played):
+        plays = played.count(multiplier)
         assert f"| x{multiplier:g} | 0 | {plays} | {5 * plays} |" in card
 
 
@@ -80,8 +80,6 @@ def test_a_calibrated_run_keeps_the_lr_that_was_set_and_says_what_was_used(
     log = (tmp_path / "train.log").read_text().splitlines()
     assert str(record.outcome) in log
     assert len([line for line in log if line.startswith("trial ")]) == len(record.trials) > 5
-    logs = json.loads((tmp_path / "episodes.json").read_text())
-    assert len(logs["calibration_trials"]) == len(record.trials)
 
 
 def test_a_card_of_a_run_whose_lr_was_left_alone_does_not_claim_otherwise(
@@ -103,8 +101,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_numbers(run: Path, tmp_path:
         {k: v for k, v in results(path).items() if not k.endswith(clocks)} for path in (run, again)
     )
     assert first == second
-    for name in ("episodes.json", "model.safetensors"):
-        assert (run / name).read_bytes() == (again / name).read_bytes()
+    assert_same_run(run, again)
 
 
 def test_the_saved_model_has_the_runs_score_without_training(
@@ -129,8 +126,7 @@ def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run
     assert f"going on from {copy / 'checkpoint-10'}" in said
     assert "episode   1" not in said
     assert "episode   3" in said
-    for name in ("episodes.json", "model.safetensors"):
-        assert (run / name).read_bytes() == (copy / name).read_bytes()
+    assert_same_run(run, copy)
     commands = json.loads((copy / "run.json").read_text())["commands"]
     assert [command["resumed_from"] for command in commands] == [None, "checkpoint-10"]
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from pulseopt_hf import embedded
 from pulseopt_hf.cli import main
+from pulseopt_hf.report.record_reader import read_run
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -173,3 +174,11 @@ def results(folder: Path) -> dict[str, float]:
     """Return a run's `all_results.json`."""
     content: dict[str, float] = json.loads((folder / "all_results.json").read_text())
     return content
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Assert that two runs have the same weights, trials and episodes, bit for bit."""
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    records = [read_run(folder) for folder in (one, other)]
+    assert records[0].episodes == records[1].episodes
+    assert records[0].trials == records[1].trials

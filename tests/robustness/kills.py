@@ -335,4 +335,4 @@ def command(words: Sequence[str], steps: int, *, own_process: bool = False) -> R
             os.execv(sys.executable, [sys.executable, "-m", "pulseopt_hf", *full])
         sys.exit(cli.main(full))
 
-    return Run(train, steps, ["episodes.json", "model.safetensors"], tells=not own_process)
+    return Run(train, steps, ["model.safetensors"], tells=not own_process)
