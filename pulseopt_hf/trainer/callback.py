@@ -82,10 +82,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         if self.session is None or self.session.is_unattached:
             parts = {key: kwargs[key] for key in ("model", "optimizer", "lr_scheduler")}
             trainer = TrainerOfEvents(args, state, **parts)
-            latest = self.aees
-            self.session = PulseSession(trainer, self.config, unattached=True)
-            self.session.latest = latest
-            self.session.trainer = trainer
+            self.session = PulseSession(trainer, self.config, unattached=True, latest=self.aees)
         self.session.begin(state, saved, kwargs["train_dataloader"])
 
     def on_step_begin(
@@ -119,9 +116,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
             self._save_after_epoch = False
             control.should_save = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, *event: Any, **kwargs: Any) -> None:
         """Complete a checkpoint, where only events say that there is one."""
         if self.session is not None and self.session.is_unattached:
             self.session.save_files()
@@ -133,9 +128,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         if self.session is not None and state.log_history:
             self.session.note_log(state.log_history[-1])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **kwargs: Any) -> None:
         """Close the last episode."""
         if self.session is not None:
             self.session.finalize()

@@ -79,8 +79,7 @@ def find_learning_rate(
         made.args.eval_on_start = False
         made.callback_handler.callbacks = []
         named = PulseOptConfig(calibration="trust_region")
-        connect(made, PulseOptCallback(named), only_ask=True)
-        made._pulse.arguments = arguments
+        connect(made, PulseOptCallback(named), arguments)
         if not isinstance(made, PulseOptMixin):
             made.__class__ = with_pulseopt(type(made))
         with suppress(LearningRateFound):

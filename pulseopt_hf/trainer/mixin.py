@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
@@ -168,10 +168,17 @@ def attach(trainer: Trainer, callback: PulseOptCallback) -> None:
     trainer.__class__ = made
 
 
-def connect(trainer: Any, callback: PulseOptCallback, *, only_ask: bool = False) -> None:
-    """Give a Trainer its session, and the session the Trainer's events."""
-    session = PulseSession(trainer, callback.config, only_ask=only_ask)
-    trainer._pulse = callback.session = session
+def connect(
+    trainer: Any, callback: PulseOptCallback, asked: TrainingArguments | None = None
+) -> None:
+    """Give a Trainer its session, and the session the Trainer's events.
+
+    Args:
+        trainer: the Trainer.
+        callback: hands on the events, and has the knobs.
+        asked: see `PulseSession`.
+    """
+    trainer._pulse = callback.session = PulseSession(trainer, callback.config, asked=asked)
     if callback not in trainer.callback_handler.callbacks:
         trainer.add_callback(callback)
 

@@ -22,18 +22,19 @@ class NonFiniteGuard:
     Args:
         accelerator: the Trainer's, whose `backward` is looked into.
         patches: what undoes that after training.
-
-    Attributes:
-        norm: the gradient norm of the step that is about to be taken, as Trainer computed it.
     """
 
     def __init__(self, accelerator: Any, patches: MethodPatches) -> None:
-        self.norm: float | Tensor | None = None
+        self._norm: float | Tensor | None = None
         patches.wrap(accelerator, "backward", self._show_in_gradient)
+
+    def note(self, norm: float | Tensor) -> None:
+        """Note the gradient norm that Trainer has computed for the step that comes."""
+        self._norm = norm
 
     def is_finite(self) -> bool:
         """Whether the step's gradients, and with them its losses, are finite. One device read."""
-        norm, self.norm = self.norm, None
+        norm, self._norm = self._norm, None
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         return norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())

@@ -64,8 +64,10 @@ class PulseSession:
         trainer: the Trainer, fully constructed.
         config: the knobs; `None` takes them from `trainer.args` where those have them, and else
             the recommended ones.
-        unattached: whether only a Trainer's events are known, so that there can be no arms.
-        only_ask: whether to end when the LR is found, and leave it as it is.
+        unattached: whether the Trainer is a `TrainerOfEvents`, so that there can be no arms.
+        latest: the AEES of the run before, if there was one.
+        asked: the training arguments for which the LR is only asked: the run ends when it is found,
+            and leaves it as it is.
 
     Raises:
         ValueError: the knobs were given twice, or the Trainer's optimizer cannot be adapted.
@@ -77,17 +79,18 @@ class PulseSession:
         config: PulseOptConfig | None,
         *,
         unattached: bool = False,
-        only_ask: bool = False,
+        latest: AEES | None = None,
+        asked: TrainingArguments | None = None,
     ) -> None:
         check_optimizer(trainer)
-        if config is not None and not only_ask:
+        self.only_ask = asked is not None
+        if config is not None and not self.only_ask:
             check_given_once(trainer.args)
         # Upstream annotates `optimizer` and friends as what they are before training prepares them.
-        self.trainer: Any = None
+        self.trainer: Any = trainer if unattached else None
         self.is_unattached = unattached
-        self.only_ask = only_ask
-        self.arguments: TrainingArguments | None = None  # of the run that is asked about
-        self.latest: AEES | None = None  # of the current or latest run
+        self.latest = latest  # of the current or latest run
+        self._asked = asked
         self._config = config
         self._patches = MethodPatches()
         self._aees: AEES | None = None
@@ -166,7 +169,7 @@ class PulseSession:
                 trainer.model_wrapped,
                 trainer.lr_scheduler,
                 state.max_steps,
-                passes_over_data(self.arguments or trainer.args, batches),
+                passes_over_data(self._asked or trainer.args, batches),
                 only_ask=self.only_ask,
             )
         if resuming:
@@ -237,7 +240,7 @@ class PulseSession:
     def note_norm(self, norm: float | Tensor) -> None:
         """Note the gradient norm that Trainer has computed for the step that comes."""
         if self._guard is not None:
-            self._guard.norm = norm
+            self._guard.note(norm)
 
     def optimizer_step(self) -> None:
         """Do what stands where Trainer steps the optimizer: guard, then the step under the arm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from typing import Any
@@ -46,7 +47,8 @@ def run_config(
     if unset and saved is not None:
         # A resumed run may be made longer; its episodes keep the length they had.
         settings = field(field(saved, "controller", anything), "settings", anything)
-        config.episode_length = field(settings, "episode_length", integer)
+        length = field(settings, "episode_length", integer)
+        config = dataclasses.replace(config, episode_length=length)
     assert config.episode_length is not None
     episodes = max_steps // config.episode_length
     if 1 < config.arms and episodes < config.arms:
