@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -79,6 +80,20 @@ def test_every_knob_has_a_test_of_its_bounds_and_a_help_text() -> None:
     assert {field.name for field in fields} == {knob for knob, _, _ in BAD}
     assert all(len(field.metadata["help"]) > 20 for field in fields)
     assert all(set(field.metadata) == {"help"} for field in fields)
+
+
+def test_aees_takes_every_knob_and_says_what_it_does() -> None:
+    """In its signature, with the published defaults, and in its docstring, with the knob's help."""
+    parameters = inspect.signature(AEES).parameters
+    published = PulseOptConfig.published(nonfinite="raise")
+    said = " ".join(str(AEES.__doc__).split())
+    for field in dataclasses.fields(PulseOptConfig):
+        assert parameters[field.name].default == getattr(published, field.name)
+        assert f"{field.name}: {field.metadata['help']} Default: " in said
+    assert next(iter(parameters)) == "optimizer"
+    assert "knobs" not in parameters
+    with pytest.raises(TypeError, match="lr_candidate'"):
+        AEES(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), lr_candidate=[1.0])
 
 
 def test_all_errors_of_a_config_come_at_once() -> None:

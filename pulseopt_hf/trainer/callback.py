@@ -54,9 +54,16 @@ class PulseOptCallback(TrainerCallback, ExportableState):
             RuntimeError: it has AEES already, or it is training.
             ValueError: its optimizer or engine cannot be adapted.
         """
-        from pulseopt_hf.trainer.mixin import attach
+        from pulseopt_hf.trainer.mixin import PulseOptMixin, connect, with_pulseopt
 
-        attach(trainer, self)
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"`trainer` must be a Trainer, got {type(trainer).__name__}.")
+        if isinstance(trainer, PulseOptMixin):
+            raise RuntimeError(f"This {type(trainer).__name__} has AEES already; attach it once.")
+        if trainer.is_in_train:
+            raise RuntimeError("Attach PulseOptCallback before `train()`, not during training.")
+        connect(trainer, self)
+        trainer.__class__ = with_pulseopt(type(trainer))
         return self
 
     @property

@@ -149,25 +149,6 @@ def with_pulseopt(trainer_class: type[Trainer]) -> type[Trainer]:
 _MADE: dict[type, type[Trainer]] = {}
 
 
-def attach(trainer: Trainer, callback: PulseOptCallback) -> None:
-    """Give a Trainer instance the class that `with_pulseopt` makes of its own.
-
-    Raises:
-        TypeError: `trainer` is not a Trainer.
-        RuntimeError: it has AEES already, or it is training.
-        ValueError: its optimizer or engine cannot be adapted.
-    """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(f"`trainer` must be a Trainer, got {type(trainer).__name__}.")
-    if isinstance(trainer, PulseOptMixin):
-        raise RuntimeError(f"This {type(trainer).__name__} has AEES already; attach it once.")
-    if trainer.is_in_train:
-        raise RuntimeError("Attach PulseOptCallback before `train()`, not during training.")
-    connect(trainer, callback)
-    made: Any = with_pulseopt(type(trainer))
-    trainer.__class__ = made
-
-
 def connect(
     trainer: Any, callback: PulseOptCallback, asked: TrainingArguments | None = None
 ) -> None:

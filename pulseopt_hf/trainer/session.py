@@ -62,8 +62,7 @@ class PulseSession:
 
     Args:
         trainer: the Trainer, fully constructed.
-        config: the knobs; `None` takes them from `trainer.args` where those have them, and else
-            the recommended ones.
+        config: the knobs; for `None` see `PulseOptCallback`.
         unattached: whether the Trainer is a `TrainerOfEvents`, so that there can be no arms.
         latest: the AEES of the run before, if there was one.
         asked: the training arguments for which the LR is only asked: the run ends when it is found,

@@ -23,8 +23,7 @@ def run_config(
 
     Args:
         trainer: the Trainer.
-        given: the knobs; `None` takes them from `trainer.args` where those have them, and else the
-            recommended ones.
+        given: the knobs; for `None` see `PulseOptCallback`.
         max_steps: optimizer steps of the run.
         saved: the state of the checkpoint that is resumed, if one is.
 

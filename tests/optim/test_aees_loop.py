@@ -292,6 +292,28 @@ def test_a_loop_resumed_at_any_step_ends_as_if_never_stopped(
         assert torch.equal(one, other)
 
 
+def test_listeners_hear_of_each_episode_once_and_not_again_in_a_resumed_run() -> None:
+    def run(aees: AEES, steps: range) -> list[Any]:
+        heard: list[Any] = []
+        aees.listeners.append(heard.append)
+        for step in steps:
+            aees.step_start(step)
+            aees.step_end(1.0)
+        aees.finalize()
+        return heard
+
+    one, other = (AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), **KNOBS) for _ in "12")
+    first = run(one, range(9))
+    assert [(episode.number, episode.record.end_step) for episode in first] == [
+        *((1, 3), (2, 7)),
+        (3, 8),  # closed by `finalize`
+    ]
+    other.load_state_dict(one.state_dict())
+    second = run(other, range(9, 13))
+    assert [episode.number for episode in second] == [4]
+    assert list(other.events()) == first + second
+
+
 def test_a_state_with_too_many_losses_or_no_episode_for_them_is_refused() -> None:
     aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), **KNOBS)
     state = aees.state_dict()

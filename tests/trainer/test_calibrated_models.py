@@ -175,7 +175,7 @@ def test_label_smoothing_takes_the_labels_out_of_the_call(name: str, arguments: 
     assert trainer.aees.calibrator.outcome.reason is None
 
 
-def test_the_unit_of_a_regression_does_not_change_the_lr(arguments: Any) -> None:
+def test_the_unit_of_a_regression_does_not_change_the_lr(trainer_of: Any) -> None:
     """Where the head is as new, an Adam step is as long in the unit of the outputs."""
     found = []
     for unit in (1.0, 100.0):
@@ -191,8 +191,9 @@ def test_the_unit_of_a_regression_does_not_change_the_lr(arguments: Any) -> None
         model.forward = forward
         x = torch.randn(200, 8)
         data = rows(x=x, labels=unit * x[:, 0])
-        args = arguments(max_steps=60, learning_rate=1e-3)
-        trainer = PulseOptTrainer(model, args, train_dataset=data, pulse=NAMED)
+        trainer = trainer_of(
+            NAMED, model=model, train_dataset=data, max_steps=60, learning_rate=1e-3
+        )
         found.append(trainer.find_learning_rate().learning_rate / unit)
     assert found[0] == pytest.approx(found[1], rel=0.05)
 

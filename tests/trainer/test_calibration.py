@@ -28,19 +28,6 @@ NAMED = PulseOptConfig(calibration="trust_region")
 ARMS = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5)
 
 
-def make(
-    model: Any, data: Any, args: Any, road: str = "subclass", pulse: Any = NAMED, **kwargs: Any
-) -> Any:
-    if road == "subclass":
-        return PulseOptTrainer(model, args, train_dataset=data, pulse=pulse, **kwargs)
-    callback = PulseOptCallback(pulse)
-    if road == "events":
-        return Trainer(model, args, train_dataset=data, callbacks=[callback], **kwargs)
-    trainer = Trainer(model, args, train_dataset=data, **kwargs)
-    callback.attach(trainer)
-    return trainer
-
-
 def calibrator_of(trainer: Any) -> Any:
     callbacks = trainer.callback_handler.callbacks
     (ours,) = (callback for callback in callbacks if isinstance(callback, PulseOptCallback))
@@ -119,11 +106,8 @@ def test_until_the_first_real_step_all_is_as_in_the_stock_trainer(
 
 
 @pytest.mark.parametrize("road", ["subclass", "attached", "events"])
-def test_what_is_found_is_the_base_lr_everywhere(
-    tiny_model: Any, tiny_data: Any, arguments: Any, road: str, caplog: Any
-) -> None:
-    args = arguments(max_steps=60, learning_rate=1e-4, warmup_steps=10)
-    trainer = make(tiny_model(), tiny_data, args, road)
+def test_what_is_found_is_the_base_lr_everywhere(trainer_of: Any, road: str, caplog: Any) -> None:
+    trainer = trainer_of(NAMED, road, max_steps=60, learning_rate=1e-4, warmup_steps=10)
     trainer.train()
     outcome = calibrator_of(trainer).outcome
     found = outcome.learning_rate
@@ -142,10 +126,9 @@ def test_what_is_found_is_the_base_lr_everywhere(
 
 
 def test_without_a_warm_up_the_lr_rises_to_what_was_found_and_the_log_says_so(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any,
 ) -> None:
-    args = arguments(max_steps=800, learning_rate=1e-4, lr_scheduler_type="constant")
-    trainer = make(tiny_model(), tiny_data, args)
+    trainer = trainer_of(NAMED, max_steps=800, learning_rate=1e-4, lr_scheduler_type="constant")
     seen = []
 
     class Base(TrainerCallback):
@@ -165,11 +148,10 @@ def test_without_a_warm_up_the_lr_rises_to_what_was_found_and_the_log_says_so(
         assert seen[step] == pytest.approx(found)  # schedulers only ever see the base LR
 
 
-def test_all_roads_train_alike(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
+def test_all_roads_train_alike(trainer_of: Any) -> None:
     trainers = []
     for road in ("subclass", "attached", "events"):
-        args = arguments(max_steps=60, learning_rate=1e-4)
-        trainers.append(make(tiny_model(), tiny_data, args, road))
+        trainers.append(trainer_of(NAMED, road, max_steps=60, learning_rate=1e-4))
         trainers[-1].train()
     one, two, three = trainers
     assert parameters_equal(one.model, two.model)
@@ -178,10 +160,8 @@ def test_all_roads_train_alike(tiny_model: Any, tiny_data: Any, arguments: Any) 
     assert one.aees.get_logs() == two.aees.get_logs()
 
 
-def test_episodes_follow_when_the_net_is_gone(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = make(tiny_model(), tiny_data, arguments(max_steps=60), pulse=ARMS)
+def test_episodes_follow_when_the_net_is_gone(trainer_of: Any) -> None:
+    trainer = trainer_of(ARMS, max_steps=60)
     trainer.train()
     logs = trainer.aees.get_logs()
     assert logs["episode_start_steps"][0] == FIRST_EPISODE
@@ -193,14 +173,13 @@ def test_episodes_follow_when_the_net_is_gone(
 @pytest.mark.parametrize("road", ["subclass", "attached", "events"])
 @pytest.mark.parametrize("net", ["holds nothing", "catches"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(
-    tiny_model: Any, dice: Any, arguments: Any, road: str, net: str, request: Any
+    trainer_of: Any, dice: Any, road: str, net: str, request: Any
 ) -> None:
     """Amid the trials, while the net hangs, and after."""
-    tiny_data = dice
     if net == "catches":
         request.getfixturevalue("loose")
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 50, "learning_rate": 1e-4}
-    whole = make(tiny_model(), tiny_data, arguments(**settings), road)
+    whole = trainer_of(NAMED, road, train_dataset=dice, **settings)
     whole.train()
     assert (calibrator_of(whole).outcome.reason is not None) == (net == "catches")
     steps = range(1, FIRST_EPISODE + 3) if road == "subclass" else (3, TRIAL_STEPS + 4)
@@ -213,7 +192,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert files == ({expected} if expected else set()), step
         if step % 4 and step not in (1, TRIAL_STEPS, FIRST_EPISODE):
             continue
-        resumed = make(tiny_model(), tiny_data, arguments(**settings | {"max_steps": 50}), road)
+        resumed = trainer_of(NAMED, road, train_dataset=dice, **settings | {"max_steps": 50})
         if road == "events":  # no event says what is resumed but the run's own folder
             resumed.args.output_dir = whole.args.output_dir
             resumed.args.save_strategy = "no"
@@ -226,13 +205,11 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
             assert history(resumed)[:-1] == history(whole)[:-1]
 
 
-def test_a_plain_trainer_goes_on_at_the_calibrated_lr(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_plain_trainer_goes_on_at_the_calibrated_lr(trainer_of: Any) -> None:
     settings = {"save_strategy": "steps", "save_steps": 30, "max_steps": 60, "learning_rate": 1e-4}
-    ours = make(tiny_model(), tiny_data, arguments(**settings))
+    ours = trainer_of(NAMED, **settings)
     ours.train()
-    plain = Trainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
+    plain = trainer_of(road="stock", **settings)
     plain.train(resume_from_checkpoint=str(Path(ours.args.output_dir) / "checkpoint-30"))
     rates = [
         [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
@@ -243,15 +220,11 @@ def test_a_plain_trainer_goes_on_at_the_calibrated_lr(
     assert parameters_equal(plain.model, ours.model)
 
 
-def test_a_run_that_was_not_calibrated_is_not_when_it_is_resumed(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_run_that_was_not_calibrated_is_not_when_it_is_resumed(trainer_of: Any) -> None:
     settings = {"save_strategy": "steps", "save_steps": 10}
-    short = PulseOptTrainer(
-        tiny_model(), arguments(max_steps=20, **settings), train_dataset=tiny_data
-    )
+    short = trainer_of(max_steps=20, **settings)
     short.train()
-    longer = PulseOptTrainer(tiny_model(), arguments(max_steps=60), train_dataset=tiny_data)
+    longer = trainer_of(max_steps=60)
     longer.train(resume_from_checkpoint=str(Path(short.args.output_dir) / "checkpoint-10"))
     assert longer.aees is not None
     assert longer.aees.calibrator is None
@@ -290,16 +263,13 @@ OPTIMIZERS: dict[str, Callable[[Any, float], Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_found_does_not_depend_on_the_lr_that_was_set(
-    name: str, tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, name: str, tiny_model: Any
 ) -> None:
     found = []
     for learning_rate in (1e-7, 1e-3, 1.0):
         model = tiny_model()
         optimizer = OPTIMIZERS[name](model.parameters(), learning_rate)
-        args = arguments(max_steps=60)
-        trainer = PulseOptTrainer(
-            model, args, train_dataset=tiny_data, optimizers=(optimizer, None)
-        )
+        trainer = trainer_of(model=model, max_steps=60, optimizers=(optimizer, None))
         suggestion = trainer.find_learning_rate()
         assert suggestion.reason is None
         assert suggestion.set_lr == learning_rate
@@ -317,15 +287,12 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize("loader", ["stream", "spawn", "fork"])
-def test_whatever_the_data_comes_from(
-    tiny_model: Any, tiny_data: Any, arguments: Any, loader: str
-) -> None:
+def test_whatever_the_data_comes_from(trainer_of: Any, tiny_data: Any, loader: str) -> None:
     extra: dict[str, Any] = {}
     if loader != "stream":
         extra = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": loader}
-    args = arguments(max_steps=60, learning_rate=1e-4, **extra)
     data = Stream(tiny_data) if loader == "stream" else tiny_data
-    trainer = make(tiny_model(), data, args)
+    trainer = trainer_of(NAMED, train_dataset=data, max_steps=60, learning_rate=1e-4, **extra)
     trainer.train()
     assert calibrator_of(trainer).outcome.reason is None
     assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
@@ -338,14 +305,15 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_an_optimizer_that_finds_its_own_lr_is_left_alone(
-    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+    trainer_of: Any, tiny_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     import prodigyopt
 
     model = tiny_model()
     prodigy = prodigyopt.Prodigy(model.parameters(), lr=1.0)
-    args = arguments(max_steps=60, lr_scheduler_type="constant")
-    trainer = PulseOptTrainer(model, args, train_dataset=tiny_data, optimizers=(prodigy, None))
+    trainer = trainer_of(
+        model=model, max_steps=60, lr_scheduler_type="constant", optimizers=(prodigy, None)
+    )
     trainer.train()
     assert "not calibrated: Prodigy finds its own" in said(caplog)
     assert trainer.aees is not None
@@ -361,14 +329,9 @@ def test_an_optimizer_that_finds_its_own_lr_is_left_alone(
     ],
 )
 def test_where_it_cannot_be_done_the_log_says_why(
-    tiny_model: Any,
-    tiny_data: Any,
-    arguments: Any,
-    settings: dict[str, Any],
-    reason: str,
-    caplog: pytest.LogCaptureFixture,
+    trainer_of: Any, settings: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = PulseOptTrainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
+    trainer = trainer_of(**settings)
     trainer.train()
     assert f"not calibrated: {reason}" in said(caplog)
     assert trainer.aees is not None
@@ -406,10 +369,11 @@ def test_a_search_over_the_lr_tries_the_lrs_that_it_names(
 
 
 def test_a_loss_that_rises_takes_the_run_back_to_where_it_began(
-    tiny_model: Any, dice: Any, arguments: Any, loose: None, caplog: Any
+    trainer_of: Any, tiny_model: Any, dice: Any, loose: None, caplog: Any
 ) -> None:
-    args = arguments(max_steps=60, learning_rate=1e-4, lr_scheduler_type="constant")
-    trainer = make(tiny_model(), dice, args)
+    trainer = trainer_of(
+        NAMED, train_dataset=dice, max_steps=60, learning_rate=1e-4, lr_scheduler_type="constant"
+    )
     spy = Spy()
     trainer.add_callback(spy)
     trainer.train()
@@ -430,9 +394,9 @@ def test_a_loss_that_rises_takes_the_run_back_to_where_it_began(
     assert max(losses(trainer)[FIRST_EPISODE:]) < 1.1 * start
 
 
-def test_ranks_go_back_alike(tiny_model: Any, dice: Any, arguments: Any, loose: None) -> None:
+def test_ranks_go_back_alike(trainer_of: Any, dice: Any, loose: None) -> None:
     def body(rank: int) -> Any:
-        trainer = make(tiny_model(), dice, arguments(max_steps=60, learning_rate=1e-4))
+        trainer = trainer_of(NAMED, train_dataset=dice, max_steps=60, learning_rate=1e-4)
         trainer.train()
         assert trainer.args.world_size == 2
         return calibrator_of(trainer).outcomes, [p.sum().item() for p in trainer.model.parameters()]
@@ -444,7 +408,7 @@ def test_ranks_go_back_alike(tiny_model: Any, dice: Any, arguments: Any, loose: 
 
 
 def test_running_statistics_go_back_with_the_rest(
-    arguments: Any, monkeypatch: pytest.MonkeyPatch
+    trainer_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibrators, "has_risen", lambda before, after: True)
 
@@ -459,7 +423,9 @@ def test_running_statistics_go_back_with_the_rest(
 
     torch.manual_seed(0)
     rows = [{"x": 3.0 + torch.randn(4), "labels": i % 2} for i in range(240)]
-    trainer = make(Normalised(), rows, arguments(max_steps=60, learning_rate=1e-4))
+    trainer = trainer_of(
+        NAMED, model=Normalised(), train_dataset=rows, max_steps=60, learning_rate=1e-4
+    )
     seen = []
 
     class Batches(TrainerCallback):
@@ -473,9 +439,7 @@ def test_running_statistics_go_back_with_the_rest(
     assert seen[:FIRST_EPISODE] == [*range(1, FIRST_EPISODE), TRIAL_STEPS]
 
 
-def test_an_exception_in_a_trial_leaves_nothing_behind(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_an_exception_in_a_trial_leaves_nothing_behind(trainer_of: Any, tiny_model: Any) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     calls = []
@@ -486,7 +450,7 @@ def test_an_exception_in_a_trial_leaves_nothing_behind(
             raise KeyboardInterrupt
 
     optimizer.register_step_post_hook(interrupt)
-    trainer = make(model, tiny_data, arguments(max_steps=60), optimizers=(optimizer, None))
+    trainer = trainer_of(NAMED, model=model, max_steps=60, optimizers=(optimizer, None))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert len(set(calls)) == 3
@@ -498,11 +462,11 @@ def test_an_exception_in_a_trial_leaves_nothing_behind(
 
 
 def test_nothing_is_said_with_calibration_off(
-    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+    trainer_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     off = PulseOptConfig(calibration="off")
-    trainer = make(tiny_model(), tiny_data, arguments(max_steps=60), pulse=off)
+    trainer = trainer_of(off, max_steps=60)
     trainer.train()
     assert trainer.aees.calibrator is None
     assert not [r for r in caplog.records if "calibrat" in r.getMessage()]

@@ -14,30 +14,27 @@ PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
 
 
 def test_a_callback_with_arms_that_was_never_attached_raises_at_the_start_and_says_how(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any,
 ) -> None:
     callback = PulseOptCallback(PULSE)
-    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data, callbacks=[callback])
+    trainer = trainer_of(road="stock", callbacks=[callback])
     with pytest.raises(RuntimeError, match=r"PulseOptCallback\(config\).attach\(trainer\)"):
         trainer.train()
 
 
-def test_a_callback_class_in_the_list_calibrates(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    args = arguments(max_steps=60, learning_rate=1e-4)
-    trainer = Trainer(tiny_model(), args, train_dataset=tiny_data, callbacks=[PulseOptCallback])
+def test_a_callback_class_in_the_list_calibrates(trainer_of: Any) -> None:
+    trainer = trainer_of(
+        road="stock", max_steps=60, learning_rate=1e-4, callbacks=[PulseOptCallback]
+    )
     trainer.train()
     assert trainer.lr_scheduler is not None
     assert trainer.lr_scheduler.base_lrs[0] > 1e-3
     assert "pulseopt_hf" not in vars(trainer.optimizer)["step"].__code__.co_filename
 
 
-def test_a_callback_in_the_list_and_attached_is_there_once(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_callback_in_the_list_and_attached_is_there_once(trainer_of: Any) -> None:
     callback = PulseOptCallback(PULSE)
-    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data, callbacks=[callback])
+    trainer = trainer_of(road="stock", callbacks=[callback])
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
@@ -46,9 +43,9 @@ def test_a_callback_in_the_list_and_attached_is_there_once(
 
 
 def test_attaching_twice_or_to_a_trainer_that_has_aees_is_refused(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, tiny_model: Any, arguments: Any
 ) -> None:
-    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    trainer = trainer_of(road="stock")
     PulseOptCallback(PULSE).attach(trainer)
     with pytest.raises(RuntimeError, match="has AEES already"):
         PulseOptCallback(PULSE).attach(trainer)
@@ -59,9 +56,9 @@ def test_attaching_twice_or_to_a_trainer_that_has_aees_is_refused(
 
 
 def test_a_trainer_whose_training_step_went_another_way_is_refused_naming_the_subclass(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any,
 ) -> None:
-    trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
+    trainer = trainer_of(road="stock")
     PulseOptCallback(PULSE).attach(trainer)
     trainer.training_step = lambda *args, **kwargs: Trainer.training_step(trainer, *args, **kwargs)
     with pytest.raises(RuntimeError, match="stands in the place of the `training_step`"):
@@ -70,11 +67,7 @@ def test_a_trainer_whose_training_step_went_another_way_is_refused_naming_the_su
 
 @pytest.mark.parametrize("calibration", ["auto", "off"])
 def test_without_arms_a_training_step_that_is_not_seen_trains_as_the_stock_trainer(
-    calibration: str,
-    tiny_model: Any,
-    tiny_data: Any,
-    arguments: Any,
-    caplog: pytest.LogCaptureFixture,
+    trainer_of: Any, calibration: str, arguments: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def train(trainer: Any) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -85,9 +78,9 @@ def test_without_arms_a_training_step_that_is_not_seen_trains_as_the_stock_train
         return trainer
 
     args = arguments(max_steps=60)
-    stock = train(Trainer(tiny_model(), args, train_dataset=tiny_data))
+    stock = train(trainer_of(road="stock", args=args))
     pulse = PulseOptConfig(calibration=calibration)
-    ours = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=pulse)
+    ours = trainer_of(pulse, args=args)
     train(ours)
     assert parameters_equal(ours.model, stock.model)
     entries = [
@@ -99,14 +92,12 @@ def test_without_arms_a_training_step_that_is_not_seen_trains_as_the_stock_train
     assert said == (calibration == "auto")
 
 
-def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(trainer_of: Any) -> None:
     class Doubling(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return 2 * super().compute_loss(*args, **kwargs)
 
-    trainer = Doubling(tiny_model(), arguments(), train_dataset=tiny_data)
+    trainer = trainer_of(cls=Doubling)
     PulseOptCallback(PulseOptConfig(episode_length=1)).attach(trainer)
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -114,10 +105,8 @@ def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(
     assert logged[0] > 7  # twice ln 64
 
 
-def test_after_training_the_trainer_and_its_optimizer_are_as_before(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=PULSE)
+def test_after_training_the_trainer_and_its_optimizer_are_as_before(trainer_of: Any) -> None:
+    trainer = trainer_of(PULSE)
     trainer.train()
     inner = trainer.optimizer.optimizer
     assert not inner._optimizer_step_pre_hooks
@@ -127,13 +116,10 @@ def test_after_training_the_trainer_and_its_optimizer_are_as_before(
 
 
 def test_an_exception_in_training_leaves_neither_a_scaled_lr_nor_hooks_behind(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any,
 ) -> None:
-    trainer = PulseOptTrainer(
-        tiny_model(),
-        arguments(lr_scheduler_type="constant"),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(lr_candidates=[3.0], episode_length=4),
+    trainer = trainer_of(
+        PulseOptConfig(lr_candidates=[3.0], episode_length=4), lr_scheduler_type="constant"
     )
     calls = []
 

@@ -16,16 +16,12 @@ from huggingface_hub import ModelCard, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from transformers import Trainer, TrainerCallback
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
+from pulseopt_hf import PulseOptConfig, with_pulseopt
 from pulseopt_hf.trainer.card import BEGIN, END, TAGS, table, with_section
 
 
-def trainer_of(road: str, model: Any, args: Any, data: Any, config: PulseOptConfig) -> Any:
-    if road == "subclass":
-        return PulseOptTrainer(model, args, train_dataset=data, pulse=config)
-    trainer = Trainer(model, args, train_dataset=data)
-    PulseOptCallback(config).attach(trainer)
-    return trainer
+def card_of(trainer: Any) -> Path:
+    return Path(trainer.args.output_dir) / "README.md"
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -35,17 +31,14 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
-@pytest.mark.parametrize("road", ["subclass", "callback"])
-def test_the_card_has_plays_knobs_and_learning_rates(
-    tiny_model: Any, tiny_data: Any, arguments: Any, road: str
-) -> None:
+@pytest.mark.parametrize("road", ["subclass", "attached"])
+def test_the_card_has_plays_knobs_and_learning_rates(trainer_of: Any, road: str) -> None:
     config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=3, calibration="trust_region")
-    args = arguments(max_steps=160)
-    trainer = trainer_of(road, tiny_model(), args, tiny_data, config)
+    trainer = trainer_of(config, road, max_steps=160)
     trainer.train()
     for _ in range(2):  # written again, it is there once
         trainer.create_model_card(model_name="tiny", tags=["mine"])
-    card = ModelCard.load(Path(args.output_dir) / "README.md")  # raises where metadata is wrong
+    card = ModelCard.load(card_of(trainer))  # raises where metadata is wrong
     assert set(card.data.tags) >= {*TAGS, "mine"}
     assert card.text.count("## Learning rate") == card.text.count(BEGIN) == 1
     rows = rows_of(card.text)
@@ -78,15 +71,12 @@ def test_the_card_has_plays_knobs_and_learning_rates(
     assert rows["`lr_candidates`"] == ["`[0.5, 2.0]`"]
 
 
-def test_a_card_says_what_happened_and_no_more(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_card_says_what_happened_and_no_more(trainer_of: Any) -> None:
     """A calibrated run of one arm has no arms to list, and no knobs but those that were changed."""
-    args = arguments(max_steps=60, learning_rate=1e-4)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+    trainer = trainer_of(max_steps=60, learning_rate=1e-4)
     trainer.train()
     trainer.create_model_card()
-    text = (Path(args.output_dir) / "README.md").read_text()
+    text = card_of(trainer).read_text()
     assert "The learning rate was calibrated (`pulseopt_hf`)." in text
     for word in ("AEES", "Arms", "Knobs", "Episodes"):
         assert f"{word} " not in text.split(BEGIN)[1]
@@ -97,12 +87,8 @@ def test_a_card_says_what_happened_and_no_more(
     }
 
 
-def test_a_card_does_not_call_calibrated_what_was_given_up(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = PulseOptTrainer(
-        tiny_model(), arguments(max_steps=60, learning_rate=1e-4), train_dataset=tiny_data
-    )
+def test_a_card_does_not_call_calibrated_what_was_given_up(trainer_of: Any) -> None:
+    trainer = trainer_of(max_steps=60, learning_rate=1e-4)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,37 +97,32 @@ def test_a_card_does_not_call_calibrated_what_was_given_up(
     trainer.add_callback(Stop())
     trainer.train()
     trainer.create_model_card()
-    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    text = card_of(trainer).read_text()
     assert "The learning rate is the one that was set (`pulseopt_hf`)." in text
 
 
 def test_with_arms_the_knobs_that_were_changed_or_followed_are_listed(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any,
 ) -> None:
-    args = arguments()
-    config = PulseOptConfig(lr_candidates=[0.5, 1.0], calibration="off")
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=config)
+    trainer = trainer_of(PulseOptConfig(lr_candidates=[0.5, 1.0], calibration="off"))
     trainer.train()
     trainer.create_model_card()
-    rows = rows_of((Path(args.output_dir) / "README.md").read_text())
+    rows = rows_of(card_of(trainer).read_text())
     assert {row.strip("`") for row in rows if row.startswith("`")} == {
         *("lr_candidates", "calibration", "episode_length", "seed"),
     }
     assert rows["`episode_length`"] == ["`5`"]  # unset, and resolved by the run
-    assert rows["`seed`"] == [f"`{args.seed}`"]
+    assert rows["`seed`"] == [f"`{trainer.args.seed}`"]
 
 
-def test_rolled_back_episodes_and_skipped_steps_are_counted(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_rolled_back_episodes_and_skipped_steps_are_counted(trainer_of: Any) -> None:
     config = PulseOptConfig(
         lr_candidates=[1.0, 1e4], episode_length=4, divergence="rollback", seed=0
     )
-    args = arguments(max_steps=40)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=config)
+    trainer = trainer_of(config, max_steps=40)
     trainer.train()
     trainer.create_model_card()
-    rows = rows_of((Path(args.output_dir) / "README.md").read_text())
+    rows = rows_of(card_of(trainer).read_text())
     assert trainer.aees is not None
     rolled_back = trainer.aees.get_logs()["episode_outcomes"].count("rolled back")
     assert rolled_back > 0
@@ -150,17 +131,10 @@ def test_rolled_back_episodes_and_skipped_steps_are_counted(
     assert "`nonfinite`" not in rows
 
 
-def test_the_metadata_is_valid_and_keeps_trainers_scores(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_the_metadata_is_valid_and_keeps_trainers_scores(trainer_of: Any) -> None:
     """As far as that can be told offline: the hub's own check is a request to it."""
-    args = arguments()
-    trainer = PulseOptTrainer(
-        tiny_model(),
-        args,
-        pulse=PulseOptConfig(lr_candidates=[0.5, 1.0]),
-        train_dataset=tiny_data,
-        eval_dataset=tiny_data[:8],
+    trainer = trainer_of(
+        PulseOptConfig(lr_candidates=[0.5, 1.0]),
         compute_metrics=lambda predicted: {
             "accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())
         },
@@ -170,7 +144,7 @@ def test_the_metadata_is_valid_and_keeps_trainers_scores(
     trainer.create_model_card(
         tags="mine", tasks="text-generation", dataset_tags="wikitext", dataset="Wikitext"
     )
-    file = Path(args.output_dir) / "README.md"
+    file = card_of(trainer)
     data = yaml.safe_load(file.read_text().split("---\n")[1])
     assert set(data) <= set(inspect.signature(ModelCardData).parameters) | {"model-index"}
     assert len(data["tags"]) == len(set(data["tags"]))
@@ -188,16 +162,12 @@ class KeepsTheCard(Trainer):
             super().create_model_card(*args, **kwargs)
 
 
-def test_written_again_it_takes_nothing_of_the_users(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    args = arguments()
-    pulse = PulseOptConfig(lr_candidates=[0.5, 1.0])
-    trainer: Any = with_pulseopt(KeepsTheCard)
-    trainer = trainer(tiny_model(), args, train_dataset=tiny_data, pulse=pulse)
+def test_written_again_it_takes_nothing_of_the_users(trainer_of: Any) -> None:
+    config = PulseOptConfig(lr_candidates=[0.5, 1.0])
+    trainer = trainer_of(config, cls=with_pulseopt(KeepsTheCard))
     trainer.train()
     trainer.create_model_card()
-    file = Path(args.output_dir) / "README.md"
+    file = card_of(trainer)
     before, rest = file.read_text().split(BEGIN)
     written, after = rest.split(END)
     mine, mine_too = "## Learning rate\n\nMine: ü.\n\n", "\n## Learning rate\n\nMine too.\n"
@@ -251,13 +221,12 @@ def uploaded() -> Iterator[dict[str, bytes]]:
     set_client_factory(default_client_factory)
 
 
-@pytest.mark.parametrize("road", ["subclass", "callback"])
+@pytest.mark.parametrize("road", ["subclass", "attached"])
 def test_push_to_hub_uploads_a_card_with_the_section(
-    tiny_model: Any, tiny_data: Any, arguments: Any, uploaded: dict[str, bytes], road: str
+    trainer_of: Any, uploaded: dict[str, bytes], road: str
 ) -> None:
-    args = arguments(hub_model_id="somebody/tiny", hub_token="hf_none")
     config = PulseOptConfig(lr_candidates=[0.5, 1.0], episode_length=4)
-    trainer = trainer_of(road, tiny_model(), args, tiny_data, config)
+    trainer = trainer_of(config, road, hub_model_id="somebody/tiny", hub_token="hf_none")
     trainer.train()
     trainer.push_to_hub(tags=["mine"])
     assert "model.safetensors" in uploaded
@@ -267,13 +236,10 @@ def test_push_to_hub_uploads_a_card_with_the_section(
     assert rows_of(card.text)["Episodes"] == ["6"]
 
 
-def test_a_trainer_that_has_not_trained_writes_trainers_card(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_trainer_that_has_not_trained_writes_trainers_card(trainer_of: Any) -> None:
     cards = []
-    for trainer_class in (Trainer, PulseOptTrainer):
-        args = arguments()
-        trainer = trainer_class(tiny_model(), args, train_dataset=tiny_data)
+    for road in ("stock", "subclass"):
+        trainer = trainer_of(road=road)
         trainer.create_model_card(model_name="tiny")
-        cards.append((Path(args.output_dir) / "README.md").read_text())
+        cards.append(card_of(trainer).read_text())
     assert cards[0] == cards[1]

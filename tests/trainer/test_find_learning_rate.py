@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer, find_learning_rate
+from pulseopt_hf import AEES, PulseOptConfig, find_learning_rate
 from pulseopt_hf.aees.calibration import TRUSTED
 from tests.conftest import history, parameters_equal, without_dropout
 from tests.engines.ranks import run_ranks
@@ -30,25 +30,13 @@ class Loud(TrainerCallback):
         raise AssertionError("a callback was called")
 
 
-def make(kind: str, model: Any, data: Any, args: Any) -> Any:
-    if kind == "ours":
-        return PulseOptTrainer(model, args, train_dataset=data)
-    trainer = Trainer(model, args, train_dataset=data)
-    if kind == "attached":
-        PulseOptCallback().attach(trainer)
-    return trainer
-
-
-@pytest.mark.parametrize("kind", ["stock", "ours", "attached"])
+@pytest.mark.parametrize("kind", ["stock", "subclass", "attached"])
 @pytest.mark.parametrize("setting", ["plain", "bf16", "accumulation", "own optimizer", "trained"])
-def test_a_trainer_is_as_if_it_had_not_been_asked(
-    kind: str, setting: str, tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_trainer_is_as_if_it_had_not_been_asked(trainer_of: Any, kind: str, setting: str) -> None:
     extra = {"bf16": {"bf16": True}, "accumulation": {"gradient_accumulation_steps": 2}}
 
     def fresh() -> Any:
-        args = arguments(max_steps=60, learning_rate=1e-4, **extra.get(setting, {}))
-        trainer = make(kind, tiny_model(), tiny_data, args)
+        trainer = trainer_of(road=kind, max_steps=60, learning_rate=1e-4, **extra.get(setting, {}))
         if setting == "own optimizer":
             trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-4)
         if setting == "trained":
@@ -90,9 +78,8 @@ def test_a_trainer_is_as_if_it_had_not_been_asked(
     assert history(asked) == history(other)
 
 
-def test_it_is_what_a_run_would_use(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
-    args = arguments(max_steps=60, learning_rate=1e-4)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+def test_it_is_what_a_run_would_use(trainer_of: Any) -> None:
+    trainer = trainer_of(max_steps=60, learning_rate=1e-4)
     suggestion = trainer.find_learning_rate()
     trainer.train()
     assert trainer.aees is not None
@@ -101,9 +88,9 @@ def test_it_is_what_a_run_would_use(tiny_model: Any, tiny_data: Any, arguments: 
     assert trainer.aees.calibrator.search.learning_rate == suggestion.learning_rate
 
 
-def test_under_ddp_all_ranks_find_the_same(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
+def test_under_ddp_all_ranks_find_the_same(trainer_of: Any, tiny_model: Any) -> None:
     def body(rank: int) -> Any:
-        trainer = Trainer(tiny_model(), arguments(max_steps=60), train_dataset=tiny_data)
+        trainer = trainer_of(road="stock", max_steps=60)
         suggestion = find_learning_rate(trainer)
         assert trainer.args.world_size == 2
         assert parameters_equal(trainer.model, tiny_model())
@@ -265,14 +252,10 @@ def test_the_picture_is_that_of_the_report(tiny_model: Any, tiny_data: Any) -> N
     assert data["star"][0]["rate"] == pytest.approx(suggestion.learning_rate, rel=1e-3)
 
 
-def test_the_knobs_of_a_trainer_do_not_matter(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_the_knobs_of_a_trainer_do_not_matter(trainer_of: Any) -> None:
     """It is asked for by name, and a run may be too short to calibrate itself."""
     off = PulseOptConfig(calibration="off", lr_candidates=[0.5, 2.0])
-    trainer = PulseOptTrainer(
-        tiny_model(), arguments(max_steps=10), train_dataset=tiny_data, pulse=off
-    )
+    trainer = trainer_of(off, max_steps=10)
     assert trainer.find_learning_rate().reason is None
     trainer.train()
     assert trainer.aees is not None

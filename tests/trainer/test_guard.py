@@ -38,18 +38,13 @@ def spoiling(base: type[Trainer], bad: float, steps: set[int], only_loss: bool =
 @pytest.mark.parametrize("only_loss", [False, True], ids=["gradients too", "loss only"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
 def test_a_step_that_is_not_finite_is_skipped_and_counts_nowhere(
-    tiny_model: Any,
-    tiny_data: Any,
-    arguments: Any,
-    bad: float,
-    only_loss: bool,
-    max_grad_norm: float,
+    trainer_of: Any, bad: float, only_loss: bool, max_grad_norm: float
 ) -> None:
-    trainer = spoiling(PulseOptTrainer, bad, {2, 3, 9}, only_loss)(
-        tiny_model(),
-        arguments(max_grad_norm=max_grad_norm, lr_scheduler_type="linear"),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(**SETTINGS),
+    trainer = trainer_of(
+        PulseOptConfig(**SETTINGS),
+        cls=spoiling(PulseOptTrainer, bad, {2, 3, 9}, only_loss),
+        max_grad_norm=max_grad_norm,
+        lr_scheduler_type="linear",
     )
     trainer.train()
     aees = trainer.aees
@@ -65,11 +60,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counts_nowhere(
     assert [entry["pulse/skipped_steps"] for entry in entries][1:5] == [0, 1, 2, 2]
 
 
-def test_with_one_arm_skipped_steps_are_logged_once_there_are_some(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = spoiling(PulseOptTrainer, math.nan, {2, 9})(
-        tiny_model(), arguments(), train_dataset=tiny_data, pulse=PulseOptConfig(calibration="off")
+def test_with_one_arm_skipped_steps_are_logged_once_there_are_some(trainer_of: Any) -> None:
+    trainer = trainer_of(
+        PulseOptConfig(calibration="off"), cls=spoiling(PulseOptTrainer, math.nan, {2, 9})
     )
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -92,16 +85,12 @@ def test_a_skipped_step_changes_no_parameter_and_no_moment(
     assert trainer.aees.get_logs()["episode_rewards"] == []
 
 
-def test_the_callback_skips_as_the_subclass_does(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    subclass = spoiling(PulseOptTrainer, math.inf, {3, 4})(
-        tiny_model(), arguments(), train_dataset=tiny_data, pulse=PulseOptConfig(**SETTINGS)
+def test_the_callback_skips_as_the_subclass_does(trainer_of: Any) -> None:
+    subclass = trainer_of(
+        PulseOptConfig(**SETTINGS), cls=spoiling(PulseOptTrainer, math.inf, {3, 4})
     )
     subclass.train()
-    vanilla = spoiling(Trainer, math.inf, {3, 4})(
-        tiny_model(), arguments(), train_dataset=tiny_data
-    )
+    vanilla = trainer_of(cls=spoiling(Trainer, math.inf, {3, 4}))
     PulseOptCallback(PulseOptConfig(**SETTINGS)).attach(vanilla)
     vanilla.train()
     assert vanilla.aees.skipped_steps == 2
@@ -109,9 +98,7 @@ def test_the_callback_skips_as_the_subclass_does(
     assert parameters_equal(vanilla.model, subclass.model)
 
 
-def test_one_bad_micro_batch_skips_the_whole_step(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_one_bad_micro_batch_skips_the_whole_step(trainer_of: Any) -> None:
     class OneBad(PulseOptTrainer):
         batches = 0
 
@@ -120,11 +107,8 @@ def test_one_bad_micro_batch_skips_the_whole_step(
             self.batches += 1
             return loss * math.nan if self.batches == 2 else loss
 
-    trainer = OneBad(
-        tiny_model(),
-        arguments(gradient_accumulation_steps=3, max_steps=8),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(**SETTINGS),
+    trainer = trainer_of(
+        PulseOptConfig(**SETTINGS), cls=OneBad, gradient_accumulation_steps=3, max_steps=8
     )
     trainer.train()
     assert trainer.aees.skipped_steps == 1
@@ -132,28 +116,19 @@ def test_one_bad_micro_batch_skips_the_whole_step(
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_raise_ends_the_run_at_the_step_before_the_update(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = spoiling(PulseOptTrainer, math.nan, {5})(
-        tiny_model(),
-        arguments(),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(**SETTINGS, nonfinite="raise"),
+def test_raise_ends_the_run_at_the_step_before_the_update(trainer_of: Any) -> None:
+    trainer = trainer_of(
+        PulseOptConfig(**SETTINGS, nonfinite="raise"), cls=spoiling(PulseOptTrainer, math.nan, {5})
     )
     with pytest.raises(ValueError, match="not finite at global step 5; the step's loss is nan"):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_too_many_skips_in_a_row_end_the_run_saying_how_many_and_where(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = spoiling(PulseOptTrainer, math.nan, set(range(7, 24)))(
-        tiny_model(),
-        arguments(),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(**SETTINGS, max_consecutive_skips=4),
+def test_too_many_skips_in_a_row_end_the_run_saying_how_many_and_where(trainer_of: Any) -> None:
+    trainer = trainer_of(
+        PulseOptConfig(**SETTINGS, max_consecutive_skips=4),
+        cls=spoiling(PulseOptTrainer, math.nan, set(range(7, 24))),
     )
     with pytest.raises(RuntimeError, match=r"4 optimizer steps in a row .* global step 10"):
         trainer.train()

@@ -25,19 +25,10 @@ class Named(Trainer):
     """A Trainer class of somebody else's."""
 
 
-def make(kind: str, model: Any, data: Any, args: Any, pulse: Any = ARMS) -> Any:
-    if kind == "stock":
-        return Trainer(model, args, train_dataset=data)
-    if kind == "subclass":
-        return PulseOptTrainer(model, args, train_dataset=data, pulse=pulse)
+def of_kind(trainer_of: Any, kind: str, pulse: Any = ARMS, **given: Any) -> Any:
     if kind == "made":
-        return with_pulseopt(Named)(model, args, train_dataset=data, pulse=pulse)
-    trainer = Trainer(model, args, train_dataset=data)
-    if kind == "attached":
-        PulseOptCallback(pulse).attach(trainer)
-    else:
-        trainer.add_callback(PulseOptCallback())
-    return trainer
+        return trainer_of(pulse, cls=with_pulseopt(Named), **given)
+    return trainer_of(None if kind == "events" else pulse, kind, **given)
 
 
 KINDS = ["stock", "subclass", "made", "attached", "events"]
@@ -53,9 +44,9 @@ def fresh_state() -> None:
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 @pytest.mark.usefixtures("fresh_state")
 def test_a_copy_trains_itself_and_not_the_original(
-    kind: str, way: str, tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, kind: str, way: str, tiny_model: Any
 ) -> None:
-    original = make(kind, tiny_model(), tiny_data, arguments(max_steps=60))
+    original = of_kind(trainer_of, kind, max_steps=60)
     copied: Any = (
         pickle.loads(pickle.dumps(original)) if way == "pickle" else copy.deepcopy(original)
     )
@@ -89,16 +80,11 @@ def no_collector() -> Iterator[None]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trained", [False, True])
 def test_deleting_a_trainer_frees_the_model_at_once(
-    kind: str,
-    trained: bool,
-    tiny_model: Any,
-    tiny_data: Any,
-    arguments: Any,
-    no_collector: None,
+    trainer_of: Any, kind: str, trained: bool, tiny_model: Any, no_collector: None
 ) -> None:
     model = tiny_model()
     alive = weakref.ref(model)
-    trainer = make(kind, model, tiny_data, arguments(max_steps=60))
+    trainer = of_kind(trainer_of, kind, model=model, max_steps=60)
     if trained:
         trainer.train()
         if kind == "stock":
@@ -131,10 +117,8 @@ class Shifted(PulseOptTrainer):
     ],
     ids=["default", "one arm", "arms", "published", "rollback"],
 )
-def test_a_loss_of_any_sign_trains(
-    shift: float, pulse: PulseOptConfig, tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = Shifted(tiny_model(), arguments(max_steps=60), train_dataset=tiny_data, pulse=pulse)
+def test_a_loss_of_any_sign_trains(trainer_of: Any, shift: float, pulse: PulseOptConfig) -> None:
+    trainer = trainer_of(pulse, cls=Shifted, max_steps=60)
     trainer.shift = shift
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -151,7 +135,7 @@ def test_a_loss_of_any_sign_trains(
     "pulse", [PulseOptConfig(calibration="off"), ARMS], ids=["one arm", "arms"]
 )
 def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(
-    pulse: PulseOptConfig, tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, pulse: PulseOptConfig, tiny_data: Any, arguments: Any
 ) -> None:
     class Order(TrainerCallback):
         def __init__(self) -> None:
@@ -166,7 +150,7 @@ def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(
     orders = []
     for kind in ("stock", "subclass"):
         args = arguments(max_steps=36, save_strategy="steps", save_steps=6)
-        trainer = make(kind, tiny_model(), tiny_data, args, pulse)
+        trainer = of_kind(trainer_of, kind, pulse, args=args)
         trainer.eval_dataset = tiny_data[:4]
         args.eval_strategy = "epoch"
         trainer.add_callback(order := Order())
@@ -177,7 +161,7 @@ def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(
 
 
 def test_a_knob_that_means_nothing_alone_is_named(
-    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+    trainer_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     for knobs in (
         {"control_mode": "random"},
@@ -187,22 +171,20 @@ def test_a_knob_that_means_nothing_alone_is_named(
     ):
         caplog.clear()
         config = PulseOptConfig(calibration="off", **knobs)  # type: ignore[arg-type]
-        make("subclass", tiny_model(), tiny_data, arguments(), config).train()
+        trainer_of(config).train()
         (record,) = [r for r in caplog.records if r.name == "pulseopt_hf"]
         assert f"`{next(iter(knobs))}` has no effect with one arm" in record.getMessage()
     caplog.clear()
     several = PulseOptConfig(calibration="off", control_mode="random", lr_candidates=[1.0, 2.0])
-    make("subclass", tiny_model(), tiny_data, arguments(), several).train()
+    trainer_of(several).train()
     assert not [r for r in caplog.records if r.name == "pulseopt_hf"]
 
 
-def test_a_neutral_run_after_copying_is_still_invisible(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    stock = make("stock", tiny_model(), tiny_data, arguments())
+def test_a_neutral_run_after_copying_is_still_invisible(trainer_of: Any) -> None:
+    stock = trainer_of(road="stock")
     stock.train()
     neutral = PulseOptConfig(calibration="off")
-    ours = copy.deepcopy(make("attached", tiny_model(), tiny_data, arguments(), neutral))
+    ours = copy.deepcopy(trainer_of(neutral, "attached"))
     ours.train()
     assert parameters_equal(stock.model, ours.model)
     assert history(stock) == history(ours)

@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
-from pulseopt_hf import AEES, PulseOptTrainer, find_learning_rate
+from pulseopt_hf import AEES, find_learning_rate
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.optim import calibrator
-from tests.trainer.test_calibration import NAMED, calibrator_of, make
+from tests.trainer.test_calibration import NAMED, calibrator_of
 
 ROWS, BATCH = 64, 8
 
@@ -25,9 +25,8 @@ def as_if_pretrained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, tiny_model: Any, tiny_data: Any
 ) -> None:
-    args = arguments(per_device_train_batch_size=BATCH, max_steps=-1, num_train_epochs=7)
     pretrained = AutoModelForSequenceClassification.from_pretrained(
         minilm_folder(), num_hidden_layers=1
     )
@@ -36,7 +35,13 @@ def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not
         for index, row in enumerate(tiny_data[:ROWS])
     ]
     found = {
-        name: PulseOptTrainer(model, args, train_dataset=data).find_learning_rate()
+        name: trainer_of(
+            model=model,
+            train_dataset=data,
+            per_device_train_batch_size=BATCH,
+            max_steps=-1,
+            num_train_epochs=7,
+        ).find_learning_rate()
         for name, model, data in (
             ("pretrained", pretrained, rows),
             ("new", tiny_model(), tiny_data[:ROWS]),
@@ -59,10 +64,11 @@ def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not
     ],
 )
 def test_the_arguments_say_how_often(
-    road: str, settings: Any, passes: float, tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, road: str, settings: Any, passes: float, tiny_data: Any
 ) -> None:
-    args = arguments(per_device_train_batch_size=BATCH, **settings)
-    trainer = make(tiny_model(), tiny_data[:ROWS], args, road)
+    trainer = trainer_of(
+        NAMED, road, train_dataset=tiny_data[:ROWS], per_device_train_batch_size=BATCH, **settings
+    )
     trainer.train()
     search = calibrator_of(trainer).search
     assert search.learning_rate is not None
@@ -71,26 +77,29 @@ def test_the_arguments_say_how_often(
     assert calibrator_of(trainer).outcome.divisor == search.divisor
 
 
-def test_data_without_a_length_counts_as_one_pass(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_data_without_a_length_counts_as_one_pass(trainer_of: Any, tiny_data: Any) -> None:
     rows = tiny_data[:ROWS]
 
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter(list(rows) * 10)
 
-    trainer = make(tiny_model(), Stream(), arguments(max_steps=60))
+    trainer = trainer_of(NAMED, train_dataset=Stream(), max_steps=60)
     trainer.train()
     assert calibrator_of(trainer).search.passes == 1.0
 
 
 @pytest.mark.parametrize(("epochs", "batch"), [(1, 1), (7, BATCH)])
 def test_what_is_asked_for_is_what_training_finds(
-    epochs: int, batch: int, tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, epochs: int, batch: int, tiny_data: Any
 ) -> None:
-    args = arguments(per_device_train_batch_size=batch, max_steps=-1, num_train_epochs=epochs)
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data[:ROWS], pulse=NAMED)
+    trainer = trainer_of(
+        NAMED,
+        train_dataset=tiny_data[:ROWS],
+        per_device_train_batch_size=batch,
+        max_steps=-1,
+        num_train_epochs=epochs,
+    )
     asked = trainer.find_learning_rate().learning_rate
     trainer.train()
     assert calibrator_of(trainer).search.passes == epochs

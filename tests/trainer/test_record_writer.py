@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer, with_pulseopt
+from pulseopt_hf import PulseOptConfig, with_pulseopt
 from pulseopt_hf.aees.record_format import FILE_NAME, FORMAT_VERSION
 from pulseopt_hf.optim.calibrator import SHORTEST_WATCH
 from pulseopt_hf.report.record_reader import read_run
@@ -28,10 +28,6 @@ def lines(folder: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def make(model: Any, args: Any, data: Any, config: PulseOptConfig = CONFIG) -> PulseOptTrainer:
-    return PulseOptTrainer(model(), args, train_dataset=data, eval_dataset=data[:8], pulse=config)
-
-
 def comparable(run: RunData) -> Any:
     """Return what a resumed run has to share with one that never stopped."""
     logs = [
@@ -43,10 +39,8 @@ def comparable(run: RunData) -> Any:
     return logs, run.episodes, calibration, run.step, run.status, run.knobs, run.base_lr
 
 
-def test_the_record_holds_what_was_logged_and_every_episode(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = make(tiny_model, arguments(run_name="mine", logging_steps=4), tiny_data)
+def test_the_record_holds_what_was_logged_and_every_episode(trainer_of: Any) -> None:
+    trainer = trainer_of(CONFIG, run_name="mine", logging_steps=4)
     trainer.train()
     written = lines(trainer.args.output_dir)
     assert [line["kind"] for line in written] == [
@@ -75,10 +69,8 @@ def test_the_record_holds_what_was_logged_and_every_episode(
     assert run.status == "finished"
 
 
-def test_an_evaluation_after_training_is_recorded_too(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = make(tiny_model, arguments(), tiny_data)
+def test_an_evaluation_after_training_is_recorded_too(trainer_of: Any) -> None:
+    trainer = trainer_of(CONFIG)
     trainer.train()
     metrics = trainer.evaluate()
     run = read_run(trainer.args.output_dir)
@@ -86,48 +78,37 @@ def test_an_evaluation_after_training_is_recorded_too(
     assert run.status == "finished"
 
 
-def test_every_road_writes_the_same_record(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
-    def attached(model: Any, args: Any, train_dataset: Any, pulse: Any) -> Trainer:
-        trainer = Trainer(model, args, train_dataset=train_dataset)
-        PulseOptCallback(pulse).attach(trainer)
-        return trainer
-
+def test_every_road_writes_the_same_record(trainer_of: Any) -> None:
     class Other(Trainer):
         pass
 
     runs = []
-    for maker in (PulseOptTrainer, with_pulseopt(Other), attached):
-        trainer: Any = maker(tiny_model(), arguments(), train_dataset=tiny_data, pulse=CONFIG)  # type: ignore[call-arg]
+    for trainer in (
+        trainer_of(CONFIG),
+        trainer_of(CONFIG, cls=with_pulseopt(Other)),
+        trainer_of(CONFIG, "attached"),
+    ):
         trainer.train()
         runs.append(comparable(read_run(trainer.args.output_dir)))
     assert runs[0] == runs[1] == runs[2]
     assert len(runs[0][1]) == 5
 
 
-def test_nothing_is_written_where_nothing_is_logged(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = make(tiny_model, arguments(logging_strategy="no"), tiny_data)
+def test_nothing_is_written_where_nothing_is_logged(trainer_of: Any) -> None:
+    trainer = trainer_of(CONFIG, logging_strategy="no")
     trainer.train()
     assert list(Path(trainer.args.output_dir).iterdir()) == []
 
 
-@pytest.mark.parametrize("road", ["subclass", "callback"])
-def test_nothing_is_written_of_a_neutral_run(
-    tiny_model: Any, tiny_data: Any, arguments: Any, road: str
-) -> None:
-    neutral = PulseOptConfig(lr_candidates=[1.0])
-    if road == "subclass":
-        trainer: Trainer = make(tiny_model, arguments(), tiny_data, neutral)
-    else:
-        trainer = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
-        PulseOptCallback(neutral).attach(trainer)
+@pytest.mark.parametrize("road", ["subclass", "attached"])
+def test_nothing_is_written_of_a_neutral_run(trainer_of: Any, road: str) -> None:
+    trainer = trainer_of(PulseOptConfig(lr_candidates=[1.0]), road)
     trainer.train()
     assert list(Path(trainer.args.output_dir).iterdir()) == []
 
 
 def test_the_file_is_opened_only_when_trainer_logs(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    trainer_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
     original = RunRecorder._flush
@@ -137,22 +118,20 @@ def test_the_file_is_opened_only_when_trainer_logs(
         original(self)
 
     monkeypatch.setattr(RunRecorder, "_flush", flush)
-    trainer = make(tiny_model, arguments(logging_steps=10), tiny_data)
+    trainer = trainer_of(CONFIG, logging_steps=10)
     trainer.train()
     assert steps == [0, 10, 20, 24, 24]  # the head, two logs, the summary, the end
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 23])
-def test_a_resumed_run_reads_as_one_that_never_stopped(
-    tiny_model: Any, tiny_data: Any, arguments: Any, step: int
-) -> None:
+def test_a_resumed_run_reads_as_one_that_never_stopped(trainer_of: Any, step: int) -> None:
     """In the same folder, whose record goes on beyond the checkpoint."""
     settings = {"save_strategy": "steps", "save_steps": 1}
-    trainer = make(tiny_model, arguments(**settings), tiny_data)
+    trainer = trainer_of(CONFIG, **settings)
     trainer.train()
     folder = trainer.args.output_dir
     whole = comparable(read_run(folder))
-    resumed = make(tiny_model, arguments(output_dir=folder, logging_steps=1), tiny_data)
+    resumed = trainer_of(CONFIG, output_dir=folder, logging_steps=1)
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
     run = read_run(folder)
     assert comparable(run) == whole
@@ -160,9 +139,7 @@ def test_a_resumed_run_reads_as_one_that_never_stopped(
     assert [line["kind"] for line in lines(folder)].count("end") == 1
 
 
-def test_lines_after_the_resumed_step_are_gone_when_it_begins(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_lines_after_the_resumed_step_are_gone_when_it_begins(trainer_of: Any) -> None:
     seen: list[RunData] = []
 
     class Look(TrainerCallback):
@@ -170,10 +147,10 @@ def test_lines_after_the_resumed_step_are_gone_when_it_begins(
             if not seen:
                 seen.append(read_run(args.output_dir))
 
-    trainer = make(tiny_model, arguments(save_strategy="steps", save_steps=11), tiny_data)
+    trainer = trainer_of(CONFIG, save_strategy="steps", save_steps=11)
     trainer.train()
     folder = trainer.args.output_dir
-    resumed = make(tiny_model, arguments(output_dir=folder), tiny_data)
+    resumed = trainer_of(CONFIG, output_dir=folder)
     resumed.add_callback(Look())
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-11")
     (run,) = seen
@@ -183,14 +160,12 @@ def test_lines_after_the_resumed_step_are_gone_when_it_begins(
     assert run.status == "running"
 
 
-def test_trials_are_recorded_and_not_again_by_a_resumed_run(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_trials_are_recorded_and_not_again_by_a_resumed_run(trainer_of: Any) -> None:
     config = PulseOptConfig(
         lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5
     )
     settings = {"max_steps": 160, "save_strategy": "steps", "save_steps": 30}
-    trainer = make(tiny_model, arguments(**settings), tiny_data, config)
+    trainer = trainer_of(config, **settings)
     trainer.train()
     folder = trainer.args.output_dir
     assert trainer.aees is not None
@@ -202,20 +177,13 @@ def test_trials_are_recorded_and_not_again_by_a_resumed_run(
     assert run.calibrated_lr == trainer.aees.calibrator.search.learning_rate is not None
     assert run.base_lrs[40][1] == pytest.approx(run.calibrated_lr * (1 - 40 / 160))
     whole = comparable(run)
-    resumed = make(
-        tiny_model, arguments(output_dir=folder, **{**settings, "save_strategy": "no"}), tiny_data,
-        config,
-    )  # fmt: skip
+    resumed = trainer_of(config, output_dir=folder, **{**settings, "save_strategy": "no"})
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-30")
     assert comparable(read_run(folder)) == whole
 
 
 def test_a_full_disk_does_not_end_training_and_warns_once(
-    small_disk: Path,
-    tiny_model: Any,
-    tiny_data: Any,
-    arguments: Any,
-    caplog: pytest.LogCaptureFixture,
+    trainer_of: Any, small_disk: Path, arguments: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A real one: full from step 8 on, and with room again at step 45."""
     filler = small_disk / "filler"
@@ -232,7 +200,7 @@ def test_a_full_disk_does_not_end_training_and_warns_once(
 
     seen: list[int] = []
     args = arguments(output_dir=str(small_disk / "run"), max_steps=60)
-    trainer = make(tiny_model, args, tiny_data)
+    trainer = trainer_of(CONFIG, args=args)
     trainer.add_callback(Fill())
     with caplog.at_level(logging.WARNING, "pulseopt_hf"):
         trainer.train()
@@ -249,7 +217,7 @@ def test_a_full_disk_does_not_end_training_and_warns_once(
 
 
 def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    trainer_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = RunRecorder._append
 
@@ -261,7 +229,7 @@ def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
         original(self, content)
 
     monkeypatch.setattr(RunRecorder, "_append", append)
-    trainer = make(tiny_model, arguments(), tiny_data)
+    trainer = trainer_of(CONFIG)
     trainer.train()
     run = read_run(trainer.args.output_dir)
     assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
@@ -269,9 +237,9 @@ def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
 
 
 def test_a_folder_that_cannot_be_written_to_does_not_end_training(
-    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+    trainer_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tiny_model, arguments(), tiny_data)
+    trainer = trainer_of(CONFIG)
     folder = Path(trainer.args.output_dir)
     folder.rmdir()
     folder.write_text("a file where the folder was")
@@ -280,15 +248,13 @@ def test_a_folder_that_cannot_be_written_to_does_not_end_training(
     assert len([r for r in caplog.records if "run record" in r.getMessage()]) == 1
 
 
-def test_an_exception_is_named_in_the_record(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_an_exception_is_named_in_the_record(trainer_of: Any) -> None:
     class Break(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 12:
                 raise KeyboardInterrupt
 
-    trainer = make(tiny_model, arguments(), tiny_data)
+    trainer = trainer_of(CONFIG)
     trainer.add_callback(Break())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -297,23 +263,19 @@ def test_an_exception_is_named_in_the_record(
     assert len(run.episodes) == 2
 
 
-def test_a_run_that_is_told_to_stop_is_neither_finished_nor_failed(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_run_that_is_told_to_stop_is_neither_finished_nor_failed(trainer_of: Any) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 12
 
-    trainer = make(tiny_model, arguments(), tiny_data)
+    trainer = trainer_of(CONFIG)
     trainer.add_callback(Stop())
     trainer.train()
     run = read_run(trainer.args.output_dir)
     assert (run.status, run.step, run.max_steps) == ("stopped", 12, 24)
 
 
-def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(trainer_of: Any) -> None:
     import torch
 
     class Say(TrainerCallback):
@@ -323,7 +285,7 @@ def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(
                     {"odd": float("inf"), "big": 10**400, "tensor": torch.ones(()), "word": "x"}
                 )  # type: ignore[dict-item]
 
-    trainer = make(tiny_model, arguments(), tiny_data)
+    trainer = trainer_of(CONFIG)
     trainer.add_callback(Say())
     trainer.train()
     (log,) = [log for log in read_run(trainer.args.output_dir).logs if "odd" in log.values]
@@ -335,11 +297,9 @@ def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(
 
 
 @pytest.mark.distributed
-def test_of_several_ranks_only_the_first_writes(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_of_several_ranks_only_the_first_writes(trainer_of: Any) -> None:
     def body(rank: int) -> Any:
-        trainer = make(tiny_model, arguments(), tiny_data)
+        trainer = trainer_of(CONFIG)
         trainer.train()
         assert trainer.aees is not None
         recorder = trainer._pulse._recorder
@@ -352,10 +312,8 @@ def test_of_several_ranks_only_the_first_writes(
     assert len(run.loss) == 24
 
 
-def test_a_second_run_in_the_same_folder_replaces_the_record(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = make(tiny_model, arguments(), tiny_data)
+def test_a_second_run_in_the_same_folder_replaces_the_record(trainer_of: Any) -> None:
+    trainer = trainer_of(CONFIG)
     trainer.train()
     trainer.train()
     run = read_run(trainer.args.output_dir)

@@ -118,11 +118,9 @@ def test_tensorboard_shows_what_each_step_used_and_each_episode_earned(
     assert 0.8 * highest < max(base) <= highest * (1 + 1e-6)
 
 
-def test_with_one_arm_only_what_varies_is_logged(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_with_one_arm_only_what_varies_is_logged(trainer_of: Any, arguments: Any) -> None:
     args = arguments(max_steps=STEPS["trust_region"])
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+    trainer = trainer_of(args=args)
     trainer.train()
     assert trainer.aees.calibrator.outcome.reason is None
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]

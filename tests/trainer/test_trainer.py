@@ -30,12 +30,12 @@ PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
 
 
 def test_knobs_in_the_training_arguments_are_the_config(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    trainer_of: Any, tiny_model: Any, tiny_data: Any, arguments: Any
 ) -> None:
     flat = arguments(PulseOptTrainingArguments, lr_candidates=[0.5, 2.0], episode_length=4)
     one = PulseOptTrainer(tiny_model(), flat, train_dataset=tiny_data)
     one.train()
-    other = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=PULSE)
+    other = trainer_of(PULSE)
     other.train()
     assert one.aees.get_logs() == other.aees.get_logs()
     assert parameters_equal(one.model, other.model)
@@ -65,10 +65,8 @@ def test_knobs_given_twice_or_of_the_wrong_kind_are_refused(
         arguments(PulseOptTrainingArguments, ema_alpha=2.0)
 
 
-def test_logs_carry_the_pulse_values_and_the_effective_lr_that_was_used(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=PULSE)
+def test_logs_carry_the_pulse_values_and_the_effective_lr_that_was_used(trainer_of: Any) -> None:
+    trainer = trainer_of(PULSE)
     used: list[float] = []
     trainer.create_optimizer()
     optimizer = trainer.optimizer
@@ -97,10 +95,8 @@ def test_logs_carry_the_pulse_values_and_the_effective_lr_that_was_used(
     assert [entry["pulse/reward"] for entry in entries[3::4]] == rewards
 
 
-def test_training_twice_starts_afresh_each_time(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=PULSE)
+def test_training_twice_starts_afresh_each_time(trainer_of: Any) -> None:
+    trainer = trainer_of(PULSE)
     trainer.train()
     first = trainer.aees
     trainer.train()
@@ -144,7 +140,7 @@ def test_a_hyperparameter_search_has_a_fresh_controller_for_each_trial(
     assert [len(read_run(folder).episodes) for folder in folders] == [8, 4]
 
 
-def test_the_seam_can_be_overridden(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
+def test_the_seam_can_be_overridden(trainer_of: Any) -> None:
     class Counting(PulseOptTrainer):
         steps = 0
 
@@ -154,7 +150,7 @@ def test_the_seam_can_be_overridden(tiny_model: Any, tiny_data: Any, arguments: 
 
     runs: list[Any] = []
     for cls in (Counting, PulseOptTrainer):
-        runs.append(cls(tiny_model(), arguments(), train_dataset=tiny_data, pulse=PULSE))
+        runs.append(trainer_of(PULSE, cls=cls))
         runs[-1].train()
     assert runs[0].steps == 24
     assert parameters_equal(runs[0].model, runs[1].model)
@@ -186,20 +182,16 @@ def test_an_unset_episode_length_follows_from_the_run() -> None:
     assert lengths == {3: 3, 100: 5, 600: 20, 10_000: 100}
 
 
-def test_an_episode_longer_than_the_run_is_refused(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_an_episode_longer_than_the_run_is_refused(trainer_of: Any) -> None:
     config = PulseOptConfig.published(lr_candidates=[0.5, 2.0])
-    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=config)
+    trainer = trainer_of(config)
     with pytest.raises(ValueError, match=r"must be at most the 24 optimizer steps .* got 100"):
         trainer.train()
 
 
-def test_fewer_episodes_than_arms_warn_once_with_the_number_to_set(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_fewer_episodes_than_arms_warn_once_with_the_number_to_set(trainer_of: Any) -> None:
     config = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=10)
-    trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=config)
+    trainer = trainer_of(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
@@ -218,30 +210,21 @@ def test_an_optimizer_without_a_step_is_refused(
 
 
 @pytest.mark.parametrize("optim", ["schedule_free_adamw", "adamw_torch", "rmsprop"])
-def test_other_optimizers_of_trainer_run(
-    tiny_model: Any, tiny_data: Any, arguments: Any, optim: str
-) -> None:
+def test_other_optimizers_of_trainer_run(trainer_of: Any, optim: str) -> None:
     scheduler = "constant" if "schedule_free" in optim else "linear"
-    trainer = PulseOptTrainer(
-        tiny_model(),
-        arguments(optim=optim, lr_scheduler_type=scheduler),
-        train_dataset=tiny_data,
-        pulse=PULSE,
-    )
+    trainer = trainer_of(PULSE, optim=optim, lr_scheduler_type=scheduler)
     trainer.train()
     logs = trainer.aees.get_logs()
     assert logs["episode_end_losses"][-1] < logs["episode_start_losses"][0]
 
 
-def test_a_greedy_scheduler_moves_the_base_lr_only(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    trainer = PulseOptTrainer(
-        tiny_model(),
-        arguments(lr_scheduler_type="greedy", eval_strategy="steps", eval_steps=4),
-        train_dataset=tiny_data,
+def test_a_greedy_scheduler_moves_the_base_lr_only(trainer_of: Any, tiny_data: Any) -> None:
+    trainer = trainer_of(
+        PulseOptConfig(lr_candidates=[2.0], episode_length=4),
+        lr_scheduler_type="greedy",
+        eval_strategy="steps",
+        eval_steps=4,
         eval_dataset=tiny_data[:8],
-        pulse=PulseOptConfig(lr_candidates=[2.0], episode_length=4),
     )
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -250,21 +233,11 @@ def test_a_greedy_scheduler_moves_the_base_lr_only(
     )
 
 
-def test_a_run_that_is_resumed_ends_as_if_never_stopped(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_run_that_is_resumed_ends_as_if_never_stopped(trainer_of: Any) -> None:
     config = PulseOptConfig(
         lr_candidates=[0.5, 2.0], noise_candidates=[0.0, 0.01], episode_length=4
     )
-    whole, resumed = (
-        PulseOptTrainer(
-            tiny_model(),
-            arguments(save_strategy="steps", save_steps=10),
-            train_dataset=tiny_data,
-            pulse=config,
-        )
-        for _ in range(2)
-    )
+    whole, resumed = (trainer_of(config, save_strategy="steps", save_steps=10) for _ in range(2))
     whole.train()
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-10"))
     assert resumed.aees.get_logs() == whole.aees.get_logs()

@@ -23,7 +23,7 @@ from pulseopt_hf.trainer.upstream import (
 
 
 def test_save_checkpoint_is_where_every_rank_takes_part(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    trainer_of: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But it asks for the state of callbacks on the saving rank alone, which is why we need it."""
     asked: list[str] = []
@@ -43,7 +43,7 @@ def test_save_checkpoint_is_where_every_rank_takes_part(
     for saves in (True, False):
         monkeypatch.setattr(TrainingArguments, "should_save", saves)
         args = arguments(save_strategy="steps", save_steps=2, max_steps=2)
-        Trainer(tiny_model(), args, train_dataset=tiny_data, callbacks=[Stateful()]).train()
+        trainer_of(road="stock", args=args, callbacks=[Stateful()]).train()
     assert saved == [["state"], []]
 
 
@@ -66,11 +66,9 @@ def test_the_checkpoints_folder_is_known_before_it_is_written(
     assert [folder.name for folder in trainer.folders] == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_the_folder_of_a_run_that_has_begun_is_the_trials_own_in_a_search(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_the_folder_of_a_run_that_has_begun_is_the_trials_own_in_a_search(trainer_of: Any) -> None:
     """`tests/trainer/test_trainer.py` has the search."""
-    trainer = Trainer(tiny_model(), arguments(max_steps=1), train_dataset=tiny_data)
+    trainer = trainer_of(road="stock", max_steps=1)
     trainer.train()
     assert run_folder(trainer) == Path(trainer.args.output_dir)
 
@@ -86,7 +84,7 @@ def test_the_mark_is_what_accelerate_reports_as_a_skipped_step(wrapper: type[Any
 
 
 def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    trainer_of: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     skipped = property(lambda self: events.append("asked") or len(events) < 3)
@@ -97,5 +95,5 @@ def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler(
     optimizer.register_step_pre_hook(lambda *_: events.append("step"))
     monkeypatch.setattr(scheduler, "step", lambda: events.append("schedule"))
     optimizers = (optimizer, scheduler)
-    Trainer(model, arguments(max_steps=2), train_dataset=tiny_data, optimizers=optimizers).train()
+    trainer_of(road="stock", model=model, max_steps=2, optimizers=optimizers).train()
     assert events == ["step", "asked", "step", "asked", "schedule"]
