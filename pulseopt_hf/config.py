@@ -215,9 +215,9 @@ def takes_knobs(defaults: PulseOptConfig) -> Callable[[type[T]], type[T]]:
     """
 
     def document(cls: type[T]) -> type[T]:
-        # For the instances' own `self` a signature has no word.
-        _, *others = inspect.signature(cls.__init__).parameters.values()
-        shown = [one for one in others if one.kind is not one.VAR_KEYWORD]
+        constructor: Any = cls.__init__
+        own = inspect.signature(constructor).parameters.values()
+        shown = [one for one in own if one.kind is not one.VAR_KEYWORD]
         lines = ["", "    Knobs:"]
         for field in dataclasses.fields(PulseOptConfig):
             default = getattr(defaults, field.name)
@@ -228,7 +228,7 @@ def takes_knobs(defaults: PulseOptConfig) -> Callable[[type[T]], type[T]]:
             lines.append(
                 textwrap.indent(textwrap.fill(text, 92, subsequent_indent=" " * 4), " " * 8)
             )
-        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        constructor.__signature__ = inspect.Signature(shown)
         cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n".join(["", *lines, ""])
         return cls
 

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pulseopt_hf.aees import Arm
 from pulseopt_hf.config import PulseOptConfig
-from pulseopt_hf.optim.noise import GradientNoise, all_parameters
+from pulseopt_hf.optim.noise import GradientNoise
+from pulseopt_hf.optim.unwrap import all_parameters
 from pulseopt_hf.optim.update_norm import UpdateNorm
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -152,12 +152,6 @@ class _Block(NamedTuple):
     seed: int
     level: float
     factor: Tensor | None
-
-
-def all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yield every parameter of an optimizer, group by group."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _flat_view(gradient: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.calibrator import Calibrator, why_not_calibrate
 from pulseopt_hf.optim.kept_model import kept_model
 from pulseopt_hf.optim.loop import AEES
-from pulseopt_hf.optim.noise import all_parameters
 from pulseopt_hf.optim.randomness import kept_random_state
-from pulseopt_hf.optim.unwrap import device_of, innermost
+from pulseopt_hf.optim.unwrap import all_parameters, device_of, innermost
 
 
 @dataclass(frozen=True)

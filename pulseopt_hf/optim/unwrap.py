@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ def stepped_parameters(optimizer: Any) -> list[torch.Tensor]:
     wrapped = optimizer.optimizer if is_accelerated(optimizer) else optimizer
     if is_deepspeed(wrapped) and hasattr(wrapped, "fp32_partitioned_groups_flat"):
         return list(wrapped.fp32_partitioned_groups_flat)
-    return [p for group in innermost(optimizer).param_groups for p in group["params"]]
+    return list(all_parameters(innermost(optimizer)))
+
+
+def all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield every parameter of an optimizer, group by group."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def is_deepspeed(optimizer: object) -> bool:
@@ -63,7 +70,5 @@ def has_scaler(optimizer: Any) -> bool:
 
 def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
     """Return the device of the first parameter."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            return torch.device(parameter.device)
-    return torch.device("cpu")
+    first = next(all_parameters(optimizer), None)
+    return torch.device("cpu") if first is None else first.device

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pulseopt_hf.config import PulseOptConfig
-from pulseopt_hf.optim.noise import all_parameters
-from pulseopt_hf.optim.unwrap import innermost
+from pulseopt_hf.optim.unwrap import all_parameters, innermost
 from pulseopt_hf.trainer.patches import MethodPatches
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -70,10 +70,7 @@ def find_learning_rate(
             "changes the model for good. Train with calibration='trust_region'."
         )
     made: Any = trainer
-    with ExitStack() as stack:
-        stack.enter_context(kept_random_state(trainer.args.device))
-        stack.enter_context(kept_model(made.model))
-        stack.enter_context(_as_before(made))
+    with kept_random_state(trainer.args.device), kept_model(made.model), _as_before(made):
         arguments, made.args = made.args, copy.copy(made.args)
         made.args.max_steps = SHORTEST_RUN  # also where the data is less than that
         made.args.eval_on_start = False

@@ -12,7 +12,7 @@ from torch import nn
 
 from pulseopt_hf import AEES
 from pulseopt_hf.optim import GradientNoise
-from pulseopt_hf.optim.noise import all_parameters
+from pulseopt_hf.optim.unwrap import all_parameters
 from tests.optim.noise_reference import noise_of
 
 
