@@ -83,11 +83,8 @@ def test_every_road_writes_the_same_record(trainer_of: Any) -> None:
         pass
 
     runs = []
-    for trainer in (
-        trainer_of(CONFIG),
-        trainer_of(CONFIG, cls=with_pulseopt(Other)),
-        trainer_of(CONFIG, "attached"),
-    ):
+    for road in ({}, {"cls": with_pulseopt(Other)}, {"road": "attached"}):
+        trainer = trainer_of(CONFIG, **road)
         trainer.train()
         runs.append(comparable(read_run(trainer.args.output_dir)))
     assert runs[0] == runs[1] == runs[2]
