@@ -65,8 +65,8 @@ class AEES(EpisodicSteps):
             back to where it was resumed, since `state_dict` holds no parameters.
 
     Attributes:
-        listeners: each is called with a trial, an outcome of the calibration or an episode, with
-            its number, as soon as there is one.
+        listeners: each is called with a `NumberedTrial`, an `Outcome` or a `NumberedEpisode` of
+            `pulseopt_hf.aees.record_format`, as soon as there is one.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or there is no such knob.
@@ -113,7 +113,7 @@ class AEES(EpisodicSteps):
     ) -> AEES:
         """Create from a config instead of single knobs; its `episode_length` must be set.
 
-        `engine` says of an engine what `EpisodicSteps` asks.
+        `engine` are further arguments of `EpisodicSteps`, for a loop round an engine.
         """
         self = cls.__new__(cls)
         self._set_up(optimizer, config, lr_scheduler, **engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,27 +78,46 @@ def test_a_guard_that_is_never_needed_changes_nothing() -> None:
         assert logs == plain.get_logs()
 
 
-def test_steps_that_stay_non_finite_end_the_episode() -> None:
-    parameter = torch.nn.Parameter(torch.ones(2))
+def small_run(parameter: Any) -> tuple[AEES, Callable[[int, float], None]]:
+    """Return an AEES with `rollback`, and what takes a step of it whose loss is multiplied."""
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    aees = AEES(
-        optimizer,
-        lr_candidates=[1.0, 2.0],
-        episode_length=5,
-        seed=0,
-        nonfinite="skip",
-        divergence="rollback",
-    )
-    for step in range(8):
-        aees.step_start(step)
+    knobs: dict[str, Any] = {"episode_length": 5, "nonfinite": "skip", "divergence": "rollback"}
+    aees = AEES(optimizer, lr_candidates=[1.0, 2.0], seed=0, **knobs)
+
+    def step(number: int, factor: float = 1.0) -> None:
+        aees.step_start(number)
         optimizer.zero_grad()
         loss = parameter.square().sum()
         loss.backward()
-        aees.step_end(loss if step < 2 else loss * torch.nan)
+        aees.step_end(loss * factor)
+
+    return aees, step
+
+
+def test_steps_that_stay_non_finite_end_the_episode() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    aees, step = small_run(parameter)
+    for number in range(8):
+        step(number, 1.0 if number < 2 else math.nan)
     first = aees.get_logs()
     assert first["episode_outcomes"] == [ROLLED_BACK, ROLLED_BACK]
     assert first["episode_end_steps"] == [4, 7]
     assert parameter.tolist() == [1.0, 1.0]
+
+
+def test_a_loop_resumed_amid_an_episode_goes_back_to_where_it_was_resumed() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    aees, step = small_run(parameter)
+    step(0)
+    state, then = aees.state_dict(), parameter.tolist()
+    step(1)  # what is loaded into has begun an episode of its own
+    aees.load_state_dict(state)
+    with torch.no_grad():
+        parameter.copy_(torch.tensor(then))  # as a loop loads the model after AEES
+    for number in range(1, 5):
+        step(number, 1.0 if number == 1 else math.nan)
+    assert aees.get_logs()["episode_outcomes"] == [ROLLED_BACK]
+    assert parameter.tolist() == then != [1.0, 1.0]
 
 
 def test_it_looks_a_few_times_an_episode() -> None:
