@@ -193,8 +193,8 @@ class EpisodicSteps:
             ValueError: the step was not finite and `nonfinite` is `raise`.
         """
         self._require_open_step()
-        happened, self.step_happened = self.step_happened, False
-        self.current_candidate = None
+        happened = self.step_happened
+        self.abandon()
         if happened:
             self._count(loss)
         else:
@@ -274,8 +274,9 @@ class EpisodicSteps:
         return [*(NumberedTrial(*trial) for trial in trials), *self.calibrator.outcomes]
 
     def abandon(self) -> None:
-        """Forget the open step, which will not be taken."""
+        """Forget the open step, which will not be taken, or not be counted."""
         self.current_candidate = None
+        self.step_happened = False
 
     def agree(self) -> None:
         """Average what this episode has seen so far over ranks; every rank must call it.

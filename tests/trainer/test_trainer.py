@@ -231,14 +231,3 @@ def test_a_greedy_scheduler_moves_the_base_lr_only(trainer_of: Any, tiny_data: A
     assert all(
         entry["pulse/learning_rate"] == 2.0 * entry["learning_rate"] for entry in entries[:3]
     )
-
-
-def test_a_run_that_is_resumed_ends_as_if_never_stopped(trainer_of: Any) -> None:
-    config = PulseOptConfig(
-        lr_candidates=[0.5, 2.0], noise_candidates=[0.0, 0.01], episode_length=4
-    )
-    whole, resumed = (trainer_of(config, save_strategy="steps", save_steps=10) for _ in range(2))
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-10"))
-    assert resumed.aees.get_logs() == whole.aees.get_logs()
-    assert parameters_equal(resumed.model, whole.model)
