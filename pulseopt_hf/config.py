@@ -63,8 +63,11 @@ class PulseOptKnobs:
         "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
         "a comparison.",
     )
-    bandit: Literal["scaled_ucb", "discounted_ucb"] = knob(
-        "scaled_ucb",
+    bandit: Literal["conservative_ucb", "scaled_ucb", "discounted_ucb"] = knob(
+        "conservative_ucb",
+        "`conservative_ucb`: rests on the arm that changes nothing while the run begins and cools "
+        "down, tries another one in every fourth episode at most, and goes on with it only where "
+        "it is shown to be better. After a calibration no arm exceeds the LR found. "
         "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
         "their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
     )
@@ -308,7 +311,7 @@ _CHOICES = {
     "noise_mode": ("absolute", "relative"),
     "calibration": ("auto", "trust_region", "off"),
     "control_mode": ("adaptive", "random"),
-    "bandit": ("scaled_ucb", "discounted_ucb"),
+    "bandit": ("conservative_ucb", "scaled_ucb", "discounted_ucb"),
     "reward": ("slope", "smoothed"),
     "structured_control_mode": ("independent", "conditional"),
     "context_mode": ("none", "trend"),

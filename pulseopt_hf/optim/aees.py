@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import secrets
@@ -16,6 +17,7 @@ from pulseopt_hf.aees import Arm, Controller, EpisodeRecord
 from pulseopt_hf.aees.calibration import not_calibrated
 from pulseopt_hf.aees.state import StateDict, field, integer, number, optional
 from pulseopt_hf.config import PulseOptConfig
+from pulseopt_hf.optim import base_lr
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.calibrator import Calibrator, StepFate, why_not_calibrate
 from pulseopt_hf.optim.divergence import SKIPS, DivergenceGuard
@@ -241,6 +243,7 @@ class AEES:
             self.divergence,
             self._update_norm,
             self._hooks.read_learning_rate,
+            functools.partial(base_lr.share_of_peak, inner),
         )
 
     def calibrate(
@@ -271,6 +274,12 @@ class AEES:
         return self.calibrator is not None and not self.calibrator.is_done
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether the peak of the base LR is what a calibration has found."""
+        outcome = None if self.calibrator is None else self.calibrator.outcome
+        return outcome is not None and outcome.reason is None
+
+    @property
     def controller(self) -> Controller:
         """What chooses the arms and records the episodes."""
         return self._episodes.controller
@@ -297,7 +306,9 @@ class AEES:
             self.current_candidate = Arm.of(self.calibrator.ramp, 0.0)
             return self.current_candidate
         if not self._episodes.is_open:
-            self._noise.seed = self._episodes.open(global_step, self._noise.seed)
+            self._noise.seed = self._episodes.open(
+                global_step, self._noise.seed, calibrated=self.is_calibrated
+            )
         assert self.controller.episode is not None
         self.current_candidate = self.controller.episode.arm
         return self.current_candidate

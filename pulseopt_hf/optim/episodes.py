@@ -28,6 +28,7 @@ class Episodes:
         guard: ends episodes that ruin the model, if given.
         update_norm: measures updates, if given.
         learning_rate: reads the effective LR of the last step, for the record.
+        lr_share: reads the base LR as a share of its peak.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Episodes:
         guard: DivergenceGuard | None = None,
         update_norm: UpdateNorm | None = None,
         learning_rate: Callable[[], float | None] = lambda: None,
+        lr_share: Callable[[], float] = lambda: 1.0,
     ) -> None:
         assert config.episode_length is not None
         self.controller = Controller(config)
@@ -46,6 +48,7 @@ class Episodes:
         self._agreement = agreement
         self._update_norm = update_norm
         self._learning_rate = learning_rate
+        self._lr_share = lr_share
         self._losses = LossBuffer()
         self._last_step = 0  # global step of the last optimizer step that counted
 
@@ -54,13 +57,18 @@ class Episodes:
         """Whether an episode is open."""
         return self.controller.episode is not None
 
-    def open(self, step: int, noise_seed: int) -> int:
+    def open(self, step: int, noise_seed: int, *, calibrated: bool = False) -> int:
         """Begin an episode at global step `step`, with the arm that rank 0 chooses.
+
+        Args:
+            step: its first global step.
+            noise_seed: of this rank.
+            calibrated: whether the peak of the base LR is the highest that is known to be safe.
 
         Returns:
             Rank 0's noise seed.
         """
-        choice = self.controller.choose()
+        choice = self.controller.choose(self._lr_share(), 1.0 if calibrated else math.inf)
         lr_index, noise_index, noise_seed = self._agreement.from_rank_0(
             [choice.lr_index, choice.noise_index, noise_seed]
         )
