@@ -49,6 +49,16 @@ def finds_its_own(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get(key) for group in groups for key in _OWN_ESTIMATES)
 
 
+def skip_warmup(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer that warms up by itself, as the schedule-free ones do, step at its full LR.
+
+    For a trial, after which a snapshot puts the groups back.
+    """
+    for group in innermost(optimizer).param_groups:
+        if "warmup_steps" in group:
+            group["warmup_steps"] = 0
+
+
 def multiply(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
     """Multiply the base LR, in every group and scheduler, so that the schedule keeps its shape.
 
