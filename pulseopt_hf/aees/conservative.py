@@ -11,17 +11,16 @@ from pulseopt_hf.aees.state import StateDict, StateError, field, integer, list_o
 FIRST_PLAYS = 6  # of the baseline, before another arm has anything to be compared with
 EVERY = 4  # episodes, of which one tries another arm
 FEWEST_PLAYS = 2  # of another arm, without which nothing is shown
-ERRORS = 2.0  # standard errors that an arm has to lead by, and to trail by to be tried no more
 
 
 class ConservativeUCB(Bandit):
     """Plays the baseline, the arm that changes nothing, unless another one is shown to be better.
 
-    Every fourth episode at most tries another arm, the one that was tried least. An arm that leads
-    the baseline by more than two standard errors is played from then on, for as long as it does,
-    and one that trails by as much is not tried again. All is discounted as in `DiscountedUCB`. The
-    idea of exploring beside a baseline is that of Wu, Shariff, Lattimore and Szepesvari,
-    "Conservative Bandits", 2016, arXiv 1602.04282.
+    Every fourth episode at most tries another arm: each one twice, then the one with the largest
+    mean reward plus its standard error. An arm that leads the baseline by more than its error is
+    played from then on, for as long as it does, and one that trails by as much is not tried again.
+    All is discounted as in `DiscountedUCB`. The idea of exploring beside a baseline is that of Wu,
+    Shariff, Lattimore and Szepesvari, "Conservative Bandits", 2016, arXiv 1602.04282.
 
     A lower LR shows a lower loss at once, since the weights scatter less, and a higher LR a higher
     one; all of that is lost again on the way back (short-horizon bias: Wu et al., 2018, arXiv
@@ -44,24 +43,29 @@ class ConservativeUCB(Bandit):
 
     def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
         """Choose the arm of the next episode; see `Bandit`."""
-        allowed = range(self.arms) if playable is None else playable
-        others = [arm for arm in allowed if arm != self.baseline]
         if self.plays[self.baseline] < FIRST_PLAYS:
             return self.baseline
+        allowed = range(self.arms) if playable is None else playable
+        others = [arm for arm in allowed if arm != self.baseline]
         leads = {arm: self.lead(arm) for arm in others if self.plays[arm] >= FEWEST_PLAYS}
-        shown = {arm: lead for arm, (lead, error) in leads.items() if lead > ERRORS * error}
+        shown = [arm for arm, (lead, error) in leads.items() if lead > error]
         if shown:
-            return max(shown, key=lambda arm: shown[arm])
-        open_arms = [
-            arm for arm in others if arm not in leads or leads[arm][0] > -ERRORS * leads[arm][1]
-        ]
-        if not open_arms or self._since < EVERY - 1:
+            return max(shown, key=lambda arm: leads[arm][0])
+        unknown = [arm for arm in others if arm not in leads]
+        possible = [arm for arm, (lead, error) in leads.items() if lead > -error]
+        if self._since < EVERY - 1 or not (unknown or possible):
             return self.baseline
-        fewest = min(self.plays[arm] for arm in open_arms)
-        return self._rng.choice([arm for arm in open_arms if self.plays[arm] == fewest])
+        if unknown:
+            fewest = min(self.plays[arm] for arm in unknown)
+            return self._rng.choice([arm for arm in unknown if self.plays[arm] == fewest])
+        return max(possible, key=lambda arm: sum(leads[arm]))
 
     def lead(self, arm: int) -> tuple[float, float]:
-        """Return how far an arm's mean reward lies above the baseline's, and its standard error."""
+        """Return how far an arm's mean reward lies above the baseline's, and the standard error.
+
+        Args:
+            arm: index of an arm that was played, and not the baseline, which was played too.
+        """
         count, base = self.counts[arm], self.counts[self.baseline]
         variance = self.squares / max(base - 1.0, 0.5)
         # The reward of an arm is that of two episodes.
