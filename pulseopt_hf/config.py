@@ -63,13 +63,13 @@ class PulseOptKnobs:
         "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
         "a comparison.",
     )
-    bandit: Literal["conservative_ucb", "scaled_ucb", "discounted_ucb"] = knob(
-        "conservative_ucb",
-        "`conservative_ucb`: rests on the arm that changes nothing while the run begins and cools "
-        "down, tries another one in every fourth episode at most, and goes on with it only where "
-        "it is shown to be better. After a calibration no arm exceeds the LR found. "
+    bandit: Literal["scaled_ucb", "conservative_ucb", "discounted_ucb"] = knob(
+        "scaled_ucb",
         "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
-        "their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
+        "their running mean. `conservative_ucb`: rests on the arm that changes least while a run "
+        "begins and cools down, tries another one in every fourth episode at most, and goes on with "
+        "it where it leads by more than its error; no arm exceeds the LR that a calibration found. "
+        "`discounted_ucb`: explores by a fixed bonus (published).",
     )
     reward: Literal["slope", "smoothed"] = knob(
         "slope",
@@ -311,7 +311,7 @@ _CHOICES = {
     "noise_mode": ("absolute", "relative"),
     "calibration": ("auto", "trust_region", "off"),
     "control_mode": ("adaptive", "random"),
-    "bandit": ("conservative_ucb", "scaled_ucb", "discounted_ucb"),
+    "bandit": ("scaled_ucb", "conservative_ucb", "discounted_ucb"),
     "reward": ("slope", "smoothed"),
     "structured_control_mode": ("independent", "conditional"),
     "context_mode": ("none", "trend"),

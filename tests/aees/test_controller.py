@@ -137,8 +137,7 @@ def played(controller: Controller, episodes: int, share: float, highest: float) 
 
 
 def test_arms_rest_where_the_schedule_cools_down_and_stay_below_what_is_known_to_be_safe() -> None:
-    config = PulseOptConfig(**KNOBS)
-    assert config.bandit == "conservative_ucb"
+    config = PulseOptConfig(bandit="conservative_ucb", **KNOBS)
     assert played(Controller(config), 60, 1.0, math.inf) == {0.5, 1.0, 2.0}
     assert played(Controller(config), 60, 1.0, 1.0) == {0.5, 1.0}
     assert played(Controller(config), 60, 0.5, 1.0) == {0.5, 1.0, 2.0}
@@ -149,9 +148,7 @@ def test_arms_rest_where_the_schedule_cools_down_and_stay_below_what_is_known_to
 
 
 def test_the_arm_that_arms_are_compared_with_is_the_one_that_changes_least() -> None:
-    config = PulseOptConfig(
-        lr_candidates=[4.0, 0.8, 0.1], noise_candidates=[0.2, 0.1], episode_length=10, seed=1
-    )
-    controller = Controller(config)
+    axes: dict[str, Any] = {"lr_candidates": [4.0, 0.8, 0.1], "noise_candidates": [0.2, 0.1]}
+    controller = Controller(PulseOptConfig(bandit="conservative_ucb", episode_length=10, **axes))
     run(controller, 6, random.Random(0))
     assert {(record.lr_value, record.noise_value) for record in controller.records} == {(0.8, 0.1)}
