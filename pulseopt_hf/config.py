@@ -67,8 +67,8 @@ class PulseOptKnobs:
         "scaled_ucb",
         "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
         "their running mean. `conservative_ucb`: rests on the arm that changes least while a run "
-        "begins and cools down, tries another one in every fourth episode at most, and goes on with "
-        "it where it leads by more than its error; no arm exceeds the LR that a calibration found. "
+        "begins and cools down, tries another in every fourth episode at most, and goes on with it "
+        "where it leads by more than its error; no arm exceeds the LR that a calibration found. "
         "`discounted_ucb`: explores by a fixed bonus (published).",
     )
     reward: Literal["slope", "smoothed"] = knob(
