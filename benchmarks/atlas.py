@@ -226,6 +226,11 @@ def measure(name: str, data: Path, out: Path) -> str:
     )
 
 
+def passes_once(name: str) -> bool:
+    """Whether a setting goes over its data once at most, or has a new model, to which it is one."""
+    return "passes" not in name or SETTINGS[name].layers == 0
+
+
 def tune(loss: Callable[[float], float], guess: float) -> dict[float, float]:
     """Walk from a guess along the grid to where the loss is higher on either side.
 

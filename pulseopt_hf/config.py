@@ -67,10 +67,13 @@ class PulseOptKnobs:
         "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
         "a comparison.",
     )
-    bandit: Literal["scaled_ucb", "discounted_ucb"] = knob(
+    bandit: Literal["scaled_ucb", "conservative_ucb", "discounted_ucb"] = knob(
         "scaled_ucb",
         "`scaled_ucb`: explores in proportion to the spread of the rewards seen, measured from "
-        "their running mean. `discounted_ucb`: explores by a fixed bonus (published).",
+        "their running mean. `conservative_ucb`: rests on the arm that changes least while a run "
+        "begins and cools down, tries another in every fourth episode at most, and goes on with it "
+        "where it leads by more than its error; no arm exceeds the LR that a calibration found. "
+        "`discounted_ucb`: explores by a fixed bonus (published).",
     )
     reward: Literal["slope", "smoothed"] = knob(
         "slope",

@@ -19,7 +19,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("divergence", "undo", "one of 'off', 'cut', 'rollback', got 'undo'"),
     ("divergence_factor", 1.0, "number > 1, got 1.0"),
     ("calibration", "ladder", "one of 'auto', 'trust_region', 'off', got 'ladder'"),
-    ("bandit", "ucb", "one of 'scaled_ucb', 'discounted_ucb', got 'ucb'"),
+    ("bandit", "ucb", "one of 'scaled_ucb', 'conservative_ucb', 'discounted_ucb', got 'ucb'"),
     ("reward", "ema", "one of 'slope', 'smoothed', got 'ema'"),
     ("lr_candidates", [], "at least one value"),
     ("lr_candidates", [1.0, 1.0], "different values, got [1.0, 1.0]"),

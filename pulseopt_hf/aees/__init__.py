@@ -6,6 +6,7 @@ only, so it can be read, tested and reused apart from torch and Transformers.
 
 from pulseopt_hf.aees.arms import Arm
 from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB, RandomBandit, ScaledUCB
+from pulseopt_hf.aees.conservative import ConservativeUCB
 from pulseopt_hf.aees.context import TrendBandit, loss_trend
 from pulseopt_hf.aees.controller import Controller, Selection
 from pulseopt_hf.aees.episode_record import LOG_KEYS, EpisodeRecord, to_logs
@@ -16,6 +17,7 @@ __all__ = [
     "LOG_KEYS",
     "Arm",
     "Bandit",
+    "ConservativeUCB",
     "Controller",
     "DiscountedUCB",
     "EpisodeRecord",

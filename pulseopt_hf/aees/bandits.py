@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from pulseopt_hf.aees.json_checks import (
@@ -28,7 +28,7 @@ FIRST_PLAYS = 2  # of every arm, without which `ScaledUCB` knows no spread
 MEAN_DISCOUNT = 0.9  # of past rewards in the running mean over all arms
 TIE = 1e-12  # scores this close count as equal
 
-BanditFactory: TypeAlias = "Callable[[int, int | None], Bandit]"
+BanditFactory: TypeAlias = "Callable[[int, int | None, int], Bandit]"
 
 
 class Bandit(ABC):
@@ -40,22 +40,26 @@ class Bandit(ABC):
 
     kind: str
 
-    def __init__(self, arms: int, seed: int | None) -> None:
+    def __init__(self, arms: int, seed: int | None, baseline: int = 0) -> None:
         """Create a bandit that has seen nothing.
 
         Args:
             arms: number of arms, >= 1.
             seed: seed of its generator; `None` draws one from the operating system.
+            baseline: index of the arm that changes least, for bandits that rest.
         """
         self.arms = arms
+        self.baseline = baseline
         self._rng = random.Random(seed)
 
     @abstractmethod
-    def select(self, context: str | None = None) -> int:
+    def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
         """Choose the arm of the next episode.
 
         Args:
             context: what the loss is doing, for bandits that use it; others ignore it.
+            playable: arms beside the baseline that may be played now, for bandits that rest;
+                others play any. `None` is all.
 
         Returns:
             Index of the arm, 0 <= index < `arms`.
@@ -70,6 +74,10 @@ class Bandit(ABC):
             reward: its reward, dimensionless, finite.
             context: the context in which `select` chose it.
         """
+
+    def adopt(self, other: Bandit) -> None:
+        """Start from what another bandit of this kind has learned, keeping one's own generator."""
+        self.load_state_dict({**other.state_dict(), "rng": random_to_json(self._rng)})
 
     def state_dict(self) -> StateDict:
         """Return all that later choices depend on, as JSON."""
@@ -106,13 +114,13 @@ class DiscountedUCB(Bandit):
 
     kind = "discounted_ucb"
 
-    def __init__(self, arms: int, seed: int | None) -> None:
+    def __init__(self, arms: int, seed: int | None, baseline: int = 0) -> None:
         """See `Bandit`."""
-        super().__init__(arms, seed)
+        super().__init__(arms, seed, baseline)
         self.counts = [0.0] * arms
         self.sums = [0.0] * arms
 
-    def select(self, context: str | None = None) -> int:
+    def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
         """See `Bandit`."""
         unplayed = [arm for arm, count in enumerate(self.counts) if count == 0.0]
         if unplayed:
@@ -131,11 +139,6 @@ class DiscountedUCB(Bandit):
         self.sums = [DISCOUNT * total for total in self.sums]
         self.counts[arm] += 1.0
         self.sums[arm] += reward
-
-    def adopt(self, other: DiscountedUCB) -> None:
-        """Start from what another bandit has learned, keeping one's own generator."""
-        self.counts = list(other.counts)
-        self.sums = list(other.sums)
 
     def state_dict(self) -> StateDict:
         """See `Bandit`."""
@@ -168,9 +171,9 @@ class ScaledUCB(Bandit):
 
     kind = "scaled_ucb"
 
-    def __init__(self, arms: int, seed: int | None) -> None:
+    def __init__(self, arms: int, seed: int | None, baseline: int = 0) -> None:
         """See `Bandit`."""
-        super().__init__(arms, seed)
+        super().__init__(arms, seed, baseline)
         self.plays = [0] * arms
         self.counts = [0.0] * arms
         self.sums = [0.0] * arms
@@ -178,7 +181,7 @@ class ScaledUCB(Bandit):
         self.mean = 0.0  # running mean of rewards over all arms
         self._weight = 0.0  # of that mean
 
-    def select(self, context: str | None = None) -> int:
+    def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
         """See `Bandit`."""
         fewest = min(self.plays)
         if fewest < FIRST_PLAYS:
@@ -214,12 +217,6 @@ class ScaledUCB(Bandit):
         self.sums[arm] += centred
         self.squares[arm] += centred * centred
 
-    def adopt(self, other: ScaledUCB) -> None:
-        """Start from what another bandit has learned, keeping one's own generator."""
-        self.plays, self.counts = list(other.plays), list(other.counts)
-        self.sums, self.squares = list(other.sums), list(other.squares)
-        self.mean, self._weight = other.mean, other._weight
-
     def state_dict(self) -> StateDict:
         """See `Bandit`."""
         return {
@@ -253,7 +250,7 @@ class RandomBandit(Bandit):
 
     kind = "random"
 
-    def select(self, context: str | None = None) -> int:
+    def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
         """See `Bandit`."""
         return self._rng.randrange(self.arms)
 

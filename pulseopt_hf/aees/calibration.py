@@ -31,7 +31,7 @@ FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
 TRIAL_SHARE = 0.5  # of what a step may move that a trial aims at, since large steps saturate
-READABLE = 0.1  # share of a radius that a trial must reach to count
+READABLE = 0.2  # share of a radius that a trial must reach to count; rounding in bf16 makes 0.1
 FAINT = 0.05  # share of its radius that the outputs' movement must reach, whatever the weights' is
 NEAR = 3.0  # factor within which a trial is near the radius
 SMALL = NEAR * NEAR  # how much smaller a trial must be to show that movement answers to the LR
@@ -129,8 +129,8 @@ class Calibration:
     over trials b near the radius, each on a batch of its own: batches differ, and one that happens
     to be balanced hardly moves a classifier.
 
-    A run of n passes over its data divides that by n^PASSES_EXPONENT: a pretrained model learns the
-    rows by heart in later passes. To a new model the rows are still new, and nothing is divided.
+    A run of n passes over its data divides that by n^PASSES_EXPONENT: with a new head, a pretrained
+    model learns the rows by heart in later passes.
 
     All layers of a new model move its outputs the same way in the first step, and no more in later
     ones. So the outputs' radius of one with L > LAYERS layers is L / LAYERS times as large.
@@ -148,7 +148,7 @@ class Calibration:
 
     Args:
         set_lr: the highest peak LR of all parameter groups, as the user set it, > 0.
-        passes: of the run over its data; less than one counts as one.
+        passes: of the run over its data, where that matters; less than one counts as one.
         new_layers: layers of a new model; `None` for one that was trained before.
 
     Raises:
@@ -172,8 +172,12 @@ class Calibration:
         last = self.trials[-1]
         if not last.is_near:
             return _bounded(last.learning_rate * _step_towards(last))
-        if not self._answers:  # it began too near to tell whether the outputs answer to the LR
-            return _bounded(last.learning_rate / (SMALL * NEAR))
+        if not self._answers:
+            # Either it began too near to tell, or rounding hides what smaller steps do.
+            smallest = min(trial.learning_rate for trial in self.trials)
+            began_near = smallest > last.learning_rate / SMALL
+            factor = 1.0 / (SMALL * NEAR) if began_near else NEAR
+            return _bounded(last.learning_rate * factor)
         return _bounded(TRIAL_SHARE * _allowed(self._trusted or [last], 1.0)[0])
 
     @property
@@ -192,7 +196,7 @@ class Calibration:
         if len(self._trusted) < TRUSTED:
             return None
         once = _allowed(self._trusted, self._reach)[0]
-        return _bounded(once / self._passes_divisor)
+        return _bounded(once / self.passes**PASSES_EXPONENT)
 
     @property
     def divisor(self) -> float:
@@ -200,7 +204,8 @@ class Calibration:
         if not self._trusted:
             return 1.0
         at_radius = _allowed(self._trusted, 1.0)[0]
-        return self._passes_divisor * at_radius / _allowed(self._trusted, self._reach)[0]
+        reached = _allowed(self._trusted, self._reach)[0]
+        return self.passes**PASSES_EXPONENT * at_radius / reached
 
     @property
     def failed(self) -> bool:
@@ -215,10 +220,6 @@ class Calibration:
     def add(self, trial: Trial) -> None:
         """Add a trial that was taken at `next_lr`."""
         self.trials.append(trial)
-
-    @property
-    def _passes_divisor(self) -> float:
-        return 1.0 if self.new_layers is not None else float(self.passes**PASSES_EXPONENT)
 
     @property
     def _reach(self) -> float:

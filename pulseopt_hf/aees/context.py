@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
-from pulseopt_hf.aees.bandits import Bandit, DiscountedUCB, ScaledUCB
+from pulseopt_hf.aees.bandits import Bandit, BanditFactory, DiscountedUCB
 from pulseopt_hf.aees.json_checks import StateDict, StateError, field, shorten
 
 BUCKETS = ("improving", "stable", "worsening")
@@ -52,24 +51,27 @@ class TrendBandit(Bandit):
     kind = "trend"
 
     def __init__(
-        self, arms: int, seed: int | None, bandit: type[DiscountedUCB | ScaledUCB] = DiscountedUCB
+        self,
+        arms: int,
+        seed: int | None,
+        baseline: int = 0,
+        bandit: BanditFactory = DiscountedUCB,
     ) -> None:
-        super().__init__(arms, seed)
+        super().__init__(arms, seed, baseline)
         self._seed = seed
-        self._class: type[Any] = bandit
-        self._global = self._class(arms, seed)
-        self._buckets: dict[str, Any] = {}
+        self._make = bandit
+        self._global = bandit(arms, seed, baseline)
+        self._buckets: dict[str, Bandit] = {}
 
-    def select(self, context: str | None = None) -> int:
-        chosen: int = self._bucket(context).select()
-        return chosen
+    def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
+        return self._bucket(context).select(playable=playable)
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
         bucket = self._bucket(context)
         self._global.update(arm, reward)
         bucket.update(arm, reward)
 
-    def _bucket(self, context: str | None) -> Any:
+    def _bucket(self, context: str | None) -> Bandit:
         if context not in BUCKETS:
             raise ValueError(f"`context` must be one of {', '.join(BUCKETS)}, got {context!r}.")
         if context not in self._buckets:
@@ -78,9 +80,9 @@ class TrendBandit(Bandit):
             self._buckets[context] = bucket
         return self._buckets[context]
 
-    def _new_bucket(self, context: str) -> Any:
+    def _new_bucket(self, context: str) -> Bandit:
         seed = None if self._seed is None else self._seed + 1000 + BUCKETS.index(context)
-        return self._class(self.arms, seed)
+        return self._make(self.arms, seed, self.baseline)
 
     def state_dict(self) -> StateDict:
         return {
@@ -91,7 +93,7 @@ class TrendBandit(Bandit):
 
     def load_state_dict(self, state: object) -> None:
         saved = field(state, "buckets", _bucket_states)
-        new_global = self._class(self.arms, None)
+        new_global = self._make(self.arms, None, self.baseline)
         new_global.load_state_dict(field(state, "global", lambda value, name: value))
         new_buckets = {name: self._new_bucket(name) for name in saved}
         for name, bucket in new_buckets.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from pulseopt_hf.aees.bandits import (
     RandomBandit,
     ScaledUCB,
 )
+from pulseopt_hf.aees.conservative import ConservativeUCB
 from pulseopt_hf.aees.context import BUCKETS, TrendBandit, loss_trend
 from pulseopt_hf.aees.episode_record import (
     EpisodeRecord,
@@ -44,6 +46,10 @@ from pulseopt_hf.aees.reward import episode_reward
 from pulseopt_hf.config import PulseOptConfig, method_settings
 
 STATE_VERSION = 1
+COOLING = 0.2  # share of the peak LR below which a schedule is about to end, and no arm is tried
+BANDITS: dict[str, type[Bandit]] = {
+    bandit.kind: bandit for bandit in (ConservativeUCB, ScaledUCB, DiscountedUCB)
+}
 _NOISE_SEED_OFFSET = 101
 
 
@@ -99,11 +105,14 @@ class Controller:
         # An axis with one candidate is a constant and has no bandit.
         self._lr_bandit: Bandit | None = None
         self._noise_bandits: list[Bandit] = []
-        if len(config.lr_candidates) > 1:
-            self._lr_bandit = make(len(config.lr_candidates), seed)
-        if len(config.noise_candidates) > 1:
+        multipliers, levels = config.lr_candidates, config.noise_candidates
+        if len(multipliers) > 1:
+            plainest = min(range(len(multipliers)), key=lambda i: abs(math.log(multipliers[i])))
+            self._lr_bandit = make(len(multipliers), seed, plainest)
+        if len(levels) > 1:
+            quietest = levels.index(min(levels))
             self._noise_bandits = [
-                make(len(config.noise_candidates), None if noise_seed is None else noise_seed + i)
+                make(len(levels), None if noise_seed is None else noise_seed + i, quietest)
                 for i in range(noise_bandits)
             ]
 
@@ -130,8 +139,15 @@ class Controller:
         """Sum up all episodes by arm, lowest LR multiplier first."""
         return sum_up(self.records, self.left_out)
 
-    def choose(self) -> Selection:
-        """Let the bandits choose the next arm. Draws from their generators."""
+    def choose(self, share: float = 1.0, highest: float = math.inf) -> Selection:
+        """Let the bandits choose the next arm. Draws from their generators.
+
+        Args:
+            share: the base LR as a share of its peak, >= 0. A bandit that rests does so where the
+                schedule cools down.
+            highest: share of the peak that no LR may exceed, for bandits that rest; a calibration
+                has found how far a step may go.
+        """
         context = None
         if self.config.context_mode == "trend":
             context = loss_trend(
@@ -139,9 +155,14 @@ class Controller:
                 window=self.config.context_trend_window,
                 epsilon=self.config.context_trend_epsilon,
             )
-        lr_index = self._lr_bandit.select(context) if self._lr_bandit else 0
-        noise_bandit = self._noise_bandit(lr_index)
-        noise_index = noise_bandit.select(context) if noise_bandit else 0
+        lr_index = noise_index = 0
+        is_cooling = share < COOLING
+        if self._lr_bandit:
+            multipliers = enumerate(self.config.lr_candidates)
+            within = [i for i, factor in multipliers if factor * share <= highest * (1.0 + 1e-6)]
+            lr_index = self._lr_bandit.select(context, [] if is_cooling else within)
+        if noise_bandit := self._noise_bandit(lr_index):
+            noise_index = noise_bandit.select(context, [] if is_cooling else None)
         return Selection(lr_index, noise_index, context)
 
     def open(self, selection: Selection, step: int) -> Arm:
@@ -362,7 +383,7 @@ def _saved_setting(saved: object, name: str) -> object:
 def _bandit_factory(config: PulseOptConfig) -> BanditFactory:
     if config.control_mode == "random":
         return RandomBandit
-    bandit = ScaledUCB if config.bandit == "scaled_ucb" else DiscountedUCB
+    bandit: BanditFactory = BANDITS[config.bandit]
     if config.context_mode == "trend":
         return functools.partial(TrendBandit, bandit=bandit)
     return bandit

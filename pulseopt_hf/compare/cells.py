@@ -132,7 +132,7 @@ def _run(work: Callable[[Cell], dict[str, Any]], cell: Cell, file: Path) -> None
 
 
 @contextlib.contextmanager
-def _trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
+def trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
     """Make the Trainer of a cell, in a folder that goes with it, and name the recipe's metric."""
     from pulseopt_hf.recipes.lines import Lines, quiet_libraries
     from pulseopt_hf.recipes.parsing import resolve
@@ -169,7 +169,7 @@ def _trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
 def _time(cell: Cell) -> dict[str, Any]:
     """Return the seconds that setting up, one evaluation and one step take."""
     clock = [time.perf_counter()]
-    with _trainer_of(cell, "--eval_strategy", "no") as (trainer, _):
+    with trainer_of(cell, "--eval_strategy", "no") as (trainer, _):
         for steps in (1, 1 + TIMED_STEPS):
             trainer.args.max_steps = steps
             trainer.train()
@@ -188,7 +188,7 @@ def _train(cell: Cell) -> dict[str, Any]:
     method = METHODS[cell.method]
     every = max(1, cell.steps // (method.evaluations or EVALUATIONS))
     evaluating = ("--eval_strategy", "steps", "--eval_steps", str(every))
-    with _trainer_of(cell, *evaluating) as (trainer, metric):
+    with trainer_of(cell, *evaluating) as (trainer, metric):
         training = trainer.args
         batch = training.train_batch_size * training.gradient_accumulation_steps
         before = _evaluated(trainer, "")[1]

@@ -58,7 +58,11 @@ METHODS = {
     "scaled_ucb": Method(
         ("--calibration", "off", *_ARMS), "arms 0.5, 1, 2 played by the scaled bandit"
     ),
-    "default_arms": Method(_ARMS, "the default with arms 0.5, 1, 2", calibrates=True),
+    "default_arms": Method(
+        (*_ARMS, "--bandit", "conservative_ucb"),
+        "the default with arms 0.5, 1, 2 played by the conservative bandit",
+        calibrates=True,
+    ),
     "pulseopt": Method(
         _CONSTANT, "arms 0.5, 1, 2 by the package pulseopt itself", trainer=published_trainer
     ),

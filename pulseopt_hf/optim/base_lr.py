@@ -29,10 +29,34 @@ def peaks(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
 
+def share_of_peak(optimizer: torch.optim.Optimizer) -> float:
+    """Return the base LR as a share of its peak, in the group where that is highest.
+
+    Reads the device where the LR is a tensor.
+    """
+    groups = innermost(optimizer).param_groups
+    shares = [
+        float(group["lr"]) / peak
+        for group, peak in zip(groups, peaks(optimizer), strict=True)
+        if peak > 0.0
+    ]
+    return max(shares, default=1.0)
+
+
 def finds_its_own(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer finds its own LR, so that the one in its groups is a factor on that."""
     groups = innermost(optimizer).param_groups
     return any(group.get(key) for group in groups for key in _OWN_ESTIMATES)
+
+
+def skip_warmup(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer that warms up by itself, as the schedule-free ones do, step at its full LR.
+
+    For a trial, after which a snapshot puts the groups back.
+    """
+    for group in innermost(optimizer).param_groups:
+        if "warmup_steps" in group:
+            group["warmup_steps"] = 0
 
 
 def multiply(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:

@@ -38,7 +38,7 @@ from pulseopt_hf.optim import base_lr
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.hooks import ArmHooks
 from pulseopt_hf.optim.losses import LossBuffer
-from pulseopt_hf.optim.newness import layers_of_new_model
+from pulseopt_hf.optim.newness import newness_of
 from pulseopt_hf.optim.probe import Probe
 from pulseopt_hf.optim.scalars import norm
 from pulseopt_hf.optim.snapshot import Snapshot
@@ -105,10 +105,12 @@ class Calibrator:
         self._only_ask = only_ask
         self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
         self._set_lrs = base_lr.peaks(optimizer)
-        new_layers = layers_of_new_model(model, agreement)
-        self.search = Calibration(max(self._set_lrs), passes, new_layers)
+        newness = newness_of(model, agreement)
+        if not newness.has_new_head:
+            passes = 1.0  # only such a model learns its rows by heart
+        self.search = Calibration(max(self._set_lrs), passes, newness.layers)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.probe = Probe(model, agreement, device)
+        self.probe = Probe(model, agreement, device, newness.body)
         self._buffers = list(model.buffers())
         self._versions = [buffer._version for buffer in self._buffers]
         self._parameters = list(model.parameters()) if is_stepped_by_deepspeed(optimizer) else []
@@ -228,6 +230,7 @@ class Calibrator:
         repeatable = not (has_scaler(self._optimizer) or is_stepped_by_deepspeed(self._optimizer))
         before = self._gradient_norms() if repeatable else None
         try:
+            base_lr.skip_warmup(self._optimizer)
             with self._hooks.applied(Arm.of(1.0, 0.0), 0, lrs) as outcome:
                 step()
             if not outcome.happened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -59,13 +60,19 @@ class Episodes:
         """Whether an episode is open."""
         return self.controller.episode is not None
 
-    def begin_step(self, step: int) -> Arm:
-        """Return the arm of global step `step`, which rank 0 chooses where an episode begins."""
+    def begin_step(self, step: int, lr_room: Callable[[], tuple[float, float]]) -> Arm:
+        """Return the arm of global step `step`, which rank 0 chooses where an episode begins.
+
+        Args:
+            step: the global step.
+            lr_room: called where an episode begins; returns the base LR as a share of its peak, and
+                the highest share that an arm may reach.
+        """
         if self.controller.episode is not None:
             if self._guard is not None:
                 self._guard.go_on()
             return self.controller.episode.arm
-        choice = self.controller.choose()
+        choice = self.controller.choose(*lr_room())
         lr_index, noise_index, noise_seed = self._agreement.from_rank_0(
             [choice.lr_index, choice.noise_index, self._hooks.noise.seed]
         )

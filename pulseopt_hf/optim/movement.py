@@ -3,6 +3,9 @@
 Nothing here knows the loss function or needs labels. The unit is how far noise moves the same
 outputs: dropout of a tenth of what every layer with weights is given. It takes the scale of the
 outputs, the number of classes and the length of a row out of the measure.
+
+Through a new head, the outputs of a pretrained model show little of what happens to the model
+itself. There, what its last layer returns is read beside them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 DROPOUT = 0.1
 EMBEDDING_UNIT = 0.01  # share of their spread that embeddings move by in one unit
+BODY_UNIT = 0.025  # share of what noise does that the body under a new head moves by in one unit
 MOST_VALUES = 1 << 22  # of one output that are kept: 16 MiB of float32
 _EMBEDDINGS = ("sentence_embedding", "pooler_output", "last_hidden_state")
 
@@ -28,10 +32,12 @@ class Reading:
     Attributes:
         values: shape (positions, values of a position), float32.
         is_embedding: whether they are embeddings, which have length 1.
+        is_body: whether they are what the body hands to a new head.
     """
 
     values: Tensor
     is_embedding: bool = False
+    is_body: bool = False
 
 
 def read(
@@ -74,6 +80,14 @@ def read(
     return [] if loss is None else [Reading(loss.detach().float().reshape(-1, 1))]
 
 
+def read_body(output: object, arguments: Mapping[str, Any]) -> list[Reading]:
+    """Read what the last layer of a body returned in a call with these arguments."""
+    hidden = next((value for _, value in _named(output)), None)
+    if hidden is None or hidden.dim() < 2:
+        return []
+    return [Reading(_positions(hidden, arguments), is_body=True)]
+
+
 def positions(output: object) -> int:
     """Return how many positions an output has logits for: rows, or tokens or pixels of rows."""
     found = [value for name, value in _named(output) if "logits" in name and value.dim() > 1]
@@ -104,7 +118,7 @@ def unit(before: Reading, noisy: Reading) -> float:
     if before.is_embedding:
         spread = before.values - before.values.mean(dim=0)
         return EMBEDDING_UNIT**2 * float(spread.square().sum())
-    return distance(before, noisy)
+    return distance(before, noisy) * (BODY_UNIT**2 if before.is_body else 1.0)
 
 
 @contextmanager

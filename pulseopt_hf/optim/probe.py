@@ -19,7 +19,15 @@ from pulseopt_hf.aees.calibration import finite_movement
 from pulseopt_hf.aees.json_checks import StateError
 from pulseopt_hf.optim import trees
 from pulseopt_hf.optim.agreement import Agreement
-from pulseopt_hf.optim.movement import Reading, distance, noise, positions, read, unit
+from pulseopt_hf.optim.movement import (
+    Reading,
+    distance,
+    noise,
+    positions,
+    read,
+    read_body,
+    unit,
+)
 from pulseopt_hf.optim.randomness import kept_random_state, seed_torch
 
 DRAWS = 2  # of noise, for each call
@@ -52,11 +60,19 @@ class Probe:
         model: the model as the training loop calls it, wrapped or not.
         agreement: how ranks agree; all of them replay equally many calls.
         device: device of the parameters.
+        body: last layer of a model whose head is new, which is read beside the outputs.
     """
 
-    def __init__(self, model: nn.Module, agreement: Agreement, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        agreement: Agreement,
+        device: torch.device,
+        body: nn.Module | None = None,
+    ) -> None:
         self._agreement = agreement
         self._device = device
+        self._body = body
         self._modules = list(_wrappers(model))
         self._depth = 0
         self._rows = 0
@@ -65,7 +81,7 @@ class Probe:
         self._new: list[Call] = []  # of the step that runs
         self._calls: list[Call] = []  # of the steps before
         self._before: list[list[Reading]] = []  # of the calls that are replayed now
-        self._units: list[float] = []  # squared, of the noted calls
+        self._units: list[list[float]] = []  # squared, of the noted calls: outputs and body
         self._versions: list[int] = []  # of the buffers when `_before` was read
         self._handles: list[RemovableHandle] = []
         self.replayed_rows = 0  # in forward passes, for what they cost
@@ -101,30 +117,35 @@ class Probe:
             self._before, self._versions = [], versions
         self._before += self._replay(replayed[len(self._before) :])
         self._measure_noise(replayed)
-        return self._agreement.least(sum(self._units) > 0.0) > 0
+        return self._agreement.least(sum(outputs for outputs, _ in self._units) > 0.0) > 0
 
     def movement(self) -> float:
         """Measure how far the outputs are from where `begin` read them; every rank must call it.
 
         Returns:
-            The root mean square over positions and ranks, in units of what noise does; see
-            `pulseopt_hf.optim.movement`.
+            The root mean square over positions and ranks, in units of what noise does, of the
+            outputs or of the body, whichever is larger; see `pulseopt_hf.optim.movement`.
         """
-        moved = 0.0
+        moved = [0.0, 0.0]
         for before, after in zip(self._before, self._replay(self._calls or self._new), strict=True):
-            moved += sum(distance(one, other) for one, other in zip(before, after, strict=True))
-        moved, size = self._agreement.mean([moved, sum(self._units[: len(self._before)])])
-        return finite_movement(math.sqrt(moved / size) if size and moved >= 0.0 else math.nan)
+            for one, other in zip(before, after, strict=True):
+                moved[one.is_body] += distance(one, other)
+        units = self._units[: len(self._before)]
+        sizes = [sum(unit[kind] for unit in units) for kind in range(2)]
+        means = self._agreement.mean([*moved, *sizes])
+        pairs = zip(means[:2], means[2:], strict=True)
+        shares = [m / size if m >= 0.0 else math.nan for m, size in pairs if size]
+        return finite_movement(math.sqrt(max(shares, key=finite_movement)))
 
     def _measure_noise(self, calls: list[Call]) -> None:
         """Measure how far noise moves the outputs of calls that were not measured yet."""
         for index in range(len(self._units), len(calls)):
-            self._units.append(0.0)
+            self._units.append([0.0, 0.0])
             for draw in range(DRAWS):
                 with noise(self._modules[0]):
                     (noisy,) = self._replay([calls[index]], seed=DRAWS * index + draw)
-                pairs = zip(self._before[index], noisy, strict=True)
-                self._units[index] += sum(unit(*pair) for pair in pairs) / DRAWS
+                for before, after in zip(self._before[index], noisy, strict=True):
+                    self._units[index][before.is_body] += unit(before, after) / DRAWS
 
     def end_step(self) -> None:
         """Keep the calls of the step that ends, for the trials of later ones."""
@@ -159,7 +180,7 @@ class Probe:
         tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         try:
             self._rows, self._positions = int(rest["rows"]), int(rest["positions"])
-            self._units = [float(value) for value in rest["units"]]
+            self._units = [[float(outputs), float(body)] for outputs, body in rest["units"]]
             calls = trees.put_together(rest["calls"], tensors)
             self._calls = [
                 Call(module, args, kwargs, autocast, getattr(torch, dtype))
@@ -210,11 +231,16 @@ class Probe:
                 self.replayed_rows += _rows((call.args, call.kwargs))
                 # A forward may add to a mapping that it was given.
                 args, kwargs = trees.map_tensors((call.args, call.kwargs), lambda tensor: tensor)
-                with torch.autocast(self._device.type, call.dtype, enabled=call.autocast):
+                with (
+                    torch.autocast(self._device.type, call.dtype, enabled=call.autocast),
+                    _outputs_of(self._body) as hidden,
+                ):
                     output = module(*args, **kwargs)
                 labels = kind == "multi_label_classification"
                 given = args[0] if args and isinstance(args[0], dict) else kwargs
                 found.append(read(output, given, multi_label=labels))
+                for value in hidden:
+                    found[-1] += read_body(value, given)
         return found
 
     @contextmanager
@@ -250,6 +276,20 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
     wraps = type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
     if wraps and isinstance(inner, nn.Module):
         yield from _wrappers(inner)
+
+
+@contextmanager
+def _outputs_of(module: nn.Module | None) -> Iterator[list[object]]:
+    """Collect what a module returns meanwhile."""
+    outputs: list[object] = []
+    if module is None:
+        yield outputs
+        return
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def _rows(tree: Any) -> int:

@@ -24,7 +24,7 @@ from pulseopt_hf.aees.json_checks import (
 from pulseopt_hf.aees.record_format import NumberedEpisode, NumberedTrial, RunEvent
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.agreement import Agreement
-from pulseopt_hf.optim.base_lr import peaks
+from pulseopt_hf.optim.base_lr import peaks, share_of_peak
 from pulseopt_hf.optim.calibrator import Calibrator, StepFate
 from pulseopt_hf.optim.divergence import SKIPS, DivergenceGuard
 from pulseopt_hf.optim.episodes import Episodes
@@ -145,9 +145,14 @@ class EpisodicSteps:
         if self.calibrator is not None and self.is_calibrating:
             arm = Arm.of(self.calibrator.ramp, 0.0)
         else:
-            arm = self._episodes.begin_step(global_step)
+            arm = self._episodes.begin_step(global_step, self._lr_room)
         self.current_candidate = arm
         return arm
+
+    def _lr_room(self) -> tuple[float, float]:
+        outcome = None if self.calibrator is None else self.calibrator.outcome
+        found = outcome is not None and outcome.reason is None
+        return share_of_peak(self.optimizer), 1.0 if found else math.inf
 
     def finalize(self) -> None:
         """Close a partial episode. Safe to call again; a later `step_start` opens a new one."""

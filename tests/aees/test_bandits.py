@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from pulseopt_hf.aees import (
     Bandit,
+    ConservativeUCB,
     DiscountedUCB,
     RandomBandit,
     ScaledUCB,
@@ -24,8 +26,10 @@ from pulseopt_hf.aees.context import BUCKETS
 BANDITS: list[Callable[[int, int | None], Bandit]] = [
     DiscountedUCB,
     ScaledUCB,
+    ConservativeUCB,
     RandomBandit,
     TrendBandit,
+    functools.partial(TrendBandit, bandit=ConservativeUCB),
 ]
 contract = pytest.mark.parametrize("make", BANDITS)
 
@@ -158,6 +162,56 @@ def test_rewards_that_shrink_for_every_arm_do_not_hold_up_the_first_one_played()
     )
     assert published < 0.4
     assert scaled > 2 * published * 0.9
+
+
+def rewards_of(arms: tuple[float, ...], episodes: int, noise: float, seed: int = 0) -> list[int]:
+    """Play a conservative bandit whose baseline is arm 1, and return the arms it played."""
+    bandit, rng, played = ConservativeUCB(len(arms), seed, baseline=1), random.Random(seed), []
+    for _ in range(episodes):
+        played.append(bandit.select())
+        bandit.update(played[-1], arms[played[-1]] + rng.gauss(0.0, noise))
+    return played
+
+
+def test_a_conservative_bandit_rests_before_it_compares_and_tries_in_a_quarter_of_episodes() -> (
+    None
+):
+    played = rewards_of((0.0, 0.0, 0.0), 46, noise=1.0)
+    assert played[:6] == [1] * 6
+    tried = [index for index, arm in enumerate(played) if arm != 1]
+    assert tried
+    assert {played[index] for index in tried} == {0, 2}
+    assert len(tried) <= 40 / 4 + 3  # an arm may seem better for a while
+
+
+def test_a_conservative_bandit_goes_on_with_what_is_shown_to_be_better() -> None:
+    shares = [rewards_of((0.0, 0.0, 3.0), 100, 1.0, seed).count(2) / 100 for seed in range(20)]
+    assert sum(shares) / 20 > 0.6
+    # An arm that harms is tried no more.
+    shares = [rewards_of((-3.0, 0.0), 100, 1.0, seed).count(0) / 100 for seed in range(20)]
+    assert sum(shares) / 20 < 0.1
+
+
+def test_what_an_arm_wins_and_its_return_loses_again_is_no_lead() -> None:
+    """A lower LR shows a lower loss at once, and a higher one as soon as the LR is back."""
+    bandit, rng, previous, played = ConservativeUCB(2, 0, baseline=1), random.Random(0), 1, []
+    for _ in range(100):
+        arm = bandit.select()
+        bandit.update(arm, 3.0 * (previous - arm) + rng.gauss(0.0, 1.0))
+        played.append(arm)
+        previous = arm
+    assert 10 < played.count(0) < 40
+    assert abs(bandit.lead(0)[0]) < 1.0  # of 3 that it shows in its own episode
+
+
+def test_a_conservative_bandit_plays_only_what_may_be_played_now() -> None:
+    bandit = ConservativeUCB(3, 0, baseline=1)
+    for _ in range(60):
+        arm = bandit.select(playable=[0])
+        assert arm in (0, 1)
+        bandit.update(arm, 0.0)
+    assert bandit.plays[0] > 0
+    assert bandit.select(playable=[]) == 1
 
 
 def test_the_random_control_learns_nothing() -> None:

@@ -85,7 +85,7 @@ def test_what_is_found_does_not_depend_on_the_lr_that_was_set() -> None:
 def test_the_first_batch_only_guides_and_the_others_decide_together() -> None:
     """The step always does well on its own batch, and batches differ."""
     search = run(Model(1e-3, scatter=1.5), 1e-4)
-    trusted = [trial for trial in search.trials if not trial.own_batch]
+    trusted = [trial for trial in search.trials if not trial.own_batch and trial.is_near]
     assert len({trial.step for trial in trusted}) == TRUSTED
     slopes = [trial.movement / trial.learning_rate for trial in trusted]
     assert len(set(slopes)) == TRUSTED
@@ -182,14 +182,14 @@ def test_passes_over_the_data_divide_the_lr_of_a_pretrained_model(passes: float)
     assert search.limited_by == "outputs"
 
 
-def test_passes_do_not_matter_to_a_new_model_but_its_layers_do() -> None:
+def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() -> None:
     for layers, factor in ((0, 1.0), (2, 1.0), (8, 4.0), (12, 6.0)):
-        search = run(Model(1e-3, weight_lr=1e3), 1e-5, 10.0, layers)
+        search = run(Model(1e-3, weight_lr=1e3), 1e-5, new_layers=layers)
         assert search.learning_rate == pytest.approx(factor * 1e-3, rel=0.01)
         assert search.limited_by == "outputs"
         assert search.divisor == pytest.approx(1.0 / factor)
     # The weights' radius stays.
-    search = run(Model(1e-3, weight_lr=2e-3), 1e-5, 10.0, 12)
+    search = run(Model(1e-3, weight_lr=2e-3), 1e-5, new_layers=12)
     assert search.learning_rate == pytest.approx(2e-3, rel=0.01)
     assert search.limited_by == "weights"
 

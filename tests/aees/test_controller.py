@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from typing import Any
 
@@ -22,6 +23,7 @@ knob_sets = st.fixed_dictionaries(
         "control_mode": st.sampled_from(["adaptive", "random"]),
         "structured_control_mode": st.sampled_from(["independent", "conditional"]),
         "context_mode": st.sampled_from(["none", "trend"]),
+        "bandit": st.sampled_from(["conservative_ucb", "scaled_ucb", "discounted_ucb"]),
         "seed": st.integers(0, 2**32),
     }
 )
@@ -34,12 +36,12 @@ def run(controller: Controller, episodes: int, losses: random.Random) -> None:
         controller.close([1.0 + losses.random() for _ in range(3)], 10 * len(controller.records))
 
 
-@given(knobs=knob_sets, before=st.integers(0, 12), after=st.integers(1, 8), mid=st.booleans())
+@given(knobs=knob_sets, before=st.integers(0, 20), after=st.integers(1, 8), mid=st.booleans())
 @settings(max_examples=100)
 def test_a_restored_controller_goes_on_bit_for_bit(
     knobs: dict[str, Any], before: int, after: int, mid: bool
 ) -> None:
-    config = PulseOptConfig.published(**KNOBS)
+    config = PulseOptConfig(**{**KNOBS, **knobs})
     controller, losses = Controller(config), random.Random(0)
     run(controller, before, losses)
     if mid:
@@ -123,3 +125,30 @@ def test_an_axis_with_one_candidate_is_a_constant() -> None:
     assert controller.state_dict()["lr_bandit"] is None
     assert not controller.is_neutral
     assert Controller(PulseOptConfig(lr_candidates=[1.0], episode_length=1)).is_neutral
+
+
+def played(controller: Controller, episodes: int, share: float, highest: float) -> set[float]:
+    """Return the multipliers that are played where losses only scatter."""
+    losses = random.Random(0)
+    for _ in range(episodes):
+        controller.open(controller.choose(share, highest), 0)
+        controller.close([1.0 + losses.random() for _ in range(3)], 0)
+    return {record.lr_value for record in controller.records}
+
+
+def test_arms_rest_where_the_schedule_cools_down_and_stay_below_what_is_known_to_be_safe() -> None:
+    config = PulseOptConfig(bandit="conservative_ucb", **KNOBS)
+    assert played(Controller(config), 60, 1.0, math.inf) == {0.5, 1.0, 2.0}
+    assert played(Controller(config), 60, 1.0, 1.0) == {0.5, 1.0}
+    assert played(Controller(config), 60, 0.5, 1.0) == {0.5, 1.0, 2.0}
+    assert played(Controller(config), 60, 0.19, 1.0) == {1.0}
+    # The published bandit plays all arms at all times.
+    published = PulseOptConfig.published(**KNOBS)
+    assert played(Controller(published), 60, 0.1, 1.0) == {0.5, 1.0, 2.0}
+
+
+def test_the_arm_that_arms_are_compared_with_is_the_one_that_changes_least() -> None:
+    axes: dict[str, Any] = {"lr_candidates": [4.0, 0.8, 0.1], "noise_candidates": [0.2, 0.1]}
+    controller = Controller(PulseOptConfig(bandit="conservative_ucb", episode_length=10, **axes))
+    run(controller, 6, random.Random(0))
+    assert {(record.lr_value, record.noise_value) for record in controller.records} == {(0.8, 0.1)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -23,7 +24,7 @@ from transformers import (
 
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.optim.agreement import Agreement
-from pulseopt_hf.optim.newness import layers_of_new_model
+from pulseopt_hf.optim.newness import Newness, newness_of
 
 BERT: dict[str, Any] = {
     "hidden_size": 64,
@@ -41,8 +42,8 @@ NEW: dict[str, tuple[int, Callable[[], nn.Module]]] = {
 }
 
 
-def layers(model: nn.Module) -> int | None:
-    return layers_of_new_model(model, Agreement(torch.device("cpu")))
+def newness(model: nn.Module) -> Newness:
+    return newness_of(model, Agreement(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -50,14 +51,21 @@ def layers(model: nn.Module) -> int | None:
 def test_new_models_are_new(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     count, make = NEW[name]
-    assert layers(make().to(dtype)) == count
+    assert newness(make().to(dtype)) == Newness(layers=count)
 
 
 def test_a_pretrained_model_is_not_new_with_a_new_head_or_an_adapter() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_hidden_layers=2)
-    assert layers(model) is None
+    new_head = Newness(None, has_new_head=True, body=model.bert.encoder.layer[1])
+    assert newness(model) == new_head
     settings = peft.LoraConfig(r=32, target_modules=["query", "key", "value"])
-    assert layers(peft.get_peft_model(model, settings)) is None
+    assert newness(peft.get_peft_model(model, settings)) == new_head
+
+
+def test_a_pretrained_model_without_a_head_is_trained_all_over() -> None:
+    # Its pooler was never trained, and is left out.
+    model = AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False)
+    assert newness(model) == Newness()
 
 
 @pytest.mark.parametrize("init", ["normal", "uniform"])
@@ -67,7 +75,7 @@ def test_a_model_is_new_until_it_was_trained(init: str) -> None:
     if init == "normal":
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.05)
-    assert layers(model) == 0
+    assert newness(model) == Newness(layers=0)
     rows = torch.randn(512, 128) * torch.linspace(0.0, 2.0, 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(100):
@@ -75,4 +83,4 @@ def test_a_model_is_new_until_it_was_trained(init: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert layers(model) is None
+    assert newness(model).layers is None

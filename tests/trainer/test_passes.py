@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from pulseopt_hf import AEES, find_learning_rate
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.optim import calibrator
+from pulseopt_hf.optim.newness import Newness
 from tests.trainer.test_calibration import NAMED, calibrator_of
 
 ROWS, BATCH = 64, 8
@@ -19,9 +20,10 @@ ROWS, BATCH = 64, 8
 
 @pytest.fixture(autouse=True)
 def as_if_pretrained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the tiny models, which are new, for pretrained ones, whose LR passes divide."""
+    """Take the tiny models, which are new, for pretrained ones with a new head."""
     if "real" not in request.node.name:
-        monkeypatch.setattr(calibrator, "layers_of_new_model", lambda *args: None)
+        new_head = Newness(has_new_head=True)
+        monkeypatch.setattr(calibrator, "newness_of", lambda *args: new_head)
 
 
 def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not(

@@ -1,0 +1,190 @@
+"""How far one step at the tuned LR moves a model, in each measure that a calibration could take.
+
+    python benchmarks/measures.py --data FOLDER [--settings sst2,...] [--write]
+
+A good measure has the same value at the tuned LR in every setting. Of each setting of the atlas
+that passes over its data once, or whose model is new, one step of the optimizer is taken from the
+start on each of five batches, at the tuned LR of `benchmarks/results/atlas.json`. It is measured on
+about 32 rows of other batches, as the root mean square over the batches:
+
+- outputs: change of the logits, without what classes share, over that under dropout of a tenth;
+- body: the same of what the last layer returns;
+- logits: change of the logits, without what classes share;
+- Fisher: change of log p(y), with y as the model predicts it before the step;
+- weights: norm of the change of the weight matrices over their norm.
+
+`--write` puts the result into `benchmarks/results/measures.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    from benchmarks import atlas, compare_tasks
+except ImportError:
+    import atlas
+    import compare_tasks
+
+from pulseopt_hf.compare.cells import Cell, trainer_of
+from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.movement import Reading, distance, noise, read, read_body
+from pulseopt_hf.optim.newness import newness_of
+
+RESULT = Path(__file__).parent / "results" / "measures.json"
+MEASURES = ("outputs", "body", "logits", "Fisher", "weights")
+ROWS, BATCHES, DRAWS = 32, 5, 4
+KINDS = {True: "a new head on a trained model", False: "all others"}
+
+
+def measure(name: str, tuned: float, data: Path, out: Path) -> dict[str, Any]:
+    """Return what a step at the tuned LR of a setting moves, and whether its head is new."""
+    setting = atlas.SETTINGS[name]
+    recipe = str(compare_tasks.TASKS_FOLDER / f"{setting.task}.yaml")
+    cell = Cell(recipe, atlas.options_of(setting, data, out), "static", tuned, 0, setting.steps)
+    with trainer_of(cell, "--eval_strategy", "no") as (trainer, _):
+        model: torch.nn.Module = trainer.model
+        newness = newness_of(model, Agreement(torch.device("cpu")))
+        rows = iter(trainer.get_train_dataloader())
+        batches = [next(rows) for _ in range(math.ceil(ROWS / setting.batch) + BATCHES)]
+        probe = batches[BATCHES:]
+        before = outputs(model, probe, newness.body)
+        unit = [0.0, 0.0]
+        for draw in range(DRAWS):
+            torch.manual_seed(draw)
+            with noise(model):
+                moved = distances(before, outputs(model, probe, newness.body))
+            unit = [total + one / DRAWS for total, one in zip(unit, moved, strict=True)]
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        squares = defaultdict[str, list[float]](list)
+        for batch in batches[:BATCHES]:
+            step(trainer, batch, tuned)
+            after = outputs(model, probe, newness.body)
+            moved = distances(before, after)
+            for key, one, size in zip(("outputs", "body"), moved, unit, strict=True):
+                squares[key] += [one / size] if size else []
+            logits = [[part for part in call if not part.is_body] for call in before]
+            squares["logits"].append(moved[0] / count(logits))
+            squares["Fisher"].append(fisher(before, after))
+            squares["weights"].append(weights(model, start))
+            model.load_state_dict(start)
+    found = {key: math.sqrt(statistics.fmean(values)) for key, values in squares.items() if values}
+    return {"tuned": tuned, "new_head": newness.has_new_head, **found}
+
+
+def step(trainer: Any, batch: Any, learning_rate: float) -> None:
+    """Take the first step of a new optimizer."""
+    trainer.optimizer = None
+    trainer.create_optimizer()
+    model = trainer.model.train()
+    model.zero_grad()
+    model(**trainer._prepare_inputs(batch)).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate
+    trainer.optimizer.step()
+
+
+@torch.no_grad()
+def outputs(
+    model: torch.nn.Module, probe: list[Any], body: torch.nn.Module | None
+) -> list[list[Reading]]:
+    """Read the logits of each batch, and what the body returns."""
+    model.eval()
+    hidden: list[Any] = []
+    handle = (body or model).register_forward_hook(lambda *args: hidden.append(args[-1]))
+    found = []
+    for batch in probe:
+        hidden.clear()
+        found.append(read(model(**batch), batch))
+        found[-1] += read_body(hidden[-1], batch) if body else []
+    handle.remove()
+    return found
+
+
+def distances(before: list[list[Reading]], after: list[list[Reading]]) -> list[float]:
+    """Return the squared distances of the outputs and of the body."""
+    found = [0.0, 0.0]
+    for one, other in zip(before, after, strict=True):
+        for a, b in zip(one, other, strict=True):
+            found[a.is_body] += distance(a, b)
+    return found
+
+
+def count(readings: list[list[Reading]]) -> int:
+    """Return the number of values in all readings."""
+    return sum(reading.values.numel() for call in readings for reading in call)
+
+
+def fisher(before: list[list[Reading]], after: list[list[Reading]]) -> float:
+    """Return the mean square change of log p(y) over positions."""
+    total, positions = 0.0, 0
+    for one, other in zip(before, after, strict=True):
+        old, new = (torch.log_softmax(call[0].values, dim=-1) for call in (one, other))
+        total += float((old.exp() * (new - old).square()).sum())
+        positions += len(old)
+    return total / positions
+
+
+def weights(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> float:
+    """Return the squared norm of the change of the trained matrices over their squared norm."""
+    pairs = [
+        (parameter.detach(), start[name])
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dim() > 1 and float(start[name].norm()) > 0.0
+    ]
+    moved = sum(float((now - then).square().sum()) for now, then in pairs)
+    return moved / sum(float(then.square().sum()) for _, then in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--settings", help="by default all that were tuned")
+    parser.add_argument("--out", type=Path, default=atlas.OUT)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    known = json.loads(atlas.RESULT.read_text(encoding="utf-8"))["settings"]
+    names = options.settings.split(",") if options.settings else list(known)
+    result = {}
+    atlas.prepare(names, options.data, options.out)
+    for name in names:
+        if atlas.passes_once(name):
+            result[name] = measure(name, known[name]["tuned"], options.data, options.out)
+            print(name, result[name], flush=True)
+    print(to_markdown(result))
+    if options.write:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def to_markdown(result: dict[str, dict[str, Any]]) -> str:
+    """Return a table with a row for each setting, and the spread of each measure."""
+    lines = [f"| setting | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+    for new_head, kind in KINDS.items():
+        rows = {name: row for name, row in result.items() if row["new_head"] == new_head}
+        for name, row in rows.items():
+            cells = (f"{row[key]:.2g}" if key in row else "" for key in MEASURES)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        spreads = (_spread([row[key] for row in rows.values() if key in row]) for key in MEASURES)
+        lines.append(f"| **spread: {kind}** | {' | '.join(spreads)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    """Return the geometric standard deviation, in words."""
+    if len(values) < 3:
+        return ""
+    return f"x {math.exp(statistics.stdev(map(math.log, values))):.2f}"
+
+
+if __name__ == "__main__":
+    main()
