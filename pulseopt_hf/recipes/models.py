@@ -14,9 +14,8 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from pulseopt_hf import embedded
-from pulseopt_hf.errors import UsageError, nearest
+from pulseopt_hf.errors import UsageError, nearest, usage_error
 from pulseopt_hf.recipes.keys import RecipeArguments
-from pulseopt_hf.recipes.problems import usage_error
 
 _SEQUENCES = ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS")
 _CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM")
@@ -40,10 +39,8 @@ def model_folder(recipe: RecipeArguments) -> str | None:
         return name
     if name != "embedded:minilm":
         raise UsageError(f"`model_name_or_path`: there is no `{name}`, only `embedded:minilm`.")
-    try:
+    with usage_error("`model_name_or_path`", FileNotFoundError):
         return str(embedded.minilm_folder())
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from error
 
 
 def check(recipe: RecipeArguments) -> None:
@@ -99,10 +96,8 @@ def lora_config(recipe: RecipeArguments) -> Any:
     """Return peft's configuration of a recipe's LoRA, or `None` where it has none."""
     if recipe.lora_r is None:
         return None
-    try:
+    with usage_error("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`", ImportError):
         from peft import LoraConfig
-    except ImportError as error:
-        raise UsageError("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`.") from error
     return LoraConfig(
         task_type=_MODELS[recipe.task][2],
         r=recipe.lora_r,

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
-from pulseopt_hf.errors import UsageError, nearest, one_line
+from pulseopt_hf.errors import UsageError, nearest, one_line, usage_error
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
@@ -65,10 +65,8 @@ def recipe_parser(task: str | None = None) -> RecipeParser:
     """
     classes: Any = (RecipeArguments, RecipeTrainingArguments)
     if task in TRL_TASKS:
-        try:
+        with usage_error(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`", ImportError):
             from pulseopt_hf.recipes import trl_keys
-        except ImportError as error:
-            raise UsageError(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`.") from error
         classes = trl_keys.CLASSES[task]
     parser = RecipeParser(
         classes,

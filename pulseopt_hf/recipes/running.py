@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptTrainer
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, call_all
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
 from pulseopt_hf.recipes.lines import (
@@ -26,19 +27,14 @@ from pulseopt_hf.recipes.lines import (
 )
 from pulseopt_hf.recipes.model_card import write_card
 from pulseopt_hf.recipes.parsing import Resolved
-from pulseopt_hf.recipes.problems import Problems
 from pulseopt_hf.report.wording import described
 from pulseopt_hf.trainer.card import section
 
 
 def check(resolved: Resolved) -> None:
     """Refuse what can be found wrong without the hub, rows or weights."""
-    problems = Problems()
-    with problems:
-        splits.check(resolved.recipe, resolved.training)
-    with problems:
-        models.check(resolved.recipe)
-    problems.raise_any()
+    recipe, training = resolved.recipe, resolved.training
+    call_all([partial(splits.check, recipe, training), partial(models.check, recipe)])
 
 
 def prepare(resolved: Resolved) -> tasks.Task:

@@ -34,7 +34,7 @@ def local(tmp_path: Path, bert: str) -> Local:
 
 HEAD = "sentence1,sentence2,label\n"
 ROWS = HEAD + "the film,a story,0\nthe scene,a film,1\n" * 4
-KNOWN = "labels are 0 to 1, or `entailment`, `not_entailment`"
+KNOWN = "`label` must be 0 to 1, or `entailment`, `not_entailment`"
 TYPO = "has no column `sentence2`; did you mean `sentense2`?"
 OTHERS = "has no columns `sentence1`, `sentence2`; its columns are `a`, `b`, `label`"
 
@@ -45,13 +45,13 @@ OTHERS = "has no columns `sentence1`, `sentence2`; its columns are `a`, `b`, `la
         ("train", "", "train.csv: is empty"),
         ("train", HEAD, "has no rows"),
         ("train", ROWS.replace("sentence2", "sentense2"), TYPO),
-        ("train", ROWS + "x,y,2\n", f"row 9 has the label 2 in `label`; {KNOWN}"),
-        ("train", ROWS + "x,y,-1\n", "row 9 has the label -1"),
-        ("train", ROWS + "x,y,maybe\n", "row 9 has the label 'maybe'"),
-        ("train", ROWS + "x,y,\n", "row 9 has the label ''"),
-        ("train", ROWS + "x,y,0.5\n", "has the label 0.0"),
+        ("train", ROWS + "x,y,2\n", f"train.csv: row 9: {KNOWN}, got 2."),
+        ("train", ROWS + "x,y,-1\n", f"row 9: {KNOWN}, got -1."),
+        ("train", ROWS + "x,y,maybe\n", f"row 9: {KNOWN}, got 'maybe'."),
+        ("train", ROWS + "x,y,\n", f"row 9: {KNOWN}, got ''."),
+        ("train", ROWS + "x,y,0.5\n", f"row 1: {KNOWN}, got 0.0."),
         ("train", HEAD + '"a,b,c\n', "cannot be read as csv"),
-        ("validation", ROWS + "x,y,7\n", "validation.csv: row 9 has the label 7"),
+        ("validation", ROWS + "x,y,7\n", f"validation.csv: row 9: {KNOWN}, got 7."),
         ("validation", "a,b,label\n1,2,1\n", f"validation.csv: {OTHERS}"),
         ("validation", "sentence1,label\na,1\n", "validation.csv: has no column `sentence2`"),
     ],
@@ -67,8 +67,7 @@ def test_a_regressions_label_out_of_range_is_named(
     value: str, refused: Refused, local: Local
 ) -> None:
     line = refused(*local("stsb", train=ROWS + f"x,y,{value}\n"))
-    assert "row 9 has the label" in line
-    assert "labels are numbers from 0 to 5" in line
+    assert "row 9: `label` must be a number from 0 to 5, got " in line
 
 
 @pytest.mark.parametrize(
