@@ -175,36 +175,33 @@ def _check_config_file(key: str, value: Any) -> None:
         raise ValueError(f"`{key}`: {value} holds no JSON mapping.")
 
 
-_BOUNDS: dict[str, Callable[[Any], bool]] = {
-    "at least 1": lambda v: v >= 1,
-    "at least 2": lambda v: v >= 2,
-    "at least 1, or -1 for none": lambda v: v >= 1 or v == -1,
-    "a number >= 0": lambda v: math.isfinite(v) and v >= 0,
-    "a number > 0": lambda v: math.isfinite(v) and v > 0,
-    "in [0, 1)": lambda v: 0 <= v < 1,
-    "in (0, 1)": lambda v: 0 < v < 1,
-    "in (0, 50]": lambda v: 0 < v <= 50,
-    "two numbers": lambda v: len(v) in (0, 2),
-    "different names": lambda v: len(set(v)) == len(v),
-}
-_BOUND_OF = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "max_train_samples"), "at least 1"),
-    **dict.fromkeys(("max_eval_samples", "max_predict_samples", "image_size"), "at least 1"),
-    **dict.fromkeys(("max_length", "max_target_length"), "at least 1"),
-    "block_size": "at least 2",
-    "lora_dropout": "in [0, 1)",
-    "mlm_probability": "in (0, 1)",
-    "validation_percentage": "in (0, 50]",
-    "label_range": "two numbers",
-    "class_names": "different names",
-    # What Trainer lets through.
-    **dict.fromkeys(("learning_rate", "weight_decay", "seed"), "a number >= 0"),
-    "num_train_epochs": "a number > 0",
-    "max_steps": "at least 1, or -1 for none",
-    "gradient_accumulation_steps": "at least 1",
-    "per_device_train_batch_size": "at least 1",
-    "per_device_eval_batch_size": "at least 1",
-}
+# What a value must be, how that is tested, and of which keys: a recipe's, and those of Trainer that
+# Trainer does not check.
+_BOUNDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        (
+            *("lora_r", "lora_alpha", "image_size", "max_length", "max_target_length"),
+            *("max_train_samples", "max_eval_samples", "max_predict_samples"),
+            *("per_device_train_batch_size", "per_device_eval_batch_size"),
+            "gradient_accumulation_steps",
+        ),
+    ),
+    ("at least 2", lambda v: v >= 2, ("block_size",)),
+    ("at least 1, or -1 for none", lambda v: v >= 1 or v == -1, ("max_steps",)),
+    (
+        "a number >= 0",
+        lambda v: math.isfinite(v) and v >= 0,
+        ("learning_rate", "weight_decay", "seed"),
+    ),
+    ("a number > 0", lambda v: math.isfinite(v) and v > 0, ("num_train_epochs",)),
+    ("in [0, 1)", lambda v: 0 <= v < 1, ("lora_dropout",)),
+    ("in (0, 1)", lambda v: 0 < v < 1, ("mlm_probability",)),
+    ("in (0, 50]", lambda v: 0 < v <= 50, ("validation_percentage",)),
+    ("two numbers", lambda v: len(v) in (0, 2), ("label_range",)),
+    ("different names", lambda v: len(set(v)) == len(v), ("class_names",)),
+)
 
 
 def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]:
@@ -217,10 +214,10 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     Yields:
         A line for each problem.
     """
-    for key, bound in _BOUND_OF.items():
-        value = given.get(key)
-        if value is not None and not _BOUNDS[bound](value):
-            yield f"`{key}` must be {bound}, got {value!r}."
+    for bound, holds, keys in _BOUNDS:
+        for key in keys:
+            if (value := given.get(key)) is not None and not holds(value):
+                yield f"`{key}` must be {bound}, got {value!r}."
     task, is_new = recipe.task, recipe.model_type is not None
     if task not in METRICS_OF_TASK:
         yield f"`task` must be one of {', '.join(METRICS_OF_TASK)}, got {task!r}."

@@ -153,7 +153,7 @@ def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
     monkeypatch.delitem(sys.modules, "pulseopt_hf.report.chart_files", raising=False)
     monkeypatch.setitem(sys.modules, "altair", None)
     line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
-    assert "`--plot` needs altair, which is not installed: pip install" in line
+    assert "`--plot` needs `pip install 'pulseopt-hf[report]'`: import of altair halted" in line
 
 
 def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
@@ -163,7 +163,7 @@ def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
     file.write_text(json.dumps({**dict.fromkeys(sizes, "auto"), "zero_optimization": {"stage": 1}}))
     done = command("find-lr", "quickstart/lm", "--use_cpu", "--deepspeed", str(file))
     assert done.returncode == 2
-    assert "train with `--calibration trust_region`" in done.stderr.splitlines()[-1]
+    assert "Train with calibration='trust_region'" in done.stderr.splitlines()[-1]
     assert list(work.iterdir()) == []
 
 
