@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (Exception, KeyboardInterrupt) as error:
-        return _complain(error, debug="--debug" in words)
+        return _report_error(error, debug="--debug" in words)
 
 
 def console() -> None:
@@ -52,7 +52,7 @@ def console() -> None:
     sys.exit(main())
 
 
-def _complain(error: BaseException, *, debug: bool) -> int:
+def _report_error(error: BaseException, *, debug: bool) -> int:
     """Print an error, and return the exit code."""
     if debug:
         traceback.print_exc()

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.integration_utils import (
@@ -20,19 +20,51 @@ from pulseopt_hf.config import knob
 from pulseopt_hf.errors import nearest
 from pulseopt_hf.trainer import PulseOptTrainingArguments
 
-_CLASS_METRICS = ("accuracy", "f1", "matthews")
-# Tasks that TRL's Trainers do, and the first part of their names.
-TRL_TASKS = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "grpo": "GRPO"}
-REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # TRL's
-METRICS_OF_TASK: dict[str, tuple[str, ...]] = {
-    "text-classification": _CLASS_METRICS,
-    "text-regression": ("pearson", "spearman"),
-    "causal-lm": ("perplexity",),
-    "masked-lm": ("perplexity",),
-    "seq2seq": ("rouge",),
-    "image-classification": _CLASS_METRICS,
-    **dict.fromkeys(TRL_TASKS, ()),  # which measure by themselves
+
+class TaskFacts(NamedTuple):
+    """What is known of a task without loading what does it.
+
+    Attributes:
+        module: of `recipes.tasks`, whose `prepare` does it.
+        pipeline: what the hub calls it, if it has a name for it.
+        model: Transformers' class of its models.
+        fitting: Transformers' list of the model types that fit.
+        peft: what peft calls it; nothing where LoRA cannot be used.
+        metrics: what it may be measured by.
+        trl: the first part of the names of TRL's classes, for a task that TRL's Trainers do.
+    """
+
+    module: str
+    pipeline: str | None
+    model: str
+    fitting: str
+    peft: str = ""
+    metrics: tuple[str, ...] = ()
+    trl: str = ""
+
+
+_CLASSES = ("accuracy", "f1", "matthews")
+_SEQUENCES = ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS")
+_CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM")
+_SEQ2SEQ = ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQ_2_SEQ_LM")
+_MASKED = ("AutoModelForMaskedLM", "MASKED_LM", "")
+_IMAGES = ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", "")
+_TEXTS, _GENERATION = "text-classification", "text-generation"
+TASKS = {
+    "text-classification": TaskFacts("classification", _TEXTS, *_SEQUENCES, _CLASSES),
+    "text-regression": TaskFacts("classification", _TEXTS, *_SEQUENCES, ("pearson", "spearman")),
+    "causal-lm": TaskFacts("language", _GENERATION, *_CAUSAL, ("perplexity",)),
+    "masked-lm": TaskFacts("language", "fill-mask", *_MASKED, ("perplexity",)),
+    "seq2seq": TaskFacts("seq2seq", None, *_SEQ2SEQ, ("rouge",)),
+    "image-classification": TaskFacts("images", "image-classification", *_IMAGES, _CLASSES),
+    # TRL's Trainers measure by themselves.
+    "sft": TaskFacts("trl", _GENERATION, *_CAUSAL, trl="SFT"),
+    "dpo": TaskFacts("trl", _GENERATION, *_CAUSAL, trl="DPO"),
+    "reward": TaskFacts("trl", _TEXTS, *_SEQUENCES, trl="Reward"),
+    "grpo": TaskFacts("trl", _GENERATION, *_CAUSAL, trl="GRPO"),
 }
+TRL_TASKS = {name: task.trl for name, task in TASKS.items() if task.trl}
+REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # TRL's
 COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 
 
@@ -40,7 +72,7 @@ COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 class RecipeArguments:
     """The task, the model and the data. Trainer's keys and AEES's stand beside them, flat."""
 
-    task: str = knob("text-classification", f"One of {', '.join(METRICS_OF_TASK)}.")
+    task: str = knob("text-classification", f"One of {', '.join(TASKS)}.")
     expected_time: str | None = knob(None, "How long the run takes, and on what; for `list`.")
     expected_score: str | None = knob(None, "The score to expect; for `list`.")
 
@@ -56,7 +88,9 @@ class RecipeArguments:
         None, "Tokenizer, if not the model's: a hub name, a folder, or `embedded:bpe`."
     )
     pad_token: str | None = knob(None, "Token to pad with, for a tokenizer without a pad token.")
-    trust_remote_code: bool = knob(False, "Run code from the model's repository. Not in files.")
+    trust_remote_code: bool = knob(
+        False, "Run code from the model's repository; on command lines only."
+    )
 
     lora_r: int | None = knob(None, "Rank of LoRA matrices, >= 1; if set, only those are trained.")
     lora_alpha: int = knob(16, "LoRA's scale, divided by the rank, >= 1.")
@@ -219,11 +253,11 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
             if (value := given.get(key)) is not None and not holds(value):
                 yield f"`{key}` must be {bound}, got {value!r}."
     task, is_new = recipe.task, recipe.model_type is not None
-    if task not in METRICS_OF_TASK:
-        yield f"`task` must be one of {', '.join(METRICS_OF_TASK)}, got {task!r}."
-    fitting = METRICS_OF_TASK.get(task) or recipe.metrics
+    if task not in TASKS:
+        yield f"`task` must be one of {', '.join(TASKS)}, got {task!r}."
+    fitting = TASKS[task].metrics if task in TASKS else ()
     for metric in recipe.metrics:
-        if metric not in fitting:
+        if fitting and metric not in fitting:
             yield f"`metrics` of `{task}` are {', '.join(fitting)}, got {metric!r}."
     if task in TRL_TASKS:
         if recipe.model_name_or_path is None:
@@ -248,13 +282,13 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     ):
         yield "`metrics` and `do_predict` of `seq2seq` need `predict_with_generate: true`."
     for key, is_set, tasks in (
-        ("lora_r", recipe.lora_r is not None, ("masked-lm", "image-classification")),
+        ("lora_r", recipe.lora_r is not None, {name for name in TASKS if not TASKS[name].peft}),
         ("class_names", bool(recipe.class_names), ("text-regression",)),
         ("do_predict", predicts, ("causal-lm", "masked-lm", *TRL_TASKS)),
         ("do_train: false", given.get("do_train") is False, TRL_TASKS),
         ("metrics", bool(recipe.metrics), TRL_TASKS),
         ("model_type", is_new, TRL_TASKS),
-        ("reward_funcs", bool(recipe.reward_funcs), {*METRICS_OF_TASK} - {"grpo"}),
+        ("reward_funcs", bool(recipe.reward_funcs), {*TASKS} - {"grpo"}),
     ):
         if is_set and task in tasks:
             yield f"`{key}` cannot be used with `task: {task}`; leave it out."

@@ -1,4 +1,4 @@
-"""Labels and texts as they lie in files, turned into what a model is trained on."""
+"""Turns labels and texts as files hold them into what a model is trained on."""
 
 from __future__ import annotations
 

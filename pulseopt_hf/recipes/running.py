@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.errors import UsageError, call_all
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
@@ -100,7 +100,7 @@ def run(
     for line in passed_over:
         write(line)
     if checkpoint is not None:
-        write(f"going on from {checkpoint}")
+        write(f"resuming from {checkpoint}")
     training.output_dir = str(path)
     task = prepare(resolved)
     _check_episode_length(resolved, task)
@@ -114,7 +114,7 @@ def run(
         step = trainer.state.global_step
         return (
             f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. "
-            f"Continue with:\n{folder.command_to_go_on(path, resolved, command)}"
+            f"Continue with:\n{folder.resume_command(path, resolved, command)}"
         )
     if training.do_eval:
         _evaluate(trainer, resolved, task, write)
@@ -132,19 +132,18 @@ def run(
 def _check_episode_length(resolved: Resolved, task: tasks.Task) -> None:
     """Refuse an episode that is longer than the run before anything is written."""
     training = resolved.training
-    length, steps = training.episode_length, training.max_steps
-    if not training.do_train or length is None or resolved.recipe.task == "grpo":
+    steps = training.max_steps
+    if not training.do_train or resolved.recipe.task == "grpo":
         return  # `grpo` takes several completions of each row
     if steps < 0:
         batch = training.train_batch_size * training.world_size
         batches = math.ceil(len(task.sets["train"][0]) / batch)
         per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
         steps = math.ceil(per_epoch * training.num_train_epochs)
-    if length > steps:
-        raise UsageError(
-            f"`episode_length` must be at most the {steps} optimizer steps of this run, got "
-            f"{length}; leave it out to derive it from the run."
-        )
+    try:
+        PulseOptConfig.of_knobs(training).for_run(steps, training.seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> bool:
