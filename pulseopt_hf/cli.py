@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -32,20 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: help or the version was shown, or SIGTERM ended `watch`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    words.sort(key="--debug".__eq__)  # it may stand anywhere, and goes last
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal's encoding lacks must not end a command.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _run([word for word in words if word != "--debug"], debug)
+        return _run(words)
     except BrokenPipeError:
         # The reader has left, as `head` does; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        return _complain(error, debug)
+        return _report_error(error, debug="--debug" in words)
 
 
 def console() -> None:
@@ -53,8 +52,10 @@ def console() -> None:
     sys.exit(main())
 
 
-def _complain(error: BaseException, debug: bool) -> int:
+def _report_error(error: BaseException, *, debug: bool) -> int:
     """Print an error, and return the exit code."""
+    if debug:
+        traceback.print_exc()
     if isinstance(error, UsageError):
         lines = [f"error: {problem}" for problem in error.problems if _is_first_process()]
     elif isinstance(error, KeyboardInterrupt):
@@ -72,33 +73,29 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(words: list[str], debug: bool) -> int:
+def _run(words: list[str]) -> int:
+    first = words[0] if words else "--help"
+    own = {"list": _list, "show": _show, "cp": _cp, "validate": _validate}
+    own |= {"train": _train, "find-lr": _find_lr}
+    if first in COMMANDS:
+        return own.get(first, partial(_show_runs, first))(words[1:])
+    if first not in ("-h", "--help", "--version"):
+        raise UsageError(
+            f"Unknown {'option' if first.startswith('-') else 'command'} `{first}`"
+            f"{nearest(first, COMMANDS) or '.'} `pulseopt-hf --help` lists the commands."
+        )
     parser = argparse.ArgumentParser(
         prog="pulseopt-hf",
         description="Fine-tune with Transformers from a recipe, with a calibrated learning rate.",
         epilog="`pulseopt-hf COMMAND --help` describes a command.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks, for every command")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, about in COMMANDS.items():
-        commands.add_parser(name, help=about, add_help=False)
-    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version"):
-        raise UsageError(
-            f"Unknown {'option' if words[0].startswith('-') else 'command'} `{words[0]}`"
-            f"{nearest(words[0], COMMANDS) or '.'} `pulseopt-hf --help` lists the commands."
-        )
-    options, rest = parser.parse_known_args(words)
-    if options.command is None:
-        parser.print_help()
-        return BAD_USAGE
-    own = {"list": _list, "show": _show, "cp": _cp}
-    own |= {"validate": _validate, "find-lr": _find_lr}
-    name = options.command
-    if name == "train":
-        return _train(rest, debug)
-    return own[name](rest) if name in own else _show_runs(name, rest)
+        commands.add_parser(name, help=about)
+    parser.parse_args(words)  # which shows help or the version, and exits
+    parser.print_help()
+    return BAD_USAGE
 
 
 def _list(words: list[str]) -> int:
@@ -154,7 +151,7 @@ def _validate(words: list[str]) -> int:
     return DONE
 
 
-def _train(words: list[str], debug: bool) -> int:
+def _train(words: list[str]) -> int:
     parser = Parser("train", takes_recipe=True)
     for flag, about in (
         ("--resume", "continue from the last whole checkpoint in the run folder"),
@@ -172,7 +169,7 @@ def _train(words: list[str], debug: bool) -> int:
     if options.resume and options.overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one.")
     catalogue.find(options.recipe)
-    launched = launching.launch(options, ["train", *words] + ["--debug"] * debug)
+    launched = launching.launch(options, ["train", *words])
     if launched is not None:
         return launched
     from pulseopt_hf.recipes.parsing import resolve

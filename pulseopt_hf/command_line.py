@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
             **settings,
         )
         self._negative_number_matcher = ONE_DASH
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if takes_recipe:
             self.add_recipe()
             self.epilog = "A KEY overrides the recipe. `pulseopt-hf train --help` lists every key."

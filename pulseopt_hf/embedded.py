@@ -93,13 +93,13 @@ def digits() -> DatasetDict:
     bunch = load_digits()
     images = (bunch.images * (255 / 16)).astype("uint8")
     image, label = Array2D(shape=(8, 8), dtype="uint8"), ClassLabel(names=list("0123456789"))
-    features = Features({"image": image, "label": label})
-    splits = {}
-    for name, is_validation in (("train", False), ("validation", True)):
-        chosen = [i for i in range(len(images)) if (i % 5 == 4) == is_validation]
-        columns = {"image": images[chosen], "label": bunch.target[chosen].tolist()}
-        splits[name] = Dataset.from_dict(columns, features=features)
-    return DatasetDict(splits)
+    columns = {"image": images, "label": bunch.target.tolist()}
+    rows = Dataset.from_dict(columns, features=Features({"image": image, "label": label}))
+    numbers = range(len(rows))
+    return DatasetDict(
+        train=rows.select([i for i in numbers if i % 5 != 4]),
+        validation=rows.select([i for i in numbers if i % 5 == 4]),
+    )
 
 
 def minilm_folder() -> Path:

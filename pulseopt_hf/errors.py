@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
 
 
 class UsageError(ValueError):
@@ -16,6 +20,34 @@ class UsageError(ValueError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems: Sequence[str] = problems
+
+
+def call_all(calls: Iterable[Callable[[], _Result]]) -> list[_Result]:
+    """Make every call and return the results.
+
+    Raises:
+        UsageError: some calls raised one; this one has the problems of all.
+    """
+    results, problems = [], list[str]()
+    for call in calls:
+        try:
+            results.append(call())
+        except UsageError as error:
+            problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+    return results
+
+
+@contextmanager
+def usage_error(what: str, kind: type[Exception] = Exception, *, hint: str = "") -> Iterator[None]:
+    """Turn an error of a library, by default any, into a `UsageError` of one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kind as error:
+        raise UsageError(f"{what}: {one_line(error)}{hint}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -45,9 +45,9 @@ def find(name: str) -> Path:
         raise UsageError(f"{name}: is a folder; did you mean `{path / RECIPE}`?")
     if path.suffix in (".yaml", ".yml") or path.is_absolute():
         raise UsageError(f"{name}: there is no such file.")
-    raise UsageError(
-        f"There is no recipe `{name}`{nearest(name, _all()) or '.'} `pulseopt-hf list` shows all."
-    )
+    kind = "launch profile" if name.startswith(LAUNCH) else "recipe"
+    close = nearest(name, _all()) or "."
+    raise UsageError(f"Unknown {kind} `{name}`{close} `pulseopt-hf list` shows all.")
 
 
 def _all() -> dict[str, Path]:

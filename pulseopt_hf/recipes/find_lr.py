@@ -16,7 +16,7 @@ from pulseopt_hf.aees.calibration import (
     Trial,
 )
 from pulseopt_hf.command_line import Parser, aligned
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, usage_error
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.report.wording import moved
 
@@ -63,13 +63,8 @@ def _check_picture(file: Path) -> None:
         raise UsageError(f"`--plot`: {file} is a folder; name a file in it.")
     if not file.parent.is_dir():
         raise UsageError(f"`--plot`: {file.parent}: there is no such folder.")
-    try:
+    with usage_error("`--plot` needs `pip install 'pulseopt-hf[report]'`", ModuleNotFoundError):
         import pulseopt_hf.report.chart_files  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"`--plot` needs {error.name}, which is not installed: "
-            "pip install 'pulseopt-hf[report]'."
-        ) from error
 
 
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
@@ -92,23 +87,15 @@ def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
     with tempfile.TemporaryDirectory() as folder:
         training.output_dir = folder  # Trainer makes it
         trainer = make_trainer(resolved, prepare(resolved), Lines(quiet=True, silent=True))
-        if trainer.is_deepspeed_enabled:
-            raise UsageError(
-                "DeepSpeed's engine changes the model for good, so `find-lr` cannot put it back. "
-                "Run it without DeepSpeed, or train with `--calibration trust_region`."
-            )
-        return trainer.find_learning_rate(), trainer.is_world_process_zero()
+        with usage_error("`find-lr`", ValueError):
+            return trainer.find_learning_rate(), trainer.is_world_process_zero()
 
 
 def _save(suggestion: Suggestion, file: Path) -> None:
     from pulseopt_hf.report.chart_files import write_chart
 
-    try:
+    with usage_error(f"`--plot`: {file} cannot be written", OSError):
         write_chart(suggestion.plot().to_dict(), file)
-    except OSError as error:
-        raise UsageError(
-            f"`--plot`: {file} cannot be written: {error.strerror or error}."
-        ) from error
 
 
 def _table(trials: Sequence[Trial]) -> list[str]:

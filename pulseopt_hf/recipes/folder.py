@@ -65,7 +65,7 @@ def choose(
             f"`--resume`: `{key}` was {before.get(key, 'not set')} in this run and would be "
             f"{now.get(key, 'not set')} now; choose one with `--{key}`."
             for key in {**before, **now}
-            if before.get(key) != now.get(key) and key not in resolved.said
+            if before.get(key) != now.get(key) and key not in resolved.overrides
         ]
         if problems:
             raise UsageError(*problems)
@@ -96,14 +96,14 @@ def _folder(resolved: Resolved, *, resume: bool, overwrite: bool) -> Path:
     return taken[-1] if overwrite and taken else path
 
 
-def command_to_go_on(path: Path, resolved: Resolved, command: Sequence[str]) -> str:
+def resume_command(path: Path, resolved: Resolved, command: Sequence[str]) -> str:
     """Return the command line that continues a run which this one started."""
     start = ["pulseopt-hf"]
     if resolved.training.world_size > 1 and not is_launched():
         start = ["accelerate", "launch", "...", "-m", "pulseopt_hf"]
     once = ("--overwrite", "--resume")
     words = [word for word in _without_secrets(command[1:]) if word not in once]
-    if "output_dir" not in resolved.said:
+    if "output_dir" not in resolved.overrides:
         words += ["--output_dir", str(path)]
     return shlex.join([*start, *words, "--resume"])
 

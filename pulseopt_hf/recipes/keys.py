@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.integration_utils import (
@@ -20,19 +20,51 @@ from pulseopt_hf.config import knob
 from pulseopt_hf.errors import nearest
 from pulseopt_hf.trainer import PulseOptTrainingArguments
 
-_CLASS_METRICS = ("accuracy", "f1", "matthews")
-# Tasks that TRL's Trainers do, and the first part of their names.
-TRL_TASKS = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "grpo": "GRPO"}
-REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # TRL's
-METRICS_OF_TASK: dict[str, tuple[str, ...]] = {
-    "text-classification": _CLASS_METRICS,
-    "text-regression": ("pearson", "spearman"),
-    "causal-lm": ("perplexity",),
-    "masked-lm": ("perplexity",),
-    "seq2seq": ("rouge",),
-    "image-classification": _CLASS_METRICS,
-    **dict.fromkeys(TRL_TASKS, ()),  # which measure by themselves
+
+class TaskFacts(NamedTuple):
+    """What is known of a task without loading what does it.
+
+    Attributes:
+        module: of `recipes.tasks`, whose `prepare` does it.
+        pipeline: what the hub calls it, if it has a name for it.
+        model: Transformers' class of its models.
+        fitting: Transformers' list of the model types that fit.
+        peft: what peft calls it; nothing where LoRA cannot be used.
+        metrics: what it may be measured by.
+        trl: the first part of the names of TRL's classes, for a task that TRL's Trainers do.
+    """
+
+    module: str
+    pipeline: str | None
+    model: str
+    fitting: str
+    peft: str = ""
+    metrics: tuple[str, ...] = ()
+    trl: str = ""
+
+
+_CLASSES = ("accuracy", "f1", "matthews")
+_SEQUENCES = ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS")
+_CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM")
+_SEQ2SEQ = ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQ_2_SEQ_LM")
+_MASKED = ("AutoModelForMaskedLM", "MASKED_LM", "")
+_IMAGES = ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", "")
+_TEXTS, _GENERATION = "text-classification", "text-generation"
+TASKS = {
+    "text-classification": TaskFacts("classification", _TEXTS, *_SEQUENCES, _CLASSES),
+    "text-regression": TaskFacts("classification", _TEXTS, *_SEQUENCES, ("pearson", "spearman")),
+    "causal-lm": TaskFacts("language", _GENERATION, *_CAUSAL, ("perplexity",)),
+    "masked-lm": TaskFacts("language", "fill-mask", *_MASKED, ("perplexity",)),
+    "seq2seq": TaskFacts("seq2seq", None, *_SEQ2SEQ, ("rouge",)),
+    "image-classification": TaskFacts("images", "image-classification", *_IMAGES, _CLASSES),
+    # TRL's Trainers measure by themselves.
+    "sft": TaskFacts("trl", _GENERATION, *_CAUSAL, trl="SFT"),
+    "dpo": TaskFacts("trl", _GENERATION, *_CAUSAL, trl="DPO"),
+    "reward": TaskFacts("trl", _TEXTS, *_SEQUENCES, trl="Reward"),
+    "grpo": TaskFacts("trl", _GENERATION, *_CAUSAL, trl="GRPO"),
 }
+TRL_TASKS = {name: task.trl for name, task in TASKS.items() if task.trl}
+REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # TRL's
 COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 
 
@@ -40,7 +72,7 @@ COMMAND_LINE_ONLY = ("trust_remote_code", "hub_token", "resume_from_checkpoint")
 class RecipeArguments:
     """The task, the model and the data. Trainer's keys and AEES's stand beside them, flat."""
 
-    task: str = knob("text-classification", f"One of {', '.join(METRICS_OF_TASK)}.")
+    task: str = knob("text-classification", f"One of {', '.join(TASKS)}.")
     expected_time: str | None = knob(None, "How long the run takes, and on what; for `list`.")
     expected_score: str | None = knob(None, "The score to expect; for `list`.")
 
@@ -56,7 +88,9 @@ class RecipeArguments:
         None, "Tokenizer, if not the model's: a hub name, a folder, or `embedded:bpe`."
     )
     pad_token: str | None = knob(None, "Token to pad with, for a tokenizer without a pad token.")
-    trust_remote_code: bool = knob(False, "Run code from the model's repository. Not in files.")
+    trust_remote_code: bool = knob(
+        False, "Run code from the model's repository; on command lines only."
+    )
 
     lora_r: int | None = knob(None, "Rank of LoRA matrices, >= 1; if set, only those are trained.")
     lora_alpha: int = knob(16, "LoRA's scale, divided by the rank, >= 1.")
@@ -175,36 +209,33 @@ def _check_config_file(key: str, value: Any) -> None:
         raise ValueError(f"`{key}`: {value} holds no JSON mapping.")
 
 
-_BOUNDS: dict[str, Callable[[Any], bool]] = {
-    "at least 1": lambda v: v >= 1,
-    "at least 2": lambda v: v >= 2,
-    "at least 1, or -1 for none": lambda v: v >= 1 or v == -1,
-    "a number >= 0": lambda v: math.isfinite(v) and v >= 0,
-    "a number > 0": lambda v: math.isfinite(v) and v > 0,
-    "in [0, 1)": lambda v: 0 <= v < 1,
-    "in (0, 1)": lambda v: 0 < v < 1,
-    "in (0, 50]": lambda v: 0 < v <= 50,
-    "two numbers": lambda v: len(v) in (0, 2),
-    "different names": lambda v: len(set(v)) == len(v),
-}
-_BOUND_OF = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "max_train_samples"), "at least 1"),
-    **dict.fromkeys(("max_eval_samples", "max_predict_samples", "image_size"), "at least 1"),
-    **dict.fromkeys(("max_length", "max_target_length"), "at least 1"),
-    "block_size": "at least 2",
-    "lora_dropout": "in [0, 1)",
-    "mlm_probability": "in (0, 1)",
-    "validation_percentage": "in (0, 50]",
-    "label_range": "two numbers",
-    "class_names": "different names",
-    # What Trainer lets through.
-    **dict.fromkeys(("learning_rate", "weight_decay", "seed"), "a number >= 0"),
-    "num_train_epochs": "a number > 0",
-    "max_steps": "at least 1, or -1 for none",
-    "gradient_accumulation_steps": "at least 1",
-    "per_device_train_batch_size": "at least 1",
-    "per_device_eval_batch_size": "at least 1",
-}
+# What a value must be, how that is tested, and of which keys: a recipe's, and those of Trainer that
+# Trainer does not check.
+_BOUNDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        (
+            *("lora_r", "lora_alpha", "image_size", "max_length", "max_target_length"),
+            *("max_train_samples", "max_eval_samples", "max_predict_samples"),
+            *("per_device_train_batch_size", "per_device_eval_batch_size"),
+            "gradient_accumulation_steps",
+        ),
+    ),
+    ("at least 2", lambda v: v >= 2, ("block_size",)),
+    ("at least 1, or -1 for none", lambda v: v >= 1 or v == -1, ("max_steps",)),
+    (
+        "a number >= 0",
+        lambda v: math.isfinite(v) and v >= 0,
+        ("learning_rate", "weight_decay", "seed"),
+    ),
+    ("a number > 0", lambda v: math.isfinite(v) and v > 0, ("num_train_epochs",)),
+    ("in [0, 1)", lambda v: 0 <= v < 1, ("lora_dropout",)),
+    ("in (0, 1)", lambda v: 0 < v < 1, ("mlm_probability",)),
+    ("in (0, 50]", lambda v: 0 < v <= 50, ("validation_percentage",)),
+    ("two numbers", lambda v: len(v) in (0, 2), ("label_range",)),
+    ("different names", lambda v: len(set(v)) == len(v), ("class_names",)),
+)
 
 
 def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]:
@@ -217,16 +248,16 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     Yields:
         A line for each problem.
     """
-    for key, bound in _BOUND_OF.items():
-        value = given.get(key)
-        if value is not None and not _BOUNDS[bound](value):
-            yield f"`{key}` must be {bound}, got {value!r}."
+    for bound, holds, keys in _BOUNDS:
+        for key in keys:
+            if (value := given.get(key)) is not None and not holds(value):
+                yield f"`{key}` must be {bound}, got {value!r}."
     task, is_new = recipe.task, recipe.model_type is not None
-    if task not in METRICS_OF_TASK:
-        yield f"`task` must be one of {', '.join(METRICS_OF_TASK)}, got {task!r}."
-    fitting = METRICS_OF_TASK.get(task) or recipe.metrics
+    if task not in TASKS:
+        yield f"`task` must be one of {', '.join(TASKS)}, got {task!r}."
+    fitting = TASKS[task].metrics if task in TASKS else ()
     for metric in recipe.metrics:
-        if metric not in fitting:
+        if fitting and metric not in fitting:
             yield f"`metrics` of `{task}` are {', '.join(fitting)}, got {metric!r}."
     if task in TRL_TASKS:
         if recipe.model_name_or_path is None:
@@ -251,13 +282,13 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     ):
         yield "`metrics` and `do_predict` of `seq2seq` need `predict_with_generate: true`."
     for key, is_set, tasks in (
-        ("lora_r", recipe.lora_r is not None, ("masked-lm", "image-classification")),
+        ("lora_r", recipe.lora_r is not None, {name for name in TASKS if not TASKS[name].peft}),
         ("class_names", bool(recipe.class_names), ("text-regression",)),
         ("do_predict", predicts, ("causal-lm", "masked-lm", *TRL_TASKS)),
         ("do_train: false", given.get("do_train") is False, TRL_TASKS),
         ("metrics", bool(recipe.metrics), TRL_TASKS),
         ("model_type", is_new, TRL_TASKS),
-        ("reward_funcs", bool(recipe.reward_funcs), {*METRICS_OF_TASK} - {"grpo"}),
+        ("reward_funcs", bool(recipe.reward_funcs), {*TASKS} - {"grpo"}),
     ):
         if is_set and task in tasks:
             yield f"`{key}` cannot be used with `task: {task}`; leave it out."

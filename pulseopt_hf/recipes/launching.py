@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate_config",
         metavar="PROFILE",
-        help="launch with a profile: a name from `list`, such as `fsdp2`, or Accelerate's YAML",
+        help="launch with a profile: a name from `list`, such as `fsdp2`, or a YAML of Accelerate",
     )
     for name, about in _OPTIONS.items():
         parser.add_argument(f"--{name}", metavar="X", help=about)
@@ -93,15 +93,9 @@ def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
 
 def _profile(name: str) -> Path:
     """Return the file of a launch profile that ships, or of a user's own."""
-    shipped = f"{catalogue.LAUNCH}{name.removeprefix(catalogue.LAUNCH)}"
-    if shipped in catalogue.profiles():
-        return catalogue.find(shipped)
-    if Path(name).is_file():
-        return Path(name)
-    known = ", ".join(known.removeprefix(catalogue.LAUNCH) for known in catalogue.profiles())
-    raise UsageError(
-        f"`--accelerate_config`: there is no `{name}`; profiles are {known}, or name a file."
-    )
+    if Path(name).suffix:
+        return catalogue.find(name)
+    return catalogue.find(f"{catalogue.LAUNCH}{name.removeprefix(catalogue.LAUNCH)}")
 
 
 def _code(code: int) -> int:

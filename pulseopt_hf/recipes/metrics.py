@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pkgutil
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import evaluate
@@ -35,13 +36,13 @@ def _f1(predictions: Any, references: Any) -> dict[str, float]:
     return f1(predictions, references)
 
 
-def _perplexity(losses: Any, tokens: Any) -> dict[str, float]:
+def _perplexity(predictions: Any, references: Any) -> dict[str, float]:
     """Exponential of the mean loss per token.
 
     Predictions are the sum of token losses of each example, references its number of tokens.
     """
-    count = math.fsum(tokens)
-    mean = math.fsum(losses) / count if count else math.nan
+    tokens = math.fsum(references)
+    mean = math.fsum(predictions) / tokens if tokens else math.nan
     return {"perplexity": math.inf if mean >= 700 else math.exp(mean)}
 
 
@@ -50,9 +51,8 @@ def _rouge(predictions: Any, references: Any) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
-    return {k: 100 * math.fsum(s[k].fmeasure for s in scores) / len(scores) for k in names}
+    scores = list(map(RougeScorer(names, use_stemmer=True).score, references, predictions))
+    return {name: 100 * fmean(score[name].fmeasure for score in scores) for name in names}
 
 
 # What computes each, of what kind of value.
@@ -71,7 +71,7 @@ class _Offline(evaluate.Metric):  # type: ignore[misc]
     """A metric that keeps its inputs in memory."""
 
     def __init__(self, name: str) -> None:
-        self._function, self._kind = METRICS[name]
+        self._compute, self._kind = METRICS[name]  # which `evaluate` calls
         super().__init__(keep_in_memory=True, seed=0)
 
     def _build_data_dir(self) -> str:
@@ -79,11 +79,7 @@ class _Offline(evaluate.Metric):  # type: ignore[misc]
 
     def _info(self) -> evaluate.MetricInfo:
         features = Features({key: Value(self._kind) for key in ("predictions", "references")})
-        about = str(self._function.__doc__)
-        return evaluate.MetricInfo(about, citation="", features=features)
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return self._function(predictions, references)
+        return evaluate.MetricInfo(str(self._compute.__doc__), citation="", features=features)
 
 
 def load(name: str) -> evaluate.Metric:
@@ -97,3 +93,20 @@ def compute(names: list[str], predictions: Any, references: Any) -> dict[str, fl
     for name in names:
         result |= load(name).compute(predictions=predictions, references=references)
     return result
+
+
+def computing(
+    names: list[str],
+    predicted: Callable[[Any], Any],
+    expected: Callable[[Any], Any] = lambda labels: labels,
+) -> Callable[[Any], dict[str, float]] | None:
+    """Return Trainer's `compute_metrics`, or `None` where there are no metrics.
+
+    Args:
+        names: of `METRICS`.
+        predicted: makes the predictions to score of what the model returned.
+        expected: makes the references of the labels.
+    """
+    if not names:
+        return None
+    return lambda result: compute(names, predicted(result[0]), expected(result[1]))

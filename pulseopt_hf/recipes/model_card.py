@@ -10,17 +10,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.recipes import folder
+from pulseopt_hf.recipes.keys import TASKS
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.trainer.card import TAGS, table
 
-_PIPELINE = {
-    "text-classification": "text-classification",
-    "text-regression": "text-classification",
-    **dict.fromkeys(("causal-lm", "sft", "dpo", "grpo"), "text-generation"),
-    "reward": "text-classification",
-    "masked-lm": "fill-mask",
-    "image-classification": "image-classification",
-}
 # Where the hub's name of a metric is not the recipe's.
 _METRIC = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 
@@ -49,7 +42,7 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
         library_name="peft" if recipe.lora_r else "transformers",
         metrics=[_METRIC.get(metric, metric) for metric in recipe.metrics] or None,
         model_name=name if scores else None,
-        pipeline_tag=_PIPELINE.get(recipe.task),
+        pipeline_tag=TASKS[recipe.task].pipeline,
         tags=list(TAGS) if rate is not None else None,
     )
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in results.items()}
@@ -74,7 +67,7 @@ def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: st
 def _scores(resolved: Resolved, results: dict[str, Any]) -> list[EvalResult]:
     """Return the scores on the hub's data in the form that the hub shows beside the model."""
     recipe = resolved.recipe
-    task = _PIPELINE.get(recipe.task)
+    task = TASKS[recipe.task].pipeline
     if task is None or recipe.max_eval_samples or recipe.validation_percentage:
         return []  # not a score of the whole split
     scores = []

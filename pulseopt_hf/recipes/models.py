@@ -14,23 +14,8 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from pulseopt_hf import embedded
-from pulseopt_hf.errors import UsageError, nearest
-from pulseopt_hf.recipes.keys import RecipeArguments
-from pulseopt_hf.recipes.problems import usage_error
-
-_SEQUENCES = ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS")
-_CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM", "CAUSAL_LM")
-# Of each task: Transformers' class, its list of types that fit, and peft's name.
-_MODELS = {
-    "text-classification": _SEQUENCES,
-    "text-regression": _SEQUENCES,
-    "causal-lm": _CAUSAL,
-    "masked-lm": ("AutoModelForMaskedLM", "MASKED_LM", ""),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQ_2_SEQ_LM"),
-    "image-classification": ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", ""),
-    **dict.fromkeys(("sft", "dpo", "grpo"), _CAUSAL),
-    "reward": _SEQUENCES,
-}
+from pulseopt_hf.errors import UsageError, nearest, usage_error
+from pulseopt_hf.recipes.keys import TASKS, RecipeArguments
 
 
 def model_folder(recipe: RecipeArguments) -> str | None:
@@ -40,10 +25,8 @@ def model_folder(recipe: RecipeArguments) -> str | None:
         return name
     if name != "embedded:minilm":
         raise UsageError(f"`model_name_or_path`: there is no `{name}`, only `embedded:minilm`.")
-    try:
+    with usage_error("`model_name_or_path`", FileNotFoundError):
         return str(embedded.minilm_folder())
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from error
 
 
 def check(recipe: RecipeArguments) -> None:
@@ -77,7 +60,7 @@ def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
 
 def load_model(recipe: RecipeArguments, config: Any) -> Any:
     """Load the weights, or initialise new ones, and add LoRA if the recipe has it."""
-    auto = getattr(transformers, _MODELS[recipe.task][0])
+    auto = getattr(transformers, TASKS[recipe.task].model)
     folder = model_folder(recipe)
     if folder is None:
         model = auto.from_config(config)
@@ -99,12 +82,10 @@ def lora_config(recipe: RecipeArguments) -> Any:
     """Return peft's configuration of a recipe's LoRA, or `None` where it has none."""
     if recipe.lora_r is None:
         return None
-    try:
+    with usage_error("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`", ImportError):
         from peft import LoraConfig
-    except ImportError as error:
-        raise UsageError("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`.") from error
     return LoraConfig(
-        task_type=_MODELS[recipe.task][2],
+        task_type=TASKS[recipe.task].peft,
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
@@ -167,7 +148,7 @@ def need_length(key: str, length: int, tokenizer: PreTrainedTokenizerBase, confi
 
 
 def _check_fits(recipe: RecipeArguments, config: Any) -> None:
-    fitting = getattr(modeling_auto, f"MODEL_FOR_{_MODELS[recipe.task][1]}_MAPPING_NAMES")
+    fitting = getattr(modeling_auto, f"MODEL_FOR_{TASKS[recipe.task].fitting}_MAPPING_NAMES")
     kind = config.model_type
     if kind not in fitting and not (
         recipe.trust_remote_code and getattr(config, "auto_map", None)  # code of its own

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,11 +16,11 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
-from pulseopt_hf.errors import UsageError, nearest, one_line
+from pulseopt_hf.errors import UsageError, nearest, one_line, usage_error
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
-    METRICS_OF_TASK,
+    TASKS,
     TRL_TASKS,
     RecipeArguments,
     RecipeTrainingArguments,
@@ -44,33 +43,19 @@ _PATHS = (
 )
 
 
-class RecipeParser(HfArgumentParser):
-    """A parser of all keys of a task's recipes, which raises instead of exiting.
-
-    Attributes:
-        keys: the recipe's own and Trainer's, by the class that they are built into.
-        mappings: the keys whose values may be mappings.
-    """
-
-    keys: dict[type, list[str]]
-    mappings: set[str]
-
-
 @cache
-def recipe_parser(task: str | None = None) -> RecipeParser:
-    """Return the parser of a task's recipes.
+def recipe_parser(task: str | None = None) -> HfArgumentParser:
+    """Return the parser of all keys of a task's recipes, which raises instead of exiting.
 
     Raises:
         UsageError: the task needs TRL, which is not installed.
     """
     classes: Any = (RecipeArguments, RecipeTrainingArguments)
     if task in TRL_TASKS:
-        try:
+        with usage_error(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`", ImportError):
             from pulseopt_hf.recipes import trl_keys
-        except ImportError as error:
-            raise UsageError(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`.") from error
         classes = trl_keys.CLASSES[task]
-    parser = RecipeParser(
+    parser = HfArgumentParser(
         classes,
         usage=argparse.SUPPRESS,  # it would list every key
         add_help=False,
@@ -79,13 +64,12 @@ def recipe_parser(task: str | None = None) -> RecipeParser:
     )
     parser._optionals.title = "keys of a recipe"
     parser._negative_number_matcher = ONE_DASH
-    parser.keys = {
-        cls: [field.name for field in dataclasses.fields(cls) if field.init] for cls in classes
-    }
-    parser.mappings = {
-        key for cls in classes for key, kind in get_type_hints(cls).items() if "dict" in str(kind)
-    }
     return parser
+
+
+def keys_of(parser: HfArgumentParser) -> set[str]:
+    """Return the keys that a parser knows."""
+    return {action.dest for action in parser._actions}
 
 
 @dataclass
@@ -98,7 +82,7 @@ class Resolved:
         recipe: the task, the model and the data.
         training: Trainer's arguments and the knobs; `output_dir` is `None` if the user named none.
         given: what the YAML file and the command line set, converted.
-        said: the keys of these that the command line set.
+        overrides: the keys of these that the command line set.
     """
 
     name: str
@@ -106,7 +90,7 @@ class Resolved:
     recipe: RecipeArguments
     training: RecipeTrainingArguments
     given: dict[str, Any]
-    said: frozenset[str]
+    overrides: frozenset[str]
 
 
 def resolve(name: str, options: Sequence[str]) -> Resolved:
@@ -128,13 +112,14 @@ def resolve(name: str, options: Sequence[str]) -> Resolved:
     parser = recipe_parser(_task(content, options))
     wrong: list[str] = []
     in_file = _from_yaml(content, parser, wrong)
-    said = _from_command_line(options, parser, wrong)
-    given = {**in_file, **said}  # what the command line sets may be wrong in the file
+    overrides = _from_command_line(options, parser, wrong)
+    given = {**in_file, **overrides}  # what the command line sets may be wrong in the file
     built: list[Any] = []
-    for cls, keys in parser.keys.items():
+    for cls in parser.dataclass_types:
+        own = {field.name for field in dataclasses.fields(cls) if field.init} & given.keys()
         try:
             # Trainer's arguments write into the mappings that they are given.
-            built.append(cls(**{key: copy.deepcopy(given[key]) for key in keys if key in given}))
+            built.append(cls(**{key: copy.deepcopy(given[key]) for key in own}))
         except (ValueError, TypeError, ImportError) as error:
             wrong += [line for line in str(error).splitlines() if line.strip()]
         except ArithmeticError as error:  # Trainer's own checks compute with what they are given
@@ -150,7 +135,7 @@ def resolve(name: str, options: Sequence[str]) -> Resolved:
             setattr(recipe, field.name, getattr(training, field.name))
     if "output_dir" not in given:
         training.output_dir = None
-    return Resolved(name, path, recipe, training, given, frozenset(said))
+    return Resolved(name, path, recipe, training, given, frozenset(overrides))
 
 
 def _task(content: dict[str, Any], options: Sequence[str]) -> str | None:
@@ -161,11 +146,13 @@ def _task(content: dict[str, Any], options: Sequence[str]) -> str | None:
         task = first.parse_known_args(options)[0].task
     except argparse.ArgumentError:  # which the whole parser tells
         return None
-    return task if task in tuple(METRICS_OF_TASK) else None
+    return task if task in tuple(TASKS) else None
 
 
-def _from_yaml(content: dict[str, Any], parser: RecipeParser, wrong: list[str]) -> dict[str, Any]:
-    values, keys = {}, [*chain(*parser.keys.values())]
+def _from_yaml(
+    content: dict[str, Any], parser: HfArgumentParser, wrong: list[str]
+) -> dict[str, Any]:
+    values, keys = {}, keys_of(parser)
     for key, value in content.items():
         if key not in keys:
             wrong.append(f"unknown recipe key `{key}`{nearest(key, keys) or '.'}")
@@ -179,11 +166,13 @@ def _from_yaml(content: dict[str, Any], parser: RecipeParser, wrong: list[str]) 
     return values
 
 
-def _converted(key: str, value: Any, parser: RecipeParser) -> Any:
+def _converted(key: str, value: Any, parser: HfArgumentParser) -> Any:
     """Turn a value as YAML gives it into what the key's option makes of it."""
     action = parser._option_string_actions[f"--{key}"]
-    if isinstance(value, dict) and key in parser.mappings:
-        return value
+    if isinstance(value, dict):
+        hints = [get_type_hints(cls).get(key) for cls in parser.dataclass_types]
+        if "dict" in str(hints):
+            return value
     if value in (None, []) and value == action.default:
         return value
     if value is None:
@@ -208,10 +197,10 @@ def _converted(key: str, value: Any, parser: RecipeParser) -> Any:
 
 
 def _from_command_line(
-    options: Sequence[str], parser: RecipeParser, wrong: list[str]
+    options: Sequence[str], parser: HfArgumentParser, wrong: list[str]
 ) -> dict[str, Any]:
     unset = object()
-    namespace = argparse.Namespace(**dict.fromkeys(chain(*parser.keys.values()), unset))
+    namespace = argparse.Namespace(**dict.fromkeys(keys_of(parser), unset))
     try:
         _, unknown = parser.parse_known_args(options, namespace)
     except argparse.ArgumentError as error:

@@ -6,15 +6,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.record_format import FILE_NAME
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, call_all
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
 from pulseopt_hf.recipes.lines import (
@@ -27,19 +28,14 @@ from pulseopt_hf.recipes.lines import (
 )
 from pulseopt_hf.recipes.model_card import write_card
 from pulseopt_hf.recipes.parsing import Resolved
-from pulseopt_hf.recipes.problems import Problems
 from pulseopt_hf.report.wording import described
 from pulseopt_hf.trainer.card import section
 
 
 def check(resolved: Resolved) -> None:
     """Refuse what can be found wrong without the hub, rows or weights."""
-    problems = Problems()
-    with problems:
-        splits.check(resolved.recipe, resolved.training)
-    with problems:
-        models.check(resolved.recipe)
-    problems.raise_any()
+    recipe, training = resolved.recipe, resolved.training
+    call_all([partial(splits.check, recipe, training), partial(models.check, recipe)])
 
 
 def prepare(resolved: Resolved) -> tasks.Task:
@@ -105,7 +101,7 @@ def run(
     for line in passed_over:
         write(line)
     if checkpoint is not None:
-        write(f"going on from {checkpoint}")
+        write(f"resuming from {checkpoint}")
     training.output_dir = str(path)
     task = prepare(resolved)
     _check_episode_length(resolved, task)
@@ -119,7 +115,7 @@ def run(
         step = trainer.state.global_step
         return (
             f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. "
-            f"Continue with:\n{folder.command_to_go_on(path, resolved, command)}"
+            f"Continue with:\n{folder.resume_command(path, resolved, command)}"
         )
     if training.do_eval:
         _evaluate(trainer, resolved, task, write)
@@ -140,19 +136,18 @@ def run(
 def _check_episode_length(resolved: Resolved, task: tasks.Task) -> None:
     """Refuse an episode that is longer than the run before anything is written."""
     training = resolved.training
-    length, steps = training.episode_length, training.max_steps
-    if not training.do_train or length is None or resolved.recipe.task == "grpo":
+    steps = training.max_steps
+    if not training.do_train or resolved.recipe.task == "grpo":
         return  # `grpo` takes several completions of each row
     if steps < 0:
         batch = training.train_batch_size * training.world_size
         batches = math.ceil(len(task.sets["train"][0]) / batch)
         per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
         steps = math.ceil(per_epoch * training.num_train_epochs)
-    if length > steps:
-        raise UsageError(
-            f"`episode_length` must be at most the {steps} optimizer steps of this run, got "
-            f"{length}; leave it out to derive it from the run."
-        )
+    try:
+        PulseOptConfig.of_knobs(training).for_run(steps, training.seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> bool:

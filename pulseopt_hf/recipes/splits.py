@@ -6,19 +6,20 @@ What is missing or cannot be read is named in a `UsageError`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from pulseopt_hf import embedded
-from pulseopt_hf.errors import UsageError, nearest, one_line
+from pulseopt_hf.errors import UsageError, call_all, nearest, one_line, usage_error
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.problems import Problems, usage_error
 
+_Value = TypeVar("_Value")
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     # Without `keep_default_na=False` the text "null" would be no text.
     ".csv": ("csv", {"keep_default_na": False}),
@@ -55,37 +56,69 @@ class Split:
     role: str
     origin: str
 
-    def need(self, *columns: str | None) -> None:
-        """Refuse a split that lacks one of these columns."""
-        there = self.rows.column_names
-        missing = [column for column in columns if column is not None and column not in there]
-        if missing:
-            what = "columns" if missing[1:] else "column"
-            close = "" if missing[1:] else nearest(missing[0], there)
-            raise UsageError(
-                f"{self.origin}: has no {what} {_list(missing)}{close or ';'} its columns are "
-                f"{_list(there)}. Rename them, or name yours by `text_column` and the like."
-            )
+    def values(self, column: str, convert: Callable[[Any], _Value], allowed: str) -> list[_Value]:
+        """Return a column, each value converted.
+
+        Args:
+            column: its name.
+            convert: raises a `LookupError`, `TypeError` or `ValueError` where a value does not fit.
+            allowed: what a value must be.
+
+        Raises:
+            UsageError: a value does not fit; the message names its row, counted from 1.
+        """
+        result = []
+        for row, value in enumerate(self.rows[column], 1):
+            try:
+                result.append(convert(value))
+            except (LookupError, TypeError, ValueError):
+                raise UsageError(
+                    f"{self.origin}: row {row}: `{column}` must be {allowed}, got {value!r}."
+                ) from None
+        return result
+
+
+def need(splits: Sequence[Split], *columns: str, target: str | None = None) -> None:
+    """Refuse splits that lack one of these columns, or, outside of tests, the target."""
+    call_all(
+        partial(_need, split, [*columns, *([target] if target and split.role != "test" else [])])
+        for split in splits
+    )
+
+
+def _need(split: Split, columns: list[str]) -> None:
+    there = split.rows.column_names
+    missing = [column for column in columns if column not in there]
+    if missing:
+        what = "columns" if missing[1:] else "column"
+        close = "" if missing[1:] else nearest(missing[0], there)
+        raise UsageError(
+            f"{split.origin}: has no {what} {listed(missing)}{close or ';'} its columns are "
+            f"{listed(there)}. Rename them, or name yours by `text_column` and the like."
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as an error message lists them."""
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def check(recipe: RecipeArguments, training: RecipeTrainingArguments) -> None:
     """Check that the data is named and that local files exist, without reading any."""
     name = recipe.dataset_name
-    problems = []
     if _is_local(recipe):
-        problems = list(_problems_of_files(recipe, training))
+        if problems := list(_problems_of_files(recipe, training)):
+            raise UsageError(*problems)
     elif name is None:
-        problems = [
+        raise UsageError(
             "There is no data: set `train_file` and `validation_file` to local files, or "
             "`dataset_name` to a data set on the hub."
-        ]
+        )
     elif name.startswith("embedded:") and name not in _EMBEDDED:
-        problems = [
+        raise UsageError(
             f"`dataset_name`: there is no `{name}`{nearest(name, _EMBEDDED) or '.'} "
             f"There are {', '.join(_EMBEDDED)}."
-        ]
-    if problems:
-        raise UsageError(*problems)
+        )
 
 
 def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Split]:
@@ -145,17 +178,12 @@ def _problems_of_files(recipe: RecipeArguments, training: RecipeTrainingArgument
 
 
 def _from_files(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Split]:
-    splits, problems = [], Problems()
-    for role, names in _names(recipe, training, "file").items():
-        for name in names:
-            origin = f"`{role}_file` {name}"
-            with problems:
-                splits.append(Split(_read_file(Path(name), origin), role, origin))
-    problems.raise_any()
-    return splits
+    named = _names(recipe, training, "file")
+    return call_all(partial(_read_file, Path(n), role) for role in named for n in named[role])
 
 
-def _read_file(path: Path, origin: str) -> Dataset:
+def _read_file(path: Path, role: str) -> Split:
+    origin = f"`{role}_file` {path}"
     if path.is_dir():
         with usage_error(f"{origin}: is not a folder that `save_to_disk` wrote"):
             rows = load_from_disk(str(path))
@@ -163,25 +191,24 @@ def _read_file(path: Path, origin: str) -> Dataset:
             raise UsageError(
                 f"{origin}: holds several splits ({', '.join(rows)}); name the folder of one."
             )
-        return rows
+        return Split(rows, role, origin)
     builder, options = _FORMATS[path.suffix.lower()]
     try:
-        return load_dataset(builder, data_files={"rows": str(path)}, split="rows", **options)
+        rows = load_dataset(builder, data_files={"rows": str(path)}, split="rows", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):  # as datasets puts it
             raise UsageError(f"{origin}: has no rows.") from error
         cause = one_line(error.__cause__ or error)
         raise UsageError(f"{origin}: cannot be read as {builder}: {cause}") from error
+    return Split(rows, role, origin)
 
 
 def _from_data_set(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Split]:
     name, config = str(recipe.dataset_name), recipe.dataset_config_name
     title = f"{name} ({config})" if config else name
     if name.startswith("embedded:"):
-        try:
+        with usage_error(f"`{name}` needs `pip install 'pulseopt-hf[recipes]'`", ImportError):
             there = _EMBEDDED[name]()
-        except ImportError as error:
-            raise UsageError(f"`{name}` needs `pip install 'pulseopt-hf[recipes]'`.") from error
     else:
         offline = " and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
         with usage_error(
@@ -215,7 +242,3 @@ def _held_out(split: Split, share: float, seed: int) -> list[Split]:
         Split(parts["train"], "train", split.origin),
         Split(parts["test"], "validation", split.origin),
     ]
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

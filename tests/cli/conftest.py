@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pulseopt_hf.cli import main
-from tests.recipes.tiny import bert, gpt2, t5
+from tests.recipes.tiny import bert, gpt2, t5, write_glue
 
 __all__ = ["bert", "gpt2", "t5"]
 
@@ -21,6 +21,23 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(beside))
     return folder
+
+
+@pytest.fixture
+def local(tmp_path: Path, bert: str) -> Callable[..., list[str]]:
+    """Return a maker of a recipe and its keys for local files, some of them with other content."""
+
+    def words(task: str = "sst2", model: str = "", **content: str) -> list[str]:
+        files = write_glue(tmp_path / "data", task)
+        for split, text in content.items():
+            files[split].write_text(text)
+        return [
+            *(f"glue/{task}", "--model_name_or_path", model or bert, "--use_cpu"),
+            *("--per_device_train_batch_size", "8", "--train_file", str(files["train"])),
+            *("--validation_file", str(files["validation"])),
+        ]
+
+    return words
 
 
 @pytest.fixture

@@ -10,89 +10,59 @@ import pytest
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import keys
-from tests.recipes.tiny import write_glue
 
 Refused = Callable[..., str]
 Local = Callable[..., list[str]]
-
-
-@pytest.fixture
-def local(tmp_path: Path, bert: str) -> Local:
-    """Return the words that train on local files, with some of these replaced."""
-
-    def words(task: str = "rte", model: str = "", **content: str) -> list[str]:
-        files = write_glue(tmp_path / "data", task)
-        for split, text in content.items():
-            files[split].write_text(text)
-        return [
-            *("train", f"glue/{task}", "--model_name_or_path", model or bert, "--use_cpu"),
-            *("--train_file", str(files["train"]), "--validation_file", str(files["validation"])),
-        ]
-
-    return words
-
-
 HEAD = "sentence1,sentence2,label\n"
 ROWS = HEAD + "the film,a story,0\nthe scene,a film,1\n" * 4
-KNOWN = "labels are 0 to 1, or `entailment`, `not_entailment`"
+KNOWN = "`label` must be 0 to 1, or `entailment`, `not_entailment`"
+RANGE = "`label` must be a number from 0 to 5"
 TYPO = "has no column `sentence2`; did you mean `sentense2`?"
 OTHERS = "has no columns `sentence1`, `sentence2`; its columns are `a`, `b`, `label`"
 
 
 @pytest.mark.parametrize(
-    ("split", "content", "says"),
+    ("task", "split", "content", "says"),
     [
-        ("train", "", "train.csv: is empty"),
-        ("train", HEAD, "has no rows"),
-        ("train", ROWS.replace("sentence2", "sentense2"), TYPO),
-        ("train", ROWS + "x,y,2\n", f"row 9 has the label 2 in `label`; {KNOWN}"),
-        ("train", ROWS + "x,y,-1\n", "row 9 has the label -1"),
-        ("train", ROWS + "x,y,maybe\n", "row 9 has the label 'maybe'"),
-        ("train", ROWS + "x,y,\n", "row 9 has the label ''"),
-        ("train", ROWS + "x,y,0.5\n", "has the label 0.0"),
-        ("train", HEAD + '"a,b,c\n', "cannot be read as csv"),
-        ("validation", ROWS + "x,y,7\n", "validation.csv: row 9 has the label 7"),
-        ("validation", "a,b,label\n1,2,1\n", f"validation.csv: {OTHERS}"),
-        ("validation", "sentence1,label\na,1\n", "validation.csv: has no column `sentence2`"),
+        ("rte", "train", "", "train.csv: is empty"),
+        ("rte", "train", HEAD, "has no rows"),
+        ("rte", "train", ROWS.replace("sentence2", "sentense2"), TYPO),
+        ("rte", "train", ROWS + "x,y,2\n", f"train.csv: row 9: {KNOWN}, got 2."),
+        ("rte", "train", ROWS + "x,y,-1\n", f"row 9: {KNOWN}, got -1."),
+        ("rte", "train", ROWS + "x,y,maybe\n", f"row 9: {KNOWN}, got 'maybe'."),
+        ("rte", "train", ROWS + "x,y,\n", f"row 9: {KNOWN}, got ''."),
+        ("rte", "train", ROWS + "x,y,0.5\n", f"row 1: {KNOWN}, got 0.0."),
+        ("rte", "train", HEAD + '"a,b,c\n', "cannot be read as csv"),
+        ("rte", "validation", ROWS + "x,y,7\n", f"validation.csv: row 9: {KNOWN}, got 7."),
+        ("rte", "validation", "a,b,label\n1,2,1\n", f"validation.csv: {OTHERS}"),
+        (
+            "rte",
+            "validation",
+            "sentence1,label\na,1\n",
+            "validation.csv: has no column `sentence2`",
+        ),
+        ("stsb", "train", ROWS + "x,y,7\n", f"row 9: {RANGE}, got 7."),
+        ("stsb", "train", ROWS + "x,y,-1\n", f"row 9: {RANGE}, got -1."),
+        ("stsb", "train", ROWS + "x,y,warm\n", f"row 9: {RANGE}, got 'warm'."),
+        ("stsb", "train", ROWS + "x,y,\n", f"row 9: {RANGE}, got ''."),
     ],
 )
 def test_data_that_does_not_fit_is_named(
-    split: str, content: str, says: str, refused: Refused, local: Local
+    task: str, split: str, content: str, says: str, refused: Refused, local: Local
 ) -> None:
-    assert says in refused(*local(**{split: content}))
-
-
-@pytest.mark.parametrize("value", ["7", "-1", "warm", ""])
-def test_a_regressions_label_out_of_range_is_named(
-    value: str, refused: Refused, local: Local
-) -> None:
-    line = refused(*local("stsb", train=ROWS + f"x,y,{value}\n"))
-    assert "row 9 has the label" in line
-    assert "labels are numbers from 0 to 5" in line
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--train_file", "gone.csv"], "`train_file` gone.csv: there is no such file"),
-        (["--validation_file", "gone.csv"], "`validation_file` gone.csv: there is no such file"),
-        (["--train_file", __file__], "must be one of csv, tsv"),
-        (["--do_predict"], "`test_file` is not set"),
-        (["--report_to", "wandbb"], "unknown tracker `wandbb`; did you mean `wandb`?"),
-        (["--report_to", "none", "x"], "unknown tracker `x`. Trackers are"),
-    ],
-)
-def test_what_train_refuses_validate_refuses_too(
-    words: list[str], says: str, refused: Refused, local: Local
-) -> None:
-    for command in ("validate", "train"):
-        assert says in refused(command, *local()[1:], *words)
+    assert says in refused("train", *local(task, **{split: content}))
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["LOCAL", "--train_file", "gone.csv"], "`train_file` gone.csv: there is no such file"),
+        (["LOCAL", "--validation_file", "gone"], "`validation_file` gone: there is no such file"),
+        (["LOCAL", "--train_file", __file__], "must be one of csv, tsv"),
+        (["LOCAL", "--do_predict"], "`test_file` is not set"),
+        (["LOCAL", "--report_to", "wandbb"], "unknown tracker `wandbb`; did you mean `wandb`?"),
+        (["LOCAL", "--report_to", "none", "x"], "unknown tracker `x`. Trackers are"),
         (["lm/text_file"], "There is no data"),
         (["quickstart/lm", "--dataset_name", "embedded:sentence"], "mean `embedded:sentences`?"),
         (["quickstart/lm", "--model_type", "gpt3"], "`model_type`: `gpt3` cannot be made"),
@@ -104,9 +74,11 @@ def test_what_train_refuses_validate_refuses_too(
         (["glue/sst2", "-v"], "unexpected `-v`, which belongs to no option"),
     ],
 )
-def test_a_recipe_or_key_that_is_wrong_is_named(
-    command: str, words: list[str], says: str, refused: Refused
+def test_what_train_refuses_validate_refuses_too(
+    command: str, words: list[str], says: str, refused: Refused, local: Local
 ) -> None:
+    if words[:1] == ["LOCAL"]:
+        words = [*local("rte"), *words[1:]]
     assert says in refused(command, *words)
 
 
@@ -123,17 +95,19 @@ def test_what_is_not_here_is_named_offline(refused: Refused, local: Local, bert:
     assert "nyu-mll/glue (rte) could not be loaded from the hub or its local cache" in line
     assert "HF_HUB_OFFLINE is set" in line
     name = "google-bert/bert-base-cased"
-    assert name in refused(*local(model=name))
-    assert "`validation_file` is not set" in refused(*local()[:-2])
+    assert name in refused("train", *local("rte", model=name))
+    assert "`validation_file` is not set" in refused("train", *local("rte")[:-2])
 
 
 def test_a_tokenizer_without_a_pad_token_is_named_and_can_be_given_one(
     refused: Refused, local: Local, gpt2: str, tmp_path: Path
 ) -> None:
-    fix = re.search(r"such as `pad_token: '(.*)'`", refused(*local(model=gpt2)))
+    fix = re.search(r"such as `pad_token: '(.*)'`", refused("train", *local("rte", model=gpt2)))
     assert fix is not None
-    assert "'nothing' is not a token" in refused(*local(model=gpt2), "--pad_token", "nothing")
-    fixed = [*local(model=gpt2), "--pad_token", fix[1], "--max_steps", "15", "--quiet"]
+    assert "'nothing' is not a token" in refused(
+        "train", *local("rte", model=gpt2), "--pad_token", "nothing"
+    )
+    fixed = ["train", *local(model=gpt2), "--pad_token", fix[1], "--max_steps", "15", "--quiet"]
     assert main([*fixed, "--output_dir", str(tmp_path / "run")]) == 0
 
 
@@ -154,11 +128,20 @@ def test_a_model_that_does_not_fit_the_task_is_named(
     assert fits_not in refused(*digits)
 
 
-def test_lengths_that_do_not_fit_are_named(refused: Refused, local: Local) -> None:
-    line = refused(*local(), "--max_length", "129")
-    assert "`max_length` must be at most 128 for this model" in line
-    line = refused(*local(), "--max_steps", "20", "--episode_length", "21")
-    assert "`episode_length` must be at most the 20 optimizer steps of this run, got 21" in line
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max_length", "129"], "`max_length` must be at most 128 for this model"),
+        (
+            ["--max_steps", "20", "--episode_length", "21"],
+            "most the 20 optimizer steps of this run",
+        ),
+    ],
+)
+def test_lengths_that_do_not_fit_are_named(
+    words: list[str], says: str, refused: Refused, local: Local
+) -> None:
+    assert says in refused("train", *local("rte"), *words)
 
 
 @pytest.mark.parametrize("command", ["train", "validate", "find-lr"])
@@ -215,14 +198,14 @@ def test_validate_tells_every_error_of_a_recipe(
 def test_debug_shows_where_an_error_came_from(
     local: Local, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*local(), "--debug", "--train_file", "gone.csv"]) == 2
+    assert main(["train", *local(), "--debug", "--train_file", "gone.csv"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_has_another_exit_code_and_no_traceback(
     local: Local, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*local(), "--quiet", "--max_steps", "15", "--output_dir", str(tmp_path / "run")]
+    words = ["train", *local(), "--max_steps", "15", "--output_dir", str(tmp_path / "run")]
     assert main([*words, "--learning_rate", "1e30", "--nonfinite", "raise"]) == 1
     error = capsys.readouterr().err
     assert "pulseopt-hf: failed: ValueError: The loss or a gradient is not finite" in error

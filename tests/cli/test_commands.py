@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,26 +15,13 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.command_line import COMMANDS
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.recipes import catalogue
-from tests.recipes.tiny import SHARED, assert_same_run, files_of, results
+from tests.cli.processes import command, interrupted
+from tests.recipes.tiny import SHARED, assert_same_run, results
 
-HERE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-LAUNCH += ["--main_process_port", "0", "-m", "pulseopt_hf"]
-ALONE = [sys.executable, "-m", "pulseopt_hf"]
+Local = Callable[..., list[str]]
 needs_data = pytest.mark.skipif(
     not SHARED.is_dir(), reason="needs the GLUE files in ../shared/data"
 )
-
-
-def command(*words: str, by: list[str] = ALONE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*by, *words], capture_output=True, text=True, env=HERE, timeout=280)
-
-
-@pytest.fixture
-def local(bert: str, work: Path) -> list[str]:
-    words = ["glue/sst2", "--model_name_or_path", bert, "--use_cpu"]
-    return [*words, "--per_device_train_batch_size", "8", *files_of("sst2", work.parent / "data")]
 
 
 def real(name: str, model: str) -> list[str]:
@@ -77,31 +60,36 @@ def test_a_copied_recipe_is_one_to_change_and_validate(
     assert main(["validate", str(mine)]) == 0
     assert capsys.readouterr().out == f"`{mine}`: valid.\n"
     mine.write_text(mine.read_text().replace("max_length", "max_lenght"))
-    done = command("validate", str(mine))
-    assert done.returncode == 2
-    assert "did you mean `max_length`?" in done.stderr
+    assert main(["validate", str(mine)]) == 2
+    assert "did you mean `max_length`?" in capsys.readouterr().err
 
 
-def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as done:
-        main(words)
-    assert done.value.code == 0
-    return capsys.readouterr().out
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that shows help or the version and exits, and return that."""
+
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as done:
+            main(list(words))
+        assert done.value.code == 0
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    said = shown(["--help"], capsys)
+def test_help_names_every_command(shown: Callable[..., str]) -> None:
+    said = shown("--help")
     assert all(f"\n    {name} " in said for name in COMMANDS)
-    assert shown(["--version"], capsys) == f"pulseopt-hf {__version__}\n"
+    assert shown("--version") == f"pulseopt-hf {__version__}\n"
     assert main([]) == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("words", [["--help"], ["glue/sst2", "-h"]])
 def test_every_command_has_help_of_its_own(
-    name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+    name: str, words: list[str], shown: Callable[..., str]
 ) -> None:
-    said = shown([name, *words], capsys)
+    said = shown(name, *words)
     assert said.startswith(f"usage: pulseopt-hf {name} ")
     assert COMMANDS[name][1:] in said
     assert ("--lr_candidates" in said) == (name == "train")
@@ -109,18 +97,14 @@ def test_every_command_has_help_of_its_own(
     assert ("--format" in said) == (name == "plot")
 
 
-def test_the_help_of_compare_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    said = shown(["compare", "--help"], capsys)
-    _, methods, _ = re.split(r"^methods:$|^A KEY", said, flags=re.M)
+def test_the_help_of_compare_has_every_method(shown: Callable[..., str]) -> None:
+    _, methods, _ = re.split(r"^methods:$|^A KEY", shown("compare", "--help"), flags=re.M)
     assert re.findall(r"^  (\w+)", methods, re.M) == list(METHODS)
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "rows"), [("cola", 1043), ("rte", 277)])
-def test_real_glue_trains_and_its_output_is_readable_in_a_file(
-    name: str, rows: int, bert: str, work: Path
-) -> None:
-    done = command(*real(name, bert), "--max_steps", "30")
+def test_real_glue_trains_and_its_output_is_readable_in_a_file(bert: str, work: Path) -> None:
+    done = command(*real("cola", bert), "--max_steps", "30")
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr
     episodes = re.findall(
@@ -132,68 +116,30 @@ def test_real_glue_trains_and_its_output_is_readable_in_a_file(
     assert len(episodes) == 6
     log = (work / "run" / "train.log").read_text().splitlines()
     assert [line for line in done.stdout.splitlines() if line in log] == log
-    assert results(work / "run")["eval_samples"] == rows
+    assert results(work / "run")["eval_samples"] == 1043
 
 
-def test_quiet_is_quiet(local: list[str], work: Path) -> None:
-    done = command("train", *local, "--max_steps", "15", "--quiet", "--output_dir", "run")
+def test_quiet_is_quiet(local: Local, work: Path) -> None:
+    done = command("train", *local(), "--max_steps", "15", "--quiet", "--output_dir", "run")
     assert done.returncode == 0
     assert "episode" not in done.stdout + done.stderr
     assert (work / "run" / "train.log").read_text().count("episode ") == 3
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
-    local: list[str], work: Path
+    local: Local, work: Path
 ) -> None:
-    words = [*local, "--max_steps", "250", "--save_strategy", "no"]
-    whole = command("train", *words, "--quiet", "--output_dir", "whole")
+    words = ["train", *local(), "--max_steps", "250", "--save_strategy", "no"]
+    whole = command(*words, "--quiet", "--output_dir", "whole")
     assert whole.returncode == 0, whole.stderr
-
-    process = subprocess.Popen(
-        [*ALONE, "train", *words, "--output_dir", "run"],
-        env=HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = work / "run" / "train.log"
-    deadline = time.time() + 120
-    while not (log.exists() and "episode   2" in log.read_text()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.time() < deadline
-        time.sleep(0.02)
-    assert "Learning rate calibrated: " in log.read_text()
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "Traceback" not in error
-    stopped = re.search(r"Stopped at step (\d+) of 250; checkpoint-(\d+) is saved\.", error)
-    assert stopped is not None
-    assert stopped[1] == stopped[2]
-    # What it says is the whole command, to be pasted.
-    go_on = shlex.split(error.splitlines()[-1])
-    assert go_on == ["pulseopt-hf", "train", *words, "--output_dir", "run", "--resume"]
-    shorter = command("train", *words[:-4], "--output_dir", "run", "--resume")
-    assert shorter.returncode == 2
-    assert "`max_steps` was 250 in this run and would be -1 now" in shorter.stderr
-    done = command(*go_on[1:])
+    words += ["--output_dir", "run"]
+    step, go_on = interrupted(words, work / "run", "episode   2")
+    assert "Learning rate calibrated: " in (work / "run" / "train.log").read_text()
+    assert go_on == [*words, "--resume"]
+    done = command(*go_on)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {Path('run') / ('checkpoint-' + stopped[1])}" in done.stdout
+    assert f"resuming from {Path('run') / f'checkpoint-{step}'}" in done.stdout
     assert_same_run(work / "run", work / "whole")
-
-
-@pytest.mark.distributed
-def test_accelerate_launch_runs_a_recipe_on_two_processes(local: list[str], work: Path) -> None:
-    words = ["train", *local, "--max_steps", "20", "--save_strategy", "steps", "--save_steps", "10"]
-    done = command(*words, by=LAUNCH)
-    assert done.returncode == 0, done.stderr
-    run = work / "runs" / "glue-sst2"
-    assert [path.name for path in (work / "runs").iterdir()] == ["glue-sst2"]
-    (record,) = json.loads((run / "run.json").read_text())["commands"]
-    assert record["processes"] == 2
-    assert done.stdout.count("episode   1 ") == 1
-    bad = command(*words, "--train_file", "gone.csv", by=LAUNCH)
-    assert bad.stderr.count("gone.csv: there is no such file") == 1
 
 
 @pytest.mark.slow

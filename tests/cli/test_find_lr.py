@@ -16,19 +16,17 @@ from pulseopt_hf.optim.suggestion import Suggestion
 from pulseopt_hf.recipes import find_lr
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.wording import moved
-from tests.cli.test_commands import HERE, LAUNCH, command
-from tests.recipes.tiny import files_of, train
+from tests.cli.processes import ACCELERATE, HERE, command
+from tests.recipes.tiny import train
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, bert: str) -> list[str]:
+def recipe(local: Callable[..., list[str]]) -> list[str]:
     """Return a recipe and keys for it, whose LR is set far too low.
 
     An evaluation amid the trials would draw random numbers, and dropout others than without it.
     """
-    words = ["glue/cola", "--model_name_or_path", bert, *files_of("cola", tmp_path / "data")]
-    words += ["--use_cpu", "--per_device_train_batch_size", "8", "--learning_rate", "1e-5"]
-    return [*words, "--eval_strategy", "no"]
+    return [*local("cola"), "--learning_rate", "1e-5", "--eval_strategy", "no"]
 
 
 def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
@@ -153,7 +151,7 @@ def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
     monkeypatch.delitem(sys.modules, "pulseopt_hf.report.chart_files", raising=False)
     monkeypatch.setitem(sys.modules, "altair", None)
     line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
-    assert "`--plot` needs altair, which is not installed: pip install" in line
+    assert "`--plot` needs `pip install 'pulseopt-hf[report]'`: import of altair halted" in line
 
 
 def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
@@ -163,7 +161,7 @@ def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
     file.write_text(json.dumps({**dict.fromkeys(sizes, "auto"), "zero_optimization": {"stage": 1}}))
     done = command("find-lr", "quickstart/lm", "--use_cpu", "--deepspeed", str(file))
     assert done.returncode == 2
-    assert "train with `--calibration trust_region`" in done.stderr.splitlines()[-1]
+    assert "Train with calibration='trust_region'" in done.stderr.splitlines()[-1]
     assert list(work.iterdir()) == []
 
 
@@ -172,7 +170,7 @@ def test_two_processes_find_one_number(
     recipe: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(HERE, "TMPDIR", str(work))
-    done = command("find-lr", *recipe, "--plot", "lr.svg", by=LAUNCH)
+    done = command("find-lr", *recipe, "--plot", "lr.svg", by=ACCELERATE)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert float(lines[-1]) > 2 * 2e-5  # which the recipe sets

@@ -54,4 +54,4 @@ def test_two_ranks_stop_with_a_checkpoint_and_go_on(tmp_path: Path, bert: str, n
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"going on from {run}/checkpoint-{last}" in done.stdout
+    assert f"resuming from {run}/checkpoint-{last}" in done.stdout

@@ -75,12 +75,18 @@ def test_the_project_page_has_links_and_classifiers_that_pypi_knows(wheel: Path)
     assert f"Programming Language :: Python :: {metadata['Requires-Python'][2:]}" in found
 
 
-def test_the_wheel_is_typed_and_has_every_module(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_is_typed_and_has_every_module_and_recipe(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     assert "pulseopt_hf/py.typed" in names
+    (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert b"pulseopt-hf = pulseopt_hf.cli:console" in archive.read(scripts)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pulseopt_hf").rglob("*.py")}
     assets = (ROOT / "pulseopt_hf" / "report" / "assets").iterdir()
     assert modules | {str(path.relative_to(ROOT)) for path in assets} <= names
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.*")}
+    library = "pulseopt_hf/recipes/library/"
+    assert {f"recipes/{n[len(library) :]}" for n in names if n.startswith(library)} == shipped
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
 
 

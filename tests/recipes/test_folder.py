@@ -39,11 +39,6 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
-def damage(checkpoint: Path, name: str) -> None:
-    file = checkpoint / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
 def times(path: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in path.rglob("*")}
 
@@ -116,14 +111,15 @@ def test_the_saved_model_has_the_runs_score_without_training(
 def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run(
     run: Path, copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(copy / "checkpoint-30", "trainer_state.json")
-    damage(copy / "checkpoint-20", "optimizer.pt")
+    for checkpoint, name in (("30", "trainer_state.json"), ("20", "optimizer.pt")):
+        file = copy / f"checkpoint-{checkpoint}" / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     words = ["--resume", "--output_dir", str(copy), "--use_cpu", *options]
     assert main(["train", "glue/cola", *words, "--per_device_train_batch_size", "8"]) == 0
     said = capsys.readouterr().out
     assert "passed over checkpoint-30: its trainer_state.json is cut short" in said
     assert "passed over checkpoint-20: its optimizer.pt is cut short" in said
-    assert f"going on from {copy / 'checkpoint-10'}" in said
+    assert f"resuming from {copy / 'checkpoint-10'}" in said
     assert "episode   1" not in said
     assert "episode   3" in said
     assert_same_run(run, copy)
@@ -156,12 +152,12 @@ def test_a_run_goes_on_with_its_settings_unless_others_are_asked_for(
     assert read_run(copy).max_steps == 32
 
 
-def test_the_command_to_go_on_has_every_option_but_secrets_and_names_the_folder(
+def test_the_resume_command_has_every_option_but_secrets_and_names_the_folder(
     options: list[str],
 ) -> None:
     words = ["glue/cola", *options, "--run_name", "{task} run", "--hub_token=secret"]
     command = ["pulseopt-hf", "train", *words, "--overwrite", "--hub-token", "secret"]
-    said = folder.command_to_go_on(Path("runs/x"), resolve(words[0], words[1:]), command)
+    said = folder.resume_command(Path("runs/x"), resolve(words[0], words[1:]), command)
     kept = [*words[:-1], "--hub_token=...", "--hub-token", "...", "--output_dir", "runs/x"]
     assert shlex.split(said) == ["pulseopt-hf", "train", *kept, "--resume"]
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.recipes.parsing import Resolved, recipe_parser, resolve, to_yaml_values
+from pulseopt_hf.recipes.parsing import Resolved, keys_of, recipe_parser, resolve, to_yaml_values
 
 BASE = "task: text-classification\nmodel_name_or_path: some/model\n"
 NEW = "model_type: gpt2\ntokenizer_name: embedded:bpe\n"
@@ -180,9 +180,7 @@ def test_whatever_trainer_raises_over_a_value_is_a_problem_of_the_recipe(tmp_pat
 
 
 def test_every_key_has_help() -> None:
-    parser = recipe_parser()
-    actions = parser._option_string_actions
-    own = [key for keys in parser.keys.values() for key in keys if f"--{key}" in actions]
-    assert len(own) > 150
+    actions = recipe_parser()._option_string_actions
+    assert len(keys_of(recipe_parser())) > 150
     for key in ("task", "train_file", "class_names", "lr_candidates", "learning_rate"):
         assert actions[f"--{key}"].help

@@ -87,15 +87,8 @@ def test_seq2seq_writes_texts_and_scores_them(t5: str, tmp_path: Path) -> None:
 
 def test_digits_are_learned(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = [
-        "--max_steps",
-        "-1",
-        "--num_train_epochs",
-        "2",
-        "--per_device_train_batch_size",
-        "32",
-    ]
-    assert train("image/digits", run, *options)["eval_accuracy"] > 0.9
+    options = "--max_steps -1 --num_train_epochs 2 --per_device_train_batch_size 32"
+    assert train("image/digits", run, *options.split())["eval_accuracy"] > 0.9
     log = (run / "train.log").read_text()
     assert log.count("\nepoch ") + log.startswith("epoch ") == 2
     assert "epoch 2 of 2  step 90  loss " in log

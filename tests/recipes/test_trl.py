@@ -6,6 +6,7 @@ import json
 import pickle
 import statistics
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ import yaml
 from pulseopt_hf import embedded
 from pulseopt_hf.cli import main
 from pulseopt_hf.recipes import running
+from pulseopt_hf.recipes.keys import TRL_TASKS
 from pulseopt_hf.recipes.parsing import recipe_parser, resolve
 from tests.recipes.tiny import results
 
 trl = pytest.importorskip("trl", reason="install the extra `trl` to run these")
 
 STEPS = 60  # enough for a calibration
-SHORT = ["--use_cpu", "--quiet", "--bf16", "false", "--logging_steps", "1", "--save_steps", "30"]
-SHORT += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
-SHORT += ["--max_steps", str(STEPS), "--learning_rate", "1e-3", "--eval_strategy", "no"]
+SHORT = (
+    f"--max_steps {STEPS} --save_steps 30 --logging_steps 1 --eval_strategy no --quiet --use_cpu "
+    "--bf16 false --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+    "--learning_rate 1e-3"
+).split()
 FEW = ["--num_generations", "4"]
 TEXTS = [text for text in embedded.sentences() if len(text) > 60][:200]
 
@@ -55,23 +59,48 @@ def options(task: str, model: str, folder: Path) -> list[str]:
     return ["--model_name_or_path", model, *files, *SHORT]
 
 
-@pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that the Trainer of each run is added to."""
-    made: list[Any] = []
-    plain = running.make_trainer
-
-    def keep(*args: Any) -> Any:
-        made.append(plain(*args))
-        return made[-1]
-
-    monkeypatch.setattr(running, "make_trainer", keep)
-    return made
-
-
 def losses(run: Path) -> list[float]:
     state = json.loads((run / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture
+def train(
+    chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, Path]]:
+    """Train a task; see that it is calibrated as it should, and ends the same from its middle."""
+    trainers: list[Any] = []
+    plain = running.make_trainer
+
+    def keep(*args: Any) -> Any:
+        trainers.append(plain(*args))
+        return trainers[-1]
+
+    monkeypatch.setattr(running, "make_trainer", keep)
+    monkeypatch.chdir(tmp_path)
+
+    def run(task: str, *more: str) -> tuple[Any, Path]:
+        folder = tmp_path / "run"
+        words = ["train", f"trl/{task}", "--output_dir", str(folder)]
+        words += [*options(task, chat, tmp_path), *more]
+        assert main(words) == 0
+        trainer = trainers[0]
+        assert isinstance(trainer, getattr(trl, f"{TRL_TASKS[task]}Trainer"))
+        calibrated = task in ("sft", "reward")
+        assert ("calibration_trials" in trainer.aees.get_logs()) == calibrated
+        assert ("Learning rate calibrated: " in (folder / "train.log").read_text()) == calibrated
+        assert (trainer.lr_scheduler.base_lrs[0] == trainer.args.learning_rate) != calibrated
+        whole = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+        seen = losses(folder)
+        assert whole
+        (folder / f"checkpoint-{STEPS}").rename(folder / "last")
+        assert main([*words, "--resume"]) == 0
+        assert losses(folder) == seen
+        for name, content in whole.items():
+            assert (folder / name).read_bytes() == content
+        return trainer, folder
+
+    return run
 
 
 def fell(run: Path) -> bool:
@@ -80,40 +109,22 @@ def fell(run: Path) -> bool:
     return statistics.mean(seen[-10:]) < min(seen[:10])
 
 
-def check_resumes(recipe: str, words: list[str], run: Path) -> None:
-    """Resume from the checkpoint in the middle, and end where the whole run ended."""
-    whole = {file.name: file.read_bytes() for file in run.glob("*.safetensors")}
-    seen = losses(run)
-    assert whole
-    (run / f"checkpoint-{STEPS}").rename(run / "last")
-    assert main(["train", recipe, "--output_dir", str(run), *words, "--resume"]) == 0
-    assert losses(run) == seen
-    for name, content in whole.items():
-        assert (run / name).read_bytes() == content
-
-
-def test_sft_trains_lora_on_the_packed_words_of_the_assistant_and_resumes(
-    chat: str, tmp_path: Path, trainers: list[Any]
+def test_sft_trains_lora_on_the_packed_words_of_the_assistant(
+    train: Callable[..., tuple[Any, Path]],
 ) -> None:
-    run, words = tmp_path / "run", [*options("sft", chat, tmp_path), "--max_length", "256"]
-    assert main(["train", "trl/sft", "--output_dir", str(run), *words]) == 0
-    (trainer,) = trainers
-    assert isinstance(trainer, trl.SFTTrainer)
+    trainer, run = train("sft", "--max_length", "256")
     assert trainer.args.packing
     assert trainer.args.assistant_only_loss
     assert len(trainer.train_dataset) < 160 / 2, "several chats make one example"
     # An assistant has less than half of these chats' tokens.
     labels = trainer.data_collator([trainer.train_dataset[0]])["labels"]
     assert 0 < (labels >= 0).float().mean() < 0.7
-    assert trainer.aees.get_logs()["calibration_trials"]
-    assert "Learning rate calibrated: " in (run / "train.log").read_text()
     assert fell(run)
     assert (run / "adapter_model.safetensors").exists()
     assert "library_name: peft" in (run / "README.md").read_text()
     scores = results(run)
     assert scores["eval_loss"] > 0
     assert 0 < scores["eval_mean_token_accuracy"] <= 1
-    check_resumes("trl/sft", words, run)
 
 
 def test_find_lr_finds_one_for_sft(
@@ -124,60 +135,36 @@ def test_find_lr_finds_one_for_sft(
     assert float(capsys.readouterr().out.splitlines()[-1]) > 0
 
 
-def test_dpo_learns_a_preference_at_the_learning_rate_that_is_set_and_resumes(
-    chat: str, tmp_path: Path, trainers: list[Any]
+@pytest.mark.parametrize(
+    ("task", "score"), [("dpo", "eval_rewards/accuracies"), ("reward", "eval_accuracy")]
+)
+def test_a_preference_for_text_over_its_reverse_is_learned(
+    task: str, score: str, train: Callable[..., tuple[Any, Path]]
 ) -> None:
-    run, words = tmp_path / "run", options("dpo", chat, tmp_path)
-    assert main(["train", "trl/dpo", "--output_dir", str(run), *words]) == 0
-    (trainer,) = trainers
-    assert isinstance(trainer, trl.DPOTrainer)
-    assert "calibration_trials" not in trainer.aees.get_logs()
-    assert trainer.lr_scheduler.base_lrs[0] == 1e-3
+    trainer, run = train(task)
     assert fell(run)
-    assert results(run)["eval_rewards/accuracies"] > 0.9, "reversed text is easy to tell"
-    check_resumes("trl/dpo", words, run)
+    assert results(run)[score] > 0.9, "reversed text is easy to tell"
+    assert task == "dpo" or trainer.model.config.num_labels == 1
 
 
-def test_reward_learns_to_score_and_is_calibrated_and_resumes(
-    chat: str, tmp_path: Path, trainers: list[Any]
-) -> None:
-    run, words = tmp_path / "run", options("reward", chat, tmp_path)
-    assert main(["train", "trl/reward", "--output_dir", str(run), *words]) == 0
-    (trainer,) = trainers
-    assert isinstance(trainer, trl.RewardTrainer)
-    assert trainer.model.config.num_labels == 1
-    assert trainer.aees.get_logs()["calibration_trials"]
-    assert "Learning rate calibrated: " in (run / "train.log").read_text()
-    assert fell(run)
-    assert results(run)["eval_accuracy"] > 0.9
-    check_resumes("trl/reward", words, run)
-
-
-def test_grpo_is_rewarded_by_a_function_of_a_file_and_resumes(
-    chat: str, tmp_path: Path, trainers: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_grpo_is_rewarded_by_a_function_of_a_file(
+    train: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:
     (tmp_path / "rewards.py").write_text(
         "def letters(completions, **columns):\n"
         "    texts = [completion[0]['content'] for completion in completions]\n"
         "    return [sum(map(str.isalpha, text)) / (len(text) + 1) for text in texts]\n"
     )
-    monkeypatch.chdir(tmp_path)
-    run, words = tmp_path / "run", options("grpo", chat, tmp_path)
-    words += ["--reward_funcs", "rewards.py:letters", "think_format_reward"]
+    words = ["--reward_funcs", "rewards.py:letters", "think_format_reward"]
     words += [*FEW, "--max_completion_length", "8", "--max_eval_samples", "4"]
     words += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "16"]
-    assert main(["train", "trl/grpo", "--output_dir", str(run), *words]) == 0
-    (trainer,) = trainers
-    assert isinstance(trainer, trl.GRPOTrainer)
-    assert "calibration_trials" not in trainer.aees.get_logs()
-    assert trainer.lr_scheduler.base_lrs[0] == 1e-2
+    trainer, run = train("grpo", *words)
     history = [entry for entry in trainer.state.log_history if "rewards/letters/mean" in entry]
     rewards = [entry["rewards/letters/mean"] for entry in history]
     assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.2
     assert {entry["rewards/think_format_reward/mean"] for entry in history} == {0.0}
     kept = yaml.safe_load((run / "recipe.yaml").read_text())["reward_funcs"]
     assert kept == [f"{tmp_path}/rewards.py:letters", "think_format_reward"]
-    check_resumes("trl/grpo", words, run)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
 def test_what_is_no_recipe_gets_one_line_that_says_why(
     content: str | bytes, says: str, tmp_path: Path
 ) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UsageError) as error:
         read(tmp_path, content)
     (problem,) = error.value.problems
@@ -72,10 +72,10 @@ def test_what_is_no_recipe_gets_one_line_that_says_why(
     assert problem.startswith(str(tmp_path / "recipe.yaml"))
     assert "\n" not in problem
     assert not Path("pwned").exists()
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_the_largest_file_that_is_read_is_read_in_seconds(tmp_path: Path) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read(tmp_path, "".join(f"key{i}: {i}\n" for i in range(3500)))) == 3500
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -82,10 +83,12 @@ def files_of(name: str, folder: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the folder of `write_bert`."""
-    return write_bert(tmp_path_factory.mktemp("bert"))
+def save(folder: Path, tokenizer: Any, model: Any, config: Any, **settings: Any) -> str:
+    """Write a tokenizer and a model with new weights, and return their folder."""
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    model(config(vocab_size=len(tokenizer), **settings)).save_pretrained(folder)
+    return str(folder)
 
 
 def write_bert(folder: Path) -> str:
@@ -101,41 +104,36 @@ def write_bert(folder: Path) -> str:
     special = {
         f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")
     }
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=128, **special
-    ).save_pretrained(folder)
-    set_seed(0)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 64, "max_position_embeddings": 128, "vocab_size": len(words)}
-    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(folder)
-    return str(folder)
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 128}
+    return save(folder, wrapped, BertForMaskedLM, BertConfig, **sizes)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of `write_bert`."""
+    return write_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a one-layer GPT-2 whose tokenizer has no pad token."""
-    folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = embedded.train_tokenizer(400)
     tokenizer.pad_token = None
     tokenizer.model_max_length = 1024
-    tokenizer.save_pretrained(folder)
-    set_seed(0)
-    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=1024)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return str(folder)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 1024}
+    folder = tmp_path_factory.mktemp("gpt2")
+    return save(folder, tokenizer, GPT2LMHeadModel, GPT2Config, **sizes)
 
 
 @pytest.fixture(scope="session")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a one-layer T5."""
-    folder = tmp_path_factory.mktemp("t5")
-    embedded.train_tokenizer(400).save_pretrained(folder)
-    set_seed(0)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     tokens = {"pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-    config = T5Config(vocab_size=400, **sizes, **tokens)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    return str(folder)
+    folder, tokenizer = tmp_path_factory.mktemp("t5"), embedded.train_tokenizer(400)
+    return save(folder, tokenizer, T5ForConditionalGeneration, T5Config, **sizes, **tokens)
 
 
 CHAT_TEMPLATE = (
@@ -150,18 +148,14 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a one-layer Llama whose tokenizer has Qwen's markers of a chat."""
-    folder = tmp_path_factory.mktemp("chat")
     tokenizer = embedded.train_tokenizer(400)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 1024}
     tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **tokens)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    folder = tmp_path_factory.mktemp("chat")
+    return save(folder, tokenizer, LlamaForCausalLM, LlamaConfig, **sizes, **tokens)
 
 
 def train(recipe: str, run: Path, *options: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from pulseopt_hf import AEES, newest_whole_checkpoint
 from pulseopt_hf.aees import Controller, StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.recipes.parsing import recipe_parser, resolve
+from pulseopt_hf.recipes.parsing import keys_of, recipe_parser, resolve
 
 LOADED, REFUSED = "loaded", "refused"
 Example = Callable[[random.Random], str]  # tries one, and returns which of the two it was
@@ -341,8 +341,7 @@ def yaml_text(rng: random.Random, recipe: str) -> bytes:
         if what < 6 and ":" in lines[index]:
             lines[index] = lines[index].split(":")[0] + ": " + value
         elif what < 14:
-            keys = [key for keys in recipe_parser().keys.values() for key in keys]
-            lines.append(f"{rng.choice(keys)}: {value}")
+            lines.append(f"{rng.choice(sorted(keys_of(recipe_parser())))}: {value}")
         elif what < 15:
             lines[index] = lines[index] * 2
         elif what < 17:

@@ -10,8 +10,7 @@ from transformers import DataCollatorWithPadding
 
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.problems import Problems
-from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.splits import Split, need
 from pulseopt_hf.recipes.tasks.task import Task, class_lines, head_settings
 
 
@@ -20,19 +19,15 @@ def prepare(
 ) -> Task:
     """Prepare a text classification or regression."""
     columns = [name for name in (recipe.text_column, recipe.text_pair_column) if name is not None]
-    labelled = [split for split in splits if split.role != "test"]
-    problems = Problems()
-    for split in splits:
-        with problems:
-            split.need(*columns, recipe.label_column if split in labelled else None)
-    problems.raise_any()
+    need(splits, *columns, target=recipe.label_column)
     is_regression = recipe.task == "text-regression"
     names = [] if is_regression else labels.class_names(recipe, splits)
     targets: dict[Split, list[Any]] = {
         split: labels.label_values(recipe, split)
         if is_regression
         else labels.class_indices(recipe, split, names)
-        for split in labelled
+        for split in splits
+        if split.role != "test"
     }
     tokenizer = models.load_tokenizer(recipe)
     settings = models.new_model_settings(recipe, tokenizer)
@@ -64,9 +59,6 @@ def prepare(
         logits = logits[0] if isinstance(logits, tuple) else logits
         return np.squeeze(logits, -1) if is_regression else np.argmax(logits, -1)
 
-    def compute_metrics(prediction: Any) -> dict[str, float]:
-        return metrics.compute(recipe.metrics, predicted(prediction[0]), prediction[1])
-
     def to_lines(logits: Any) -> list[str]:
         if not is_regression:
             return class_lines(recipe, names, predicted(logits))
@@ -79,6 +71,6 @@ def prepare(
         processing_class=tokenizer,
         examples=examples,
         collator=lambda model: DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
-        compute_metrics=compute_metrics if recipe.metrics else None,
+        compute_metrics=metrics.computing(recipe.metrics, predicted),
         to_lines=to_lines,
     )

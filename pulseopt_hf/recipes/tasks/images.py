@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, default_data_collator
 
+from pulseopt_hf.errors import usage_error
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.problems import usage_error
-from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.splits import Split, need
 from pulseopt_hf.recipes.tasks.task import Task, class_lines, head_settings
 
 _SHIFT = 1 / 8  # of the image's side, that a training image moves at most
@@ -23,8 +23,7 @@ def prepare(
 ) -> Task:
     """Prepare an image classification."""
     column = recipe.image_column
-    for split in splits:
-        split.need(column, None if split.role == "test" else recipe.label_column)
+    need(splits, column, target=recipe.label_column)
     names = labels.class_names(recipe, splits)
     config = models.load_config(recipe, **head_settings(recipe, names))
     processor: Any = None
@@ -51,8 +50,8 @@ def prepare(
             convert(rows[0][column], augment=False)
         return rows.with_transform(transform)
 
-    def compute_metrics(prediction: Any) -> dict[str, float]:
-        return metrics.compute(recipe.metrics, np.argmax(prediction[0], -1), prediction[1])
+    def predicted(logits: Any) -> Any:
+        return np.argmax(logits, -1)
 
     # The columns are made by the transform, where Trainer does not see them.
     training.remove_unused_columns = False
@@ -61,8 +60,8 @@ def prepare(
         processing_class=processor,
         examples=examples,
         collator=lambda model: default_data_collator,
-        compute_metrics=compute_metrics if recipe.metrics else None,
-        to_lines=lambda logits: class_lines(recipe, names, np.argmax(logits, -1)),
+        compute_metrics=metrics.computing(recipe.metrics, predicted),
+        to_lines=lambda logits: class_lines(recipe, names, predicted(logits)),
     )
 
 

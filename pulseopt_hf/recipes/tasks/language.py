@@ -12,7 +12,7 @@ from transformers import DataCollatorForLanguageModeling, default_data_collator
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.splits import Split, need
 from pulseopt_hf.recipes.tasks.task import Task
 
 LONGEST_BLOCK = 1024  # tokens, unless the recipe sets `block_size`
@@ -22,8 +22,7 @@ def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
 ) -> Task:
     """Prepare a causal or masked language model."""
-    for split in splits:
-        split.need(recipe.text_column)
+    need(splits, recipe.text_column)
     masked = recipe.task == "masked-lm"
     tokenizer = models.load_tokenizer(recipe)
     config = models.load_config(recipe, **models.new_model_settings(recipe, tokenizer))

@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq
 from pulseopt_hf import PulseOptSeq2SeqTrainer
 from pulseopt_hf.recipes import labels, metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
-from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.splits import Split, need
 from pulseopt_hf.recipes.tasks.task import Task
 
 
@@ -20,8 +20,7 @@ def prepare(
 ) -> Task:
     """Prepare a translation, a summary or the like."""
     target = str(recipe.target_column)
-    for split in splits:
-        split.need(recipe.text_column, None if split.role == "test" else target)
+    need(splits, recipe.text_column, target=target)
     tokenizer = models.load_tokenizer(recipe)
     settings = models.new_model_settings(recipe, tokenizer)
     if settings:
@@ -56,15 +55,12 @@ def prepare(
         filled = np.where(ids < 0, tokenizer.pad_token_id, ids)
         return [text.strip() for text in tokenizer.batch_decode(filled, skip_special_tokens=True)]
 
-    def compute_metrics(prediction: Any) -> dict[str, float]:
-        return metrics.compute(recipe.metrics, decode(prediction[0]), decode(prediction[1]))
-
     return Task(
         config=config,
         processing_class=tokenizer,
         examples=examples,
         collator=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_metrics=compute_metrics if recipe.metrics else None,
+        compute_metrics=metrics.computing(recipe.metrics, decode, decode),
         trainer_class=PulseOptSeq2SeqTrainer,
         # One line per example: a newline would make two.
         to_lines=lambda ids: [" ".join(text.split()) for text in decode(ids)],

@@ -6,11 +6,12 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pulseopt_hf import PulseOptTrainer, with_pulseopt
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, call_all, usage_error
 from pulseopt_hf.recipes import models
 from pulseopt_hf.recipes.keys import (
     REWARDS,
@@ -18,8 +19,7 @@ from pulseopt_hf.recipes.keys import (
     RecipeArguments,
     RecipeTrainingArguments,
 )
-from pulseopt_hf.recipes.problems import Problems, usage_error
-from pulseopt_hf.recipes.splits import Split
+from pulseopt_hf.recipes.splits import Split, listed
 from pulseopt_hf.recipes.tasks.task import Task
 
 # The columns that each task reads, of which a split needs one set.
@@ -67,11 +67,7 @@ def prepare(
     """Prepare supervised fine-tuning, DPO, a reward model or GRPO."""
     import trl
 
-    problems = Problems()
-    for split in splits:
-        with problems:
-            _need_columns(recipe.task, training, split)
-    problems.raise_any()
+    call_all(partial(_need_columns, recipe.task, training, split) for split in splits)
     settings = {"peft_config": models.lora_config(recipe)}
     if recipe.task == "grpo":
         settings["reward_funcs"] = [_reward_function(name) for name in recipe.reward_funcs]
@@ -99,7 +95,7 @@ def _need_columns(task: str, training: Any, split: Split) -> None:
         wanted = ", or ".join(" and ".join(f"`{name}`" for name in choice) for choice in choices)
         raise UsageError(
             f"{split.origin}: `task: {task}` reads {wanted}, and the columns are "
-            f"{', '.join(f'`{name}`' for name in there)}. Rename them."
+            f"{listed(there)}. Rename them."
         )
 
 
