@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class UsageError(ValueError):
@@ -28,3 +29,15 @@ def one_line(error: BaseException) -> str:
     """Return the first line of an error's message that says something, or its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Where a package is missing, raise a `UsageError` that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{what} needs {error.name}, which is not installed: "
+            f"pip install 'pulseopt-hf[{extra}]'."
+        ) from error

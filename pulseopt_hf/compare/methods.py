@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulseopt_hf.compare.published import published_trainer
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import needs_extra
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ class Method:
 
 
 def _prodigy(parameters: Any) -> Any:
-    try:
+    with needs_extra("`prodigy`", "peers"):
         from prodigyopt import Prodigy
-    except ImportError as error:
-        raise UsageError("`prodigy` needs prodigyopt: pip install 'pulseopt-hf[peers]'.") from error
     return Prodigy(parameters, lr=1.0, safeguard_warmup=True)
 
 

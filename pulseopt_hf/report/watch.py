@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.aees.run_record import FILE_NAME, Line, Log, NumberedEpisode, NumberedTrial
 from pulseopt_hf.command_line import Parser
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, needs_extra
 from pulseopt_hf.report.record_reader import News, RecordReader, require_folder
 from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.wording import (
@@ -174,12 +174,6 @@ def _exit_at_sigterm() -> Iterator[None]:
 
 
 def _live_view() -> LiveView:
-    try:
+    with needs_extra("`watch` in a terminal", "report"):
         from pulseopt_hf.report.live import LiveView
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"`watch` in a terminal needs {error.name}, which is not installed: "
-            "pip install 'pulseopt-hf[report]'. Lines alone need nothing: "
-            "pulseopt-hf watch RUN | cat."
-        ) from error
     return LiveView()

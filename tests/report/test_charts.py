@@ -21,9 +21,8 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.report.charts import Plot, thinned
 from pulseopt_hf.report.palette import arm_styles
 from pulseopt_hf.report.record_reader import read_run
-from pulseopt_hf.report.run_charts import trials_plot
+from pulseopt_hf.report.run_charts import plots_of, trials_plot
 from pulseopt_hf.report.run_data import RunData
-from pulseopt_hf.report.step_charts import plots_of
 from pulseopt_hf.report.tables import facts, tables_of_run
 from pulseopt_hf.report.wording import trial_line
 from tests.report.conftest import ARM_PLOTS, HOSTILE, edit_record

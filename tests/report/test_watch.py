@@ -270,23 +270,22 @@ def test_a_terminal_shows_the_run_live_and_keeps_the_last_picture(
     assert window.written.index(b"\x1b[?25l") < window.written.rindex(b"\x1b[?25h")  # the cursor
 
 
-def test_ctrl_c_ends_the_command_and_gives_the_cursor_back(finished: Path, terminal: Any) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 1, "pulseopt-hf: interrupted."), (signal.SIGTERM, 128 + signal.SIGTERM, "")],
+)
+def test_a_signal_ends_the_command_and_gives_the_cursor_back(
+    sent: signal.Signals, code: int, said: str, finished: Path, terminal: Any
+) -> None:
     edit_record(finished, lambda line: line["kind"] != "end")
     window = terminal(finished)
     window.read_until("Arms")
-    window.type(b"\x03")
-    assert "pulseopt-hf: interrupted." in window.read_to_end()
-    assert window.process.returncode == 1
-    assert b"\x1b[?25h" in window.written[window.written.rindex(b"\x1b[?25l") :]
-
-
-def test_sigterm_gives_the_cursor_back_too(finished: Path, terminal: Any) -> None:
-    edit_record(finished, lambda line: line["kind"] != "end")
-    window = terminal(finished)
-    window.read_until("Arms")
-    window.process.terminate()
-    window.read_to_end()
-    assert window.process.returncode == 128 + signal.SIGTERM
+    if sent == signal.SIGINT:
+        window.type(b"\x03")  # Ctrl-C
+    else:
+        window.process.send_signal(sent)
+    assert said in window.read_to_end()
+    assert window.process.returncode == code
     assert b"\x1b[?25h" in window.written[window.written.rindex(b"\x1b[?25l") :]
 
 
@@ -367,30 +366,25 @@ def test_names_are_shown_as_they_are_and_obeyed_by_no_terminal(
     assert console.file.getvalue().startswith(f"{shown}  finished")  # type: ignore[attr-defined]
 
 
-def test_folders_and_files_that_are_no_run_are_refused(
+def test_what_is_no_run_is_refused_in_one_line(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*words: object) -> str:
-        capsys.readouterr()
-        assert main(["watch", *map(str, words)]) == 2
-        captured = capsys.readouterr()
-        (line,) = captured.err.splitlines()
-        assert captured.out == ""
-        return line
-
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    assert "gone: there is no such folder" in said(tmp_path / "gone")
-    assert "is a file; name the run's folder" in said(finished / FILE_NAME)
-    assert "photos: is not a run: it has files, but no pulse.jsonl" in said(tmp_path / "photos")
-    assert "`pulseopt-hf watch --help`" in said()
-    assert "`pulseopt-hf watch --help` shows how" in said(finished, finished)
+    for words, said in (
+        (["gone"], "gone: there is no such folder"),
+        (["photos"], "photos: is not a run: it has files, but no pulse.jsonl"),
+        ([], "`pulseopt-hf watch --help`"),
+        (["photos", "photos"], "`pulseopt-hf watch --help` shows how"),
+    ):
+        assert main(["watch", *(str(tmp_path / word) for word in words)]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
     record = finished / FILE_NAME
-    text = record.read_text()
-    record.write_text(text.replace('"version": 2', '"version": 99', 1))
-    assert "has format version 99, and this release" in said(finished)
-    record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
-    assert "is not valid JSON" in said(finished)
+    record.write_text(record.read_text().replace('{"kind": "episode"', "{episode", 1))
+    assert main(["watch", str(finished)]) == 2
+    assert "is not valid JSON" in capsys.readouterr().err
 
 
 def test_without_rich_there_are_lines_and_a_terminal_is_told_of_the_extra(

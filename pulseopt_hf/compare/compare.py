@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from pulseopt_hf.command_line import aligned
-from pulseopt_hf.compare.cells import expected_seconds, result_of, run_apart
+from pulseopt_hf.compare.cells import expected_seconds, result_of, run_in_subprocess
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.plan import Plan, plan_of
 from pulseopt_hf.compare.scores import score
-from pulseopt_hf.compare.wording import about, markdown, scores_table, table, verdict
+from pulseopt_hf.compare.summary import about, markdown, scores_table, table, verdict
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.wording import counted
 
@@ -53,7 +53,7 @@ def compare(words: Sequence[str]) -> Path:
     (folder / "compare.md").write_text("\n".join(f"{part}\n" for part in parts), encoding="utf-8")
     print("", said, "", *aligned(rows), "", sep="\n")
     print(f"In {folder}: compare.md has this and the scores, compare.json every run,")
-    if draw({plan.recipe: (results, scores)}, folder / "compare.svg"):
+    if draw({plan.recipe: (results, content["scores"])}, folder / "compare.svg"):
         print("compare.svg the picture.")
     else:
         print("but there is no picture: pip install 'pulseopt-hf[report]' has what it needs.")
@@ -83,7 +83,7 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
             bar.unpause()
         for index, cell in enumerate(cells, 1):
             run = plan.run_of(cell)
-            result = run_apart(run, folder)
+            result = run_in_subprocess(run, folder)
             results.append({**result, "cell": asdict(cell)})
             bar.update(run in missing)
             missing.discard(run)
