@@ -56,7 +56,7 @@ def compare(words: Sequence[str]) -> Path:
     if draw({plan.recipe: (results, content["scores"])}, folder / "compare.svg"):
         print("compare.svg the picture.")
     else:
-        print("but there is no picture: pip install 'pulseopt-hf[report]' has what it needs.")
+        print("but no picture, which needs pip install 'pulseopt-hf[report]'.")
     return folder
 
 
@@ -78,8 +78,8 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
     try:
         if missing:
             seconds = expected_seconds(cells[0]) * len(missing)
-            left = "" if missing == plan.runs else f"{len(missing)} of them are left. "
-            tqdm.write(f"{left}About {about(seconds)}; Ctrl-C stops, and keeps what is done.")
+            left = "" if missing == plan.runs else f"{counted(len(missing), 'run')} to go. "
+            tqdm.write(f"{left}About {about(seconds)}; Ctrl-C stops, and finished runs are kept.")
             bar.unpause()
         for index, cell in enumerate(cells, 1):
             run = plan.run_of(cell)
@@ -96,8 +96,8 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"stopped with {counted(len(missing), 'run')} to go. What is done is kept: the same "
-            "command goes on from there."
+            f"stopped with {counted(len(missing), 'run')} to go. Finished runs are kept: the same "
+            "command continues from there."
         ) from None
     finally:
         bar.close()

@@ -52,7 +52,7 @@ METHODS = {
         ("--calibration", "off", *_ARMS, "--control_mode", "random"), "arms 0.5, 1, 2 at random"
     ),
     "published": Method(_PUBLISHED, "arms 0.5, 1, 2 played by the bandit of pulseopt 0.3.0"),
-    "default": Method((), "the recipe as it stands", calibrates=True),
+    "default": Method((), "the recipe unchanged", calibrates=True),
     "scaled_ucb": Method(
         ("--calibration", "off", *_ARMS), "arms 0.5, 1, 2 played by the scaled bandit"
     ),

@@ -64,8 +64,8 @@ def plot(words: Sequence[str]) -> list[Path]:
             write_chart(drawn.picture(), files[-1])
     if not files:
         raise UsageError(
-            "`plot`: these runs have logged no loss and no LR to be laid over each other. Name one "
-            "run for a picture of its own, or look again when they have logged."
+            "`plot`: these runs have logged neither loss nor LR, so there is no curve to compare. "
+            "Name a single run, or try again once they have logged."
         )
     return files
 
@@ -79,8 +79,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         if not run.episodes and not run.trials:
             raise UsageError(
                 f"{run.folder}: has no finished episode at step {run.step} of {run.max_steps}. "
-                "Look again when one has ended and been logged; `logging_steps` says how often "
-                "that is."
+                "Try again once one has ended and been logged; `logging_steps` sets how often the "
+                "run logs."
             )
     return runs
 
@@ -115,8 +115,8 @@ def _check_page(file: Path) -> None:
         with file.open("rb") as opened:
             if b'<meta name="generator" content="pulseopt_hf' not in opened.read(1000):
                 raise UsageError(
-                    f"{file}: exists already and was not written by this command; name another "
-                    "place by `--out`."
+                    f"{file}: exists already and was not written by this command; choose another "
+                    "file with `--out`."
                 )
 
 
@@ -128,5 +128,5 @@ def _written_to(place: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise UsageError(
-            f"{place}: cannot be written: {why}; name another place by `--out`."
+            f"{place}: cannot be written: {why}; choose another place with `--out`."
         ) from error

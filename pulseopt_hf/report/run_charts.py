@@ -181,14 +181,14 @@ def loss_plot(run: RunData) -> Plot | None:
     text = [f"The {course(name, series)}." for name, series in losses.items() if series]
     if run.logged_seldom:
         text.append(
-            "Too little was logged for a curve of means, so the first and the last step loss of "
-            "each episode are shown. Smaller `logging_steps` give such a curve."
+            "Too little was logged for a curve, so the first and the last step loss of each "
+            "episode are shown. Lower `logging_steps` for a full curve."
         )
     if rates := [rate for _, rate in run.effective_lrs or run.base_lrs]:
         found = "" if run.calibrated_lr is None else f" and calibrated to {run.calibrated_lr:.3g}"
         text.append(
-            f"The LR was set to {run.base_lr:.3g}{found}. It lay between {min(rates):.3g} and "
-            f"{max(rates):.3g}, on a logarithmic axis."
+            f"The LR was set to {run.base_lr:.3g}{found}. It ranged from {min(rates):.3g} to "
+            f"{max(rates):.3g}. Its axis is logarithmic."
         )
     text += [f"{counted(sum(own), 'episode')} {name}." for name, own in _undone(run).items()]
     lrs = {"effective LR": run.effective_lrs, "base LR": run.base_lrs}

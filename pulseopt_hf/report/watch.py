@@ -60,7 +60,7 @@ def _follow(folder: Path, view: PlainView | LiveView) -> None:
         if not reader.has_begun:
             view.wait(
                 f"{printable(str(folder))}: has no record yet ({FILE_NAME}). Waiting for the run "
-                "to begin; a plain Trainer writes none. Ctrl-C ends this."
+                "to start; a plain Trainer writes none. Ctrl-C stops waiting."
             )
         else:
             run = reader.data(time.time())
@@ -98,7 +98,7 @@ class PlainView:
             _print(_ending(run))
         elif self._silent != (run.status == "silent"):
             self._silent = not self._silent
-            _print([silence(run)] if self._silent else ["It goes on."])
+            _print([silence(run)] if self._silent else ["The run goes on."])
 
 
 def _lines(news: Iterable[Line]) -> list[str]:
@@ -120,13 +120,13 @@ def _latest(lines: list[str]) -> list[str]:
     before = len(lines) - _MOST_PAST
     if before <= 0:
         return lines
-    left_out = f"{before:,} lines before these are left out; `pulseopt-hf report` has more."
+    left_out = f"{before:,} earlier lines are not shown; `pulseopt-hf report` shows more."
     found = [line for line in lines[:before] if "calibrated: " in line]
     return [left_out, *found, *lines[before:]]
 
 
 def _beginning(run: RunData, again: bool) -> str:
-    first = "run" if not again else "the record was begun anew: run"
+    first = "run" if not again else "the record starts again: run"
     line = f"{first} {printable(run.name)}: {run.max_steps:,} steps, LR set to {shown(run.base_lr)}"
     since = "" if run.resumed_from is None else f", resumed from step {run.resumed_from:,}"
     return line + since

@@ -189,7 +189,7 @@ def test_a_comparison_is_run_kept_and_written(
     cells[0].unlink()
     before = {file: file.stat().st_mtime_ns for file in cells[1:]}
     assert main([*words, "--methods", methods]) == 0
-    assert "\n1 of them are left. About " in capsys.readouterr().out
+    assert "\n1 run to go. About " in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in cells[1:]} == before
     again = json.loads((tmp_path / "out/compare.json").read_text())
     for one, other in zip(content["cells"], again["cells"], strict=True):
@@ -224,8 +224,8 @@ def test_what_is_stopped_goes_on_where_it_was(words: list[str], tmp_path: Path) 
     _, errors = process.communicate()
     assert process.returncode == 1
     left = re.search(
-        r"^pulseopt-hf: stopped with ([123]) runs? to go\. What is done is kept: the same command "
-        r"goes on from there\.$",
+        r"^pulseopt-hf: stopped with ([123]) runs? to go\. Finished runs are kept: the same "
+        r"command continues from there\.$",
         errors,
         re.M,
     )

@@ -99,7 +99,7 @@ def test_with_one_arm_the_calibration_comes_first_and_nothing_is_said_of_arms(
     assert len(curve(found["metrics"], "score")) == 2
     assert len(curve(found["gradient-norm"], "gradient norm")) == run.max_steps
     assert all(speed > 0 for _, speed in curve(found["throughput"], "steps per second"))
-    assert re.search(r"The LR follows from the trials [\d, ]+ of \d+", found["calibration"].text)
+    assert re.search(r"The LR follows from trials [\d, ]+ of \d+", found["calibration"].text)
     seldom = replace(run, logs=[])
     assert len(curve(plots(seldom)["loss"], "learning rate")) == len(run.episodes)
 
@@ -200,7 +200,7 @@ def test_runs_without_curves_are_refused_and_leave_no_folder(
     out = tmp_path / "pictures"
     assert main(["plot", str(finished), str(other), "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "logged no loss and no LR" in line
+    assert "logged neither loss nor LR" in line
     assert not out.exists()
 
 

@@ -244,7 +244,7 @@ def test_a_terminal_shows_the_run_live_and_keeps_the_last_picture(
     folder = tmp_path / "run"
     folder.mkdir()
     window = terminal(folder)
-    window.read_until("Waiting for the run to begin")
+    window.read_until("Waiting for the run to start")
     train_beside(folder)
     window.read_until("step 49 of 100")  # the last one logged
     held = window.read_until("arm now")  # below it, and read later where a read ends in between
@@ -319,7 +319,7 @@ def test_a_killed_run_is_waited_for_and_followed_when_it_is_resumed(
 
     edit_record(finished, killed)
     process = follow(finished)
-    seen = read_until(process.stdout, "the run was killed, or it waits")
+    seen = read_until(process.stdout, "the run was killed or is waiting")
     assert any(line.startswith("episode   9 ") for line in seen)
     (finished / FILE_NAME).write_bytes(whole)
 
@@ -333,7 +333,7 @@ def test_a_killed_run_is_waited_for_and_followed_when_it_is_resumed(
     rest, error = process.communicate()
     assert (process.returncode, error) == (0, "")
     first, *others = rest.splitlines()
-    assert first.startswith("the record was begun anew: run calibrated: 100 steps")
+    assert first.startswith("the record starts again: run calibrated: 100 steps")
     assert first.endswith("resumed from step 45")
     assert not any(line.startswith(("trial", "Learning rate", "episode   4 ")) for line in others)
     assert any(line.startswith("episode   5 ") for line in others)
@@ -347,7 +347,7 @@ def test_a_run_that_has_ended_is_shown_at_once_with_its_latest_lines(
     assert main(["watch", str(long)]) == 0
     assert time.process_time() - started < 10
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "9,980 lines before these are left out; `pulseopt-hf report` has more."
+    assert lines[1] == "9,980 earlier lines are not shown; `pulseopt-hf report` shows more."
     assert lines[2].startswith("episode 9981 ")
     assert lines[21].startswith("episode 10000 ")
     assert lines[-1] == "Finished: 20,000 of 20,000 steps."
