@@ -41,7 +41,7 @@ def compare(words: Sequence[str]) -> Path:
         scores = score(results)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    content = {
+    content: dict[str, Any] = {
         "recipe": plan.recipe,
         "options": plan.options,
         "scores": asdict(scores),
