@@ -67,15 +67,14 @@ format: install
 	$(BIN)/ruff format .
 
 readme: install
-	$(BIN)/python benchmarks/knobs_page.py --write
-	$(BIN)/python benchmarks/tables.py --write
+	$(BIN)/python -m benchmarks.tables --write
 
 # Into site/, which opens from disk. The extra `docs` is part of `dev`.
 docs: install
 	$(BIN)/mkdocs build --strict
 
 figures: install
-	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python -m benchmarks.figures
 
 # All that needs a GPU, on a machine where nothing can be downloaded: $(PYTHON) has torch for CUDA,
 # WHEELS is a folder with the packages it lacks, this one's among them, and DATA one as
@@ -84,10 +83,10 @@ gpu:
 	if [ -n "$(WHEELS)" ]; then \
 		$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/site $(WHEELS)/*.whl; fi
 	PYTHONPATH=$(CURDIR):$(CURDIR)/build/site $(PYTHON) -m pytest tests/gpu
-	PYTHONPATH=$(CURDIR):$(CURDIR)/build/site $(PYTHON) benchmarks/gpu.py --data $(DATA) --write
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/site $(PYTHON) -m benchmarks.gpu --data $(DATA) --write
 
 benchmark: install
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.overhead
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist runs site

@@ -1,6 +1,6 @@
 """Take parts of the calibration away and see what the final loss says.
 
-    python benchmarks/ablation.py --data FOLDER [--tasks sst2,...] [--variants ...]
+    python -m benchmarks.ablation --data FOLDER [--tasks sst2,...] [--variants ...]
                                   [--seeds 0,1,2] [--write]
 
 Every variant trains the tasks of `compare_tasks.py` from the lowest of their base LRs, with the
@@ -11,27 +11,23 @@ same budget. The excess is measured against the tuned static run of
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-try:
-    from benchmarks import compare_tasks
-except ImportError:
-    import compare_tasks
-
 import torch
 
+from benchmarks import common, compare_tasks
 from pulseopt_hf.aees import calibration
-from pulseopt_hf.compare.cells import Cell, run_apart
+from pulseopt_hf.compare.cells import Cell, run_in_subprocess
 from pulseopt_hf.compare.scores import excess
+from pulseopt_hf.compare.summary import markdown
 
-RESULT = Path(__file__).parent / "results" / "ablation.json"
+RESULT = common.RESULTS / "ablation.json"
 OUT = Path("runs/ablation")
 TASKS = "sentences,six_classes,digits"
 SHIPPED = "as shipped"
@@ -85,7 +81,7 @@ def losses(
             # A cell is run in a fork of this process, which finds the constants as they are here.
             for name, value in variant.constants.items():
                 stack.enter_context(patch.object(calibration, name, value))
-            loss = run_apart(cell, out)["loss_after"]
+            loss = run_in_subprocess(cell, out)["loss_after"]
         print(f"{variant.label}, {task}, seed {seed}: {loss}", flush=True)
         found.append(loss)
     return found
@@ -107,50 +103,40 @@ def shipped(content: dict[str, Any], task: str, seeds: list[int]) -> list[float 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(str(__doc__), RESULT)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     if torch.cuda.is_available():
         # Cells are spawned there, and would find the constants as they are shipped.
-        raise SystemExit("Hide the GPU: CUDA_VISIBLE_DEVICES= python benchmarks/ablation.py ...")
+        raise SystemExit("Hide the GPU: CUDA_VISIBLE_DEVICES= python -m benchmarks.ablation ...")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    compared = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))["tasks"]
+    compared = common.read(compare_tasks.RESULT)["tasks"]
     result: dict[str, dict[str, list[float]]] = {}
     for task in options.tasks.split(","):
         content = compared[task]
-        before, tuned = content["loss_before"], content["loss_tuned"]
         rows = {SHIPPED: shipped(content, task, seeds)}
         for name in options.variants.split(","):
-            if task not in VARIANTS[name].tasks:
-                continue
-            rows[VARIANTS[name].label] = losses(
-                VARIANTS[name],
-                *(task, seeds, options.steps, options.data, options.out / name / task),
-            )
-        result[task] = {
-            label: [excess(loss, before, tuned) for loss in found] for label, found in rows.items()
-        }
-    print(to_markdown(result))
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            variant, out = VARIANTS[name], options.out / name / task
+            if task in variant.tasks:
+                rows[variant.label] = losses(variant, task, seeds, options.steps, options.data, out)
+        ends = content["loss_before"], content["loss_tuned"]
+        result[task] = {label: [excess(loss, *ends) for loss in own] for label, own in rows.items()}
+    common.finish(result, to_markdown, options.write)
 
 
 def to_markdown(result: dict[str, dict[str, list[float]]]) -> str:
     """Return a table of the excess, mean and range over seeds, with a row for each variant."""
-    lines = ["| variant | " + " | ".join(result) + " |", "|---|" + "---|" * len(result)]
-    for label in dict.fromkeys(label for rows in result.values() for label in rows):
-        shown = [_shown(rows.get(label, [])) for rows in result.values()]
-        lines.append(f"| {label} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+    labels = dict.fromkeys(label for rows in result.values() for label in rows)
+    rows = [(label, *(_shown(own.get(label, [])) for own in result.values())) for label in labels]
+    return markdown([("variant", *result), *rows]) + "\n"
 
 
-def _shown(values: list[float]) -> str:
+def _shown(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = f"{sum(values) / len(values):.3f}"

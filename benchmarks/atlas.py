@@ -1,6 +1,6 @@
 """The atlas: the learning rate that is found against the one that a sweep finds, on many settings.
 
-    python benchmarks/atlas.py --data FOLDER [--settings sst2_short,...] [--quick] [--write]
+    python -m benchmarks.atlas --data FOLDER [--settings sst2_short,...] [--quick] [--write]
 
 A setting is a task of `benchmarks/tasks` with its data, model, optimizer, batch and length. On each
 the static LR is tuned on a grid of half decades, from a guess to where the eval loss rises on
@@ -23,13 +23,9 @@ from typing import Any
 
 import torch
 
-try:
-    from benchmarks import compare_tasks
-except ImportError:
-    import compare_tasks
-
+from benchmarks import compare_tasks
 from pulseopt_hf.cli import main as pulseopt_hf
-from pulseopt_hf.compare.cells import Cell, run_apart
+from pulseopt_hf.compare.cells import Cell, run_in_subprocess
 from pulseopt_hf.compare.scores import excess, tuned_lr
 from pulseopt_hf.recipes.folder import versions
 
@@ -208,7 +204,9 @@ def measure(name: str, data: Path, out: Path) -> str:
     words = options_of(setting, data, out)
 
     def run(method: str, learning_rate: float) -> dict[str, Any]:
-        return run_apart(Cell(recipe, words, method, learning_rate, 0, setting.steps), folder)
+        return run_in_subprocess(
+            Cell(recipe, words, method, learning_rate, 0, setting.steps), folder
+        )
 
     def loss(learning_rate: float) -> float:
         after = run("static", learning_rate)["loss_after"]

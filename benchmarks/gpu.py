@@ -1,6 +1,6 @@
 """What can only be measured on a GPU: the cost of a step of GPT-2, and calibration at size.
 
-    python benchmarks/gpu.py --data FOLDER [--pieces overhead,gpt_10m,...] [--out FOLDER] [--write]
+    python -m benchmarks.gpu --data FOLDER [--pieces overhead,gpt_10m,...] [--out FOLDER] [--write]
 
 `overhead` trains GPT-2 of 124M parameters, in bf16 with a fused AdamW, as `overhead.py` does a
 small model on a CPU: variants in turn in one process, times as ratios to the vanilla Trainer's, the
@@ -13,56 +13,36 @@ What was run before is kept in `--out` and not run again. `--write` puts what is
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import math
 import random
 import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
-from torch.utils.data import Dataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
 
-try:
-    from benchmarks import atlas
-except ImportError:
-    import atlas
-
+from benchmarks import atlas, common, overhead
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
-from pulseopt_hf.compare.published import PublishedTrainer
+from pulseopt_hf.compare.cells import steps_after_calibration
 from pulseopt_hf.compare.scores import excess, tuned_lr
+from pulseopt_hf.compare.summary import markdown
 from pulseopt_hf.embedded import train_tokenizer
+from pulseopt_hf.files import write_whole
 from pulseopt_hf.trainer.nonfinite import NonFiniteGuard
 
 OUT = Path("runs/gpu")
-RESULT = Path(__file__).parent / "results" / "gpu.json"
-VARIANTS = (
-    "vanilla",
-    "vanilla again",
-    "lr",
-    "lr, guard off",
-    "lr+noise",
-    "published lr",
-    "published lr+noise",
-)
-LONG_RUN = 1000  # optimizer steps
+RESULT = common.RESULTS / "gpu.json"
+VARIANTS = (*overhead.VARIANTS, "lr, guard off")
 BLOCK = 256  # tokens of a row
 EVALUATED = 256  # rows
 MOST_TOKENS = 6_000_000
@@ -106,31 +86,28 @@ SIZES = {
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", message=".*not every arm is tried")
-    warnings.filterwarnings("ignore", message=".*overridden after learning rate scheduler")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(str(__doc__), RESULT)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pieces", default=",".join(["overhead", *SIZES]))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32, help="rows of the overhead's step")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device")
     options.out.mkdir(parents=True, exist_ok=True)
     for piece in options.pieces.split(","):
         if piece == "overhead":
-            once(options.out / "overhead.json", lambda: overhead(options.rounds, options.batch))
+            file = options.out / "overhead.json"
+            once(file, lambda: cost_of_a_step(options.rounds, options.batch))
         else:
             measure(piece, options.data, options.out)
     sizes = {name: summary(SIZES[name].steps, options.out / name) for name in SIZES}
+    packages = ("torch", "transformers", "accelerate", "pulseopt-hf")
     result = {
         "card": torch.cuda.get_device_name(),
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "accelerate", "pulseopt-hf")
-        },
-        "overhead": read(options.out / "overhead.json"),
+        "versions": {name: version(name) for name in packages},
+        "overhead": common.read(options.out / "overhead.json"),
         "sizes": {name: found for name, found in sizes.items() if found is not None},
         "unfinished": {
             name: losses
@@ -138,55 +115,21 @@ def main() -> None:
             if found is None and (losses := static_losses(options.out / name))
         },
     }
-    print(json.dumps(result, indent=1))
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    common.finish(result, to_markdown, options.write)
 
 
 def once(file: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what a file holds, and make it by `run` where it is not there."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(run()) + "\n", encoding="utf-8")
-        part.replace(file)
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        write_whole(file, json.dumps(run()) + "\n")
+    found: dict[str, Any] = common.read(file)
     return found
 
 
-def read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-class Clock(TrainerCallback):
-    """Times the steps of a training but for the first two, which warm up."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        if state.global_step == 2:
-            torch.cuda.synchronize()
-            self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop the clock at the last step."""
-        if state.global_step == state.max_steps:
-            torch.cuda.synchronize()
-            self.seconds = (time.perf_counter() - self._start) / (state.max_steps - 2)
-
-
-class Rows(Dataset):
-    """Rows of tokens, as a causal language model is given them."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return one row and its labels."""
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+def rows_of(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Return rows of tokens as a causal language model is given them."""
+    return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 def settings(folder: Path, steps: int, batch: int, **extra: Any) -> TrainingArguments:
@@ -207,52 +150,47 @@ def settings(folder: Path, steps: int, batch: int, **extra: Any) -> TrainingArgu
     )
 
 
-def overhead(rounds: int, batch: int, steps: int = 8) -> dict[str, Any]:
-    """Return step times and peak memory of the variants, as ratios and differences to vanilla."""
+def cost_of_a_step(rounds: int, batch: int, steps: int = 8) -> dict[str, Any]:
+    """Return step times and peak memory of the variants, and what a calibration costs."""
+    peaks: dict[str, float] = {}
+    data = rows_of(torch.randint(0, 50257, (batch * (steps + 2), 1024)))
     set_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    data = Rows(torch.randint(0, 50257, (batch * (steps + 2), 1024)))
-    common = {
-        "model": model,
-        "args": settings(OUT / "overhead", steps + 2, batch, learning_rate=1e-5),
-        "train_dataset": data,
-        "optimizers": (optimizer, None),
-    }
 
-    def trainer_of(variant: str) -> Trainer:
-        knobs: dict[str, Any] = {
-            "lr_candidates": [0.5, 1.0, 2.0],
-            "noise_candidates": [0.005, 0.01] if "noise" in variant else [0.0],
-            "episode_length": 4,
-        }
-        if variant.startswith("vanilla"):
-            return Trainer(**common)
-        if variant.startswith("published"):
-            return PublishedTrainer(**common, **knobs)
-        return PulseOptTrainer(**common, pulse=PulseOptConfig.published(**knobs))
+    def shared(steps: int) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        arguments = settings(OUT / "overhead", steps, batch, learning_rate=1e-5)
+        trained = {"model": model, "optimizers": (optimizer, None)}
+        return {**trained, "args": arguments, "train_dataset": data}
 
-    trainers = {variant: trainer_of(variant) for variant in VARIANTS}
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    peaks: dict[str, int] = {}
-    order = random.Random(0)
-    is_finite = NonFiniteGuard.is_finite
-    for number in range(rounds + 1):
-        for variant in order.sample(VARIANTS, len(VARIANTS)):
-            clock = Clock()
-            trainers[variant].add_callback(clock)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            if "guard off" in variant:
-                NonFiniteGuard.is_finite = lambda self: True
-            trainers[variant].train()
-            NonFiniteGuard.is_finite = is_finite
-            trainers[variant].remove_callback(clock)
-            if number:  # the first round warms up
-                times[variant].append(clock.seconds)
-                peaks[variant] = torch.cuda.max_memory_allocated()
-        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
-    step = statistics.median(times["vanilla"])
+    def timed(what: str, trainer: Any) -> float:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start = now()
+        trainer.train()
+        seconds = now() - start
+        peaks[what] = torch.cuda.max_memory_allocated() / 2**20
+        return seconds
+
+    parts = shared(steps + 2)
+    trainers = {variant: overhead.trainer_of(variant, **parts) for variant in VARIANTS}
+
+    def train(variant: str) -> float:
+        clock = overhead.Clock(now, warm_up=2)
+        trainers[variant].add_callback(clock)
+        unguarded = patch.object(NonFiniteGuard, "is_finite", lambda self: True)
+        with unguarded if "guard off" in variant else contextlib.nullcontext():
+            timed(variant, trainers[variant])
+        trainers[variant].remove_callback(clock)
+        return clock.seconds
+
+    def calibrate(calibration: str) -> tuple[float, PulseOptTrainer]:
+        pulse = PulseOptConfig(calibration=calibration)
+        trainer = PulseOptTrainer(**shared(SHORTEST_RUN), pulse=pulse)
+        return timed(calibration, trainer), trainer
+
+    times = overhead.times_of(VARIANTS, rounds, train)
+    calibration = overhead.calibration_cost(calibrate, rounds=3)
     return {
         "parameters": model.num_parameters(),
         "batch": batch,
@@ -260,57 +198,17 @@ def overhead(rounds: int, batch: int, steps: int = 8) -> dict[str, Any]:
         "rounds": rounds,
         "steps_a_round": steps,
         "published": version("pulseopt"),
-        "step_seconds": step,
-        **calibration_cost(model, data, batch, step),
-        "variants": {
-            variant: {
-                "step_ratio": statistics.median(
-                    mine / theirs
-                    for mine, theirs in zip(times[variant], times["vanilla"], strict=True)
-                ),
-                "extra_peak_mib": (peaks[variant] - peaks["vanilla"]) / 2**20,
-            }
-            for variant in VARIANTS
-        },
+        "step_seconds": statistics.median(times["vanilla"]),
+        **calibration,
+        "calibration_extra_peak_mib": peaks["trust_region"] - peaks["off"],
+        "variants": overhead.compared(times, peaks),
     }
 
 
-def calibration_cost(
-    model: GPT2LMHeadModel, data: Rows, batch: int, step: float, rounds: int = 2
-) -> dict[str, float]:
-    """Return what calibration takes, in optimizer steps of the same model: medians over rounds."""
-    taken, lost, peaks = [], [], {}
-    for _ in range(rounds + 1):
-        seconds = {}
-        for calibration in ("off", "trust_region"):
-            set_seed(0)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-            trainer = PulseOptTrainer(
-                model,
-                settings(OUT / "overhead", SHORTEST_RUN, batch, learning_rate=1e-5),
-                train_dataset=data,
-                optimizers=(optimizer, None),
-                pulse=PulseOptConfig(calibration=calibration),
-            )
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            trainer.train()
-            torch.cuda.synchronize()
-            peaks[calibration] = torch.cuda.max_memory_allocated()
-            seconds[calibration] = time.perf_counter() - start
-        assert trainer.aees is not None
-        assert trainer.aees.calibrator is not None
-        lost.append(len({trial.step for trial in trainer.aees.calibrator.search.trials}) - 1)
-        taken.append((seconds["trust_region"] - seconds["off"]) / step)
-        print(f"calibration: {taken[-1]:.1f} steps, {lost[-1]} batches", file=sys.stderr)
-    steps, batches = statistics.median(taken[1:]), statistics.median(lost[1:])
-    return {
-        "calibration_steps": steps,
-        "calibration_batches": batches,
-        "calibration_share": (steps + batches) / LONG_RUN,
-        "calibration_extra_peak_mib": (peaks["trust_region"] - peaks["off"]) / 2**20,
-    }
+def now() -> float:
+    """Return the time, in seconds, when the device has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure(piece: str, texts: Path, out: Path) -> None:
@@ -407,14 +305,13 @@ def trained(
     trainer = PulseOptTrainer(
         model,
         arguments,
-        train_dataset=Rows(data["train"]),
-        eval_dataset=Rows(data["validation"]),
+        train_dataset=rows_of(data["train"]),
+        eval_dataset=rows_of(data["validation"]),
         pulse=PulseOptConfig(calibration="off" if method == "static" else "auto"),
     )
     before = trainer.evaluate()["eval_loss"]
     if method != "static":
-        replayed = trainer.find_learning_rate().replayed_rows
-        arguments.max_steps = steps - math.ceil(replayed / 3 / size.batch)  # as `compare` pays
+        arguments.max_steps = steps_after_calibration(trainer, steps, size.batch)
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     if keep is not None:
@@ -432,16 +329,17 @@ def trained(
 
 def static_losses(folder: Path) -> dict[float, float]:
     """Return the final eval losses of the static runs that are there, by LR."""
-    runs = {float(file.stem.split("-", 1)[1]): read(file) for file in folder.glob("static-*.json")}
-    return {rate: runs[rate]["loss_after"] for rate in sorted(runs)}
+    files = {float(file.stem.split("-", 1)[1]): file for file in folder.glob("static-*.json")}
+    return {rate: common.read(files[rate])["loss_after"] for rate in sorted(files)}
 
 
 def summary(steps: int, folder: Path) -> dict[str, Any] | None:
     """Return tuned against found of a piece whose runs are all there."""
     losses = static_losses(folder)
-    ours = read(folder / f"default-{atlas.UNTOUCHED:g}.json")
-    if ours is None or atlas.UNTOUCHED not in losses:
+    file = folder / f"default-{atlas.UNTOUCHED:g}.json"
+    if not file.exists() or atlas.UNTOUCHED not in losses:
         return None
+    ours = common.read(file)
     return {
         "steps": steps,
         "parameters": ours["parameters"],
@@ -457,37 +355,18 @@ def summary(steps: int, folder: Path) -> dict[str, Any] | None:
 def to_markdown(result: dict[str, Any]) -> str:
     """Return a table of what a step costs, and one of the sizes, blank where nothing was run."""
     cost = result["overhead"]
-    lines = [
-        f"{result['card']}, a step of {1000 * cost['step_seconds']:.0f} ms:",
-        "",
-        "| variant | step time | extra peak memory |",
-        "|---|---|---|",
-    ]
-    for name, row in cost["variants"].items():
-        memory = round(row["extra_peak_mib"])
-        lines.append(f"| {name} | {row['step_ratio']:.3f} x | {memory} MiB |")
-    lines += [
-        "",
-        f"Calibration takes the time of {cost['calibration_steps']:.1f} optimizer steps and "
-        f"{cost['calibration_batches']:.0f} batches, {cost['calibration_share']:.1%} of "
-        f"{LONG_RUN:,} steps, and {max(0, round(cost['calibration_extra_peak_mib']))} MiB.",
-        "",
-    ]
-    rows = {name: row["losses"] for name, row in result["sizes"].items()} | result["unfinished"]
-    rates = sorted({float(rate) for losses in rows.values() for rate in losses})
-    lines += [
-        "| model | " + " | ".join(f"{rate:g}" for rate in rates) + " | tuned | found | its loss |",
-        "|---" * (len(rates) + 4) + "|",
-    ]
-    for name, losses in rows.items():
-        known = {float(rate): loss for rate, loss in losses.items()}
-        cells = [f"{known[rate]:.3f}" if rate in known else "" for rate in rates]
-        row = result["sizes"].get(name)
+    losses = {name: row["losses"] for name, row in result["sizes"].items()} | result["unfinished"]
+    rates = sorted({rate for own in losses.values() for rate in own}, key=float)
+    rows = [("model", *(f"{float(rate):g}" for rate in rates), "tuned", "found", "its loss")]
+    for name, own in losses.items():
         found = ["", "", ""]
-        if row is not None:
+        if row := result["sizes"].get(name):
             found = [f"{row['tuned']:.1e}", f"{row['found']:.1e}", f"{row['loss']['ours']:.3f}"]
-        lines.append(f"| {name} | {' | '.join([*cells, *found])} |")
-    return "\n".join(lines) + "\n"
+        rows.append((name, *(f"{own[r]:.3f}" if r in own else "" for r in rates), *found))
+    return (
+        f"{result['card']}, a step of {1000 * cost['step_seconds']:.0f} ms:\n\n"
+        f"{overhead.to_markdown(cost)}\n{markdown(rows)}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,12 @@
-"""Print the page of knobs, or with `--write` put it into the documentation, from their metadata.
-
-python benchmarks/knobs_page.py [--write]
-"""
+"""The page of knobs, made from their metadata; `python -m benchmarks.tables --write` keeps it."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
-from pathlib import Path
 from typing import Any
 
 from pulseopt_hf.config import OPERATIONAL_KNOBS, PulseOptConfig
-
-PAGE = Path(__file__).parents[1] / "docs" / "knobs.md"
 
 
 def knobs_page() -> str:
@@ -49,10 +42,3 @@ def _knob(field: dataclasses.Field[Any]) -> str:
     if typing.get_origin(hint) is typing.Literal:
         facts += ". One of " + ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
     return f"### `{field.name}`\n\n{facts}.\n\n{field.metadata['help']}"
-
-
-if __name__ == "__main__":
-    if "--write" in sys.argv:
-        PAGE.write_text(knobs_page(), encoding="utf-8")
-    else:
-        print(knobs_page(), end="")

@@ -1,6 +1,6 @@
 """Measure how often each bandit plays the best arm, with the losses of a real run.
 
-    python benchmarks/planted_bandit.py [--write]
+    python -m benchmarks.planted_bandit [--write]
 
 A small GPT is trained on `quickstart/lm` for 1,200 steps at one constant LR, which are 60 episodes
 of 20 steps. Its losses are a trend, since they fall more and more slowly, and noise about it. Then
@@ -12,7 +12,6 @@ standard deviations of the published reward's noise. `--write` puts the result i
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -20,10 +19,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from benchmarks import common
 from pulseopt_hf import PulseOptConfig, cli
 from pulseopt_hf.aees import Bandit, DiscountedUCB, RandomBandit, ScaledUCB, episode_reward
+from pulseopt_hf.compare.summary import markdown
 
-RESULT = Path(__file__).parent / "results" / "planted-bandit.json"
+RESULT = common.RESULTS / "planted-bandit.json"
 EPISODES, ARMS, BEST, RUNS = 60, 3, 1, 400
 GAPS = (0.5, 1.0, 2.0)
 SMOOTHED = 2  # episodes before and after that the trend is a mean of
@@ -55,7 +56,6 @@ class PlantedEpisodes:
     """
 
     def __init__(self, losses: list[float]) -> None:
-        """See the class."""
         self._length = len(losses) // EPISODES
         reach = SMOOTHED * self._length
         self._trend = [
@@ -108,9 +108,8 @@ def reward(losses: list[float], kind: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(str(__doc__), RESULT)
     parser.add_argument("--steps", type=int, default=20 * EPISODES)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         episodes = PlantedEpisodes(real_losses(Path(folder) / "run", options.steps))
@@ -120,20 +119,19 @@ def main() -> None:
         for name, player in BANDITS.items()
     }
     noise = {kind: round(deviation, 5) for kind, deviation in noise.items()}
-    result = {"steps": options.steps, "noise": noise, "shares": shares}
     print(json.dumps(noise))
-    print(to_markdown(result))
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"steps": options.steps, "noise": noise, "shares": shares}
+    common.finish(result, to_markdown, options.write)
 
 
 def to_markdown(result: dict) -> str:
     """Return a table with a row for each bandit of what `main` measured."""
-    lines = ["| bandit and reward | " + " | ".join(f"gap {gap:g} sd" for gap in GAPS) + " |"]
-    lines.append("|---|" + "---|" * len(GAPS))
-    for name, shares in result["shares"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{v:.0%}" for v in shares.values()) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [("bandit and reward", *(f"gap {gap:g} sd" for gap in GAPS))]
+    rows += [
+        (name, *(f"{share:.0%}" for share in shares.values()))
+        for name, shares in result["shares"].items()
+    ]
+    return markdown(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare static LRs and the default on small models that are no Transformers.
 
-    python benchmarks/small_models.py [--tasks diabetes,...] [--seeds 0,1,2] [--steps 600] [--write]
+    python -m benchmarks.small_models [--tasks diabetes,...] [--seeds 0,1,2] [--steps 600] [--write]
 
 The data ships with scikit-learn, so nothing is downloaded. The models are plain torch modules
 under `Trainer` and `PulseOptTrainer`, from every base LR of a grid of half decades, at equal cost.
@@ -10,14 +10,11 @@ Nothing in the package was set by looking at these tasks. `--write` puts the res
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,18 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
-try:
-    from benchmarks import compare_tasks
-except ImportError:
-    import compare_tasks
-
+from benchmarks import common, compare_tasks
 from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.compare.cells import steps_after_calibration
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.scores import score
-from pulseopt_hf.recipes.folder import versions
 
-RESULT = Path(__file__).parent / "results" / "small-models.json"
+RESULT = common.RESULTS / "small-models.json"
 LEARNING_RATES = "3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
 TRAINERS: dict[str, Callable[..., Trainer]] = {"static": Trainer, "default": PulseOptTrainer}
 BATCH = 16
@@ -48,7 +40,6 @@ class Model(nn.Module):
     """A body, with the loss that the labels ask for."""
 
     def __init__(self, body: nn.Module) -> None:
-        """See the class."""
         super().__init__()
         self.body = body
 
@@ -89,23 +80,7 @@ TASKS = {
 }
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Inputs, shape (rows, features), and labels, shape (rows,)."""
-
-    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
-        """See the class."""
-        self._inputs, self._labels = inputs, labels
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._inputs)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one row."""
-        return {"inputs": self._inputs[index], "labels": self._labels[index]}
-
-
-def load(task: Task) -> tuple[Rows, Rows, Callable[[], Model]]:
+def load(task: Task) -> tuple[list[Any], list[Any], Callable[[], Model]]:
     """Return training and validation rows, a fifth of all, and what makes a new model."""
     inputs, labels = (torch.tensor(array) for array in task.load(return_X_y=True))
     inputs = ((inputs - inputs.mean(0)) / inputs.std(0).clamp(min=1e-6)).float()
@@ -113,12 +88,9 @@ def load(task: Task) -> tuple[Rows, Rows, Callable[[], Model]]:
     if classes == 1:
         labels = (labels / labels.std()).float()
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    train, validation = order[len(order) // 5 :], order[: len(order) // 5]
-    return (
-        Rows(inputs[train], labels[train]),
-        Rows(inputs[validation], labels[validation]),
-        lambda: Model(task.network(inputs.shape[1], classes)),
-    )
+    rows = [{"inputs": inputs[index], "labels": labels[index]} for index in order]
+    validation, train = rows[: len(rows) // 5], rows[len(rows) // 5 :]
+    return train, validation, lambda: Model(task.network(inputs.shape[1], classes))
 
 
 def run(name: str, method: str, learning_rate: float, seed: int, steps: int) -> dict[str, Any]:
@@ -163,32 +135,24 @@ def run(name: str, method: str, learning_rate: float, seed: int, steps: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(str(__doc__), RESULT)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--learning_rates", default=LEARNING_RATES)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rates = [float(rate) for rate in options.learning_rates.split(",")]
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    packages = {name: version for name, version in versions().items() if name != "platform"}
     tasks = {}
     for name in options.tasks.split(","):
         cells = [
-            run(name, method, rate, seed, options.steps)
+            run(name, method, float(rate), int(seed), options.steps)
             for method in TRAINERS
-            for rate in rates
-            for seed in seeds
+            for rate in options.learning_rates.split(",")
+            for seed in options.seeds.split(",")
         ]
-        kept = ("loss_before", "loss_after", "seconds", "paid_steps")
-        rows = [{**cell["cell"], **{key: cell[key] for key in kept}} for cell in cells]
-        tasks[name] = {**asdict(score(cells)), "cells": rows}
-    result = {"versions": packages, "tasks": tasks}
-    print(compare_tasks.to_markdown(result))
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        tasks[name] = compare_tasks.summary(cells, asdict(score(cells)))
+    result = {"versions": compare_tasks.packages(), "tasks": tasks}
+    common.finish(result, compare_tasks.to_markdown, options.write)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,33 @@
-"""Put the tables of `benchmarks/results` into the documentation.
+"""Put the tables of `benchmarks/results` and the page of knobs into the documentation.
 
-    python benchmarks/tables.py [--write]
+    python -m benchmarks.tables [--write]
 
 Without `--write` it only says which pages would change, and ends with exit code 1 if one would.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-try:
-    from benchmarks import (
-        ablation,
-        atlas,
-        compare_tasks,
-        gpu,
-        planted_bandit,
-        small_models,
-        trust_region,
-    )
-except ImportError:
-    import ablation
-    import atlas
-    import compare_tasks
-    import gpu
-    import planted_bandit
-    import small_models
-    import trust_region
+from benchmarks import (
+    ablation,
+    atlas,
+    common,
+    compare_tasks,
+    gpu,
+    overhead,
+    planted_bandit,
+    small_models,
+    trust_region,
+)
+from benchmarks.knobs_page import knobs_page
 
-ROOT = Path(__file__).parents[1]
-METHOD, BENCHMARK = ROOT / "docs" / "method.md", ROOT / "docs" / "benchmark.md"
-README = ROOT / "README.md"
+DOCS = common.ROOT / "docs"
+KNOBS, METHOD, BENCHMARK = DOCS / "knobs.md", DOCS / "method.md", DOCS / "benchmark.md"
+README = common.ROOT / "README.md"
 
 
 def put(text: str, mark: str, table: str) -> str:
@@ -52,30 +45,29 @@ TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
     (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "atlas", atlas.RESULT, atlas.to_markdown),
+    (BENCHMARK, "overhead", overhead.RESULT, overhead.to_markdown),
     (BENCHMARK, "gpu", gpu.RESULT, gpu.to_markdown),
     (README, "atlas", atlas.RESULT, atlas.to_short_markdown),
 ]
 
 
-def with_table(page: Path, mark: str, result: Path, to_markdown: Callable[[Any], str]) -> str:
-    """Return a page with one of its tables as it should be."""
-    table = to_markdown(json.loads(result.read_text(encoding="utf-8")))
-    return put(page.read_text(encoding="utf-8"), mark, table)
+def pages() -> dict[Path, str]:
+    """Return the pages that are made in part or whole, as they should be."""
+    found = {KNOBS: knobs_page()}
+    for page, mark, result, to_markdown in TABLES:
+        text = found.get(page) or page.read_text(encoding="utf-8")
+        found[page] = put(text, mark, to_markdown(common.read(result)))
+    return found
 
 
 def main() -> int:
-    changed = []
-    for page, mark, *source in TABLES:
-        text = with_table(page, mark, *source)
-        if text != page.read_text(encoding="utf-8"):
-            changed.append(f"{page}, {mark}")
-            if "--write" in sys.argv:
-                page.write_text(text, encoding="utf-8")
-    if "--write" in sys.argv:
-        return 0
-    for place in changed:
-        print(f"{place}: not up to date; run `make readme`.")
-    return bool(changed)
+    changed = {p: text for p, text in pages().items() if text != p.read_text(encoding="utf-8")}
+    for page, text in changed.items():
+        if "--write" in sys.argv:
+            page.write_text(text, encoding="utf-8")
+        else:
+            print(f"{page}: not up to date; run `make readme`.")
+    return bool(changed) and "--write" not in sys.argv
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Show which LR each half of the trust region allows, on the tasks of `compare_tasks.py`.
 
-    python benchmarks/trust_region.py --data FOLDER [--tasks sst2,...] [--seeds 0,1,2] [--write]
+    python -m benchmarks.trust_region --data FOLDER [--tasks sst2,...] [--seeds 0,1,2] [--write]
 
 Every task is trained for 50 steps from a base LR of 1e-4, enough for the calibration. The LR that
 its trials allow by the outputs alone, by the weights alone, and by both is set beside the LR at
@@ -10,8 +10,6 @@ which static runs end best (`benchmarks/results/compare-tasks.json`). `--write` 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -19,16 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-try:
-    from benchmarks import compare_tasks
-except ImportError:
-    import compare_tasks
-
+from benchmarks import common, compare_tasks
 from pulseopt_hf import cli
 from pulseopt_hf.aees.calibration import FAINT, OUTPUT_RADIUS, WEIGHT_RADIUS
+from pulseopt_hf.compare.summary import markdown
 from pulseopt_hf.report.record_reader import read_run
 
-RESULT = Path(__file__).parent / "results" / "trust-region.json"
+RESULT = common.RESULTS / "trust-region.json"
 BASE_LR, STEPS = 1e-4, 50
 RADII = {"movement": OUTPUT_RADIUS, "weight_movement": WEIGHT_RADIUS}
 COLUMNS = {
@@ -70,37 +65,30 @@ def allowed(found: list[dict[str, Any]], *movements: str) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(str(__doc__), RESULT)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", default=",".join(compare_tasks.TASKS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, default=compare_tasks.OUT)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
-    tuned = json.loads(compare_tasks.RESULT.read_text(encoding="utf-8"))["tasks"]
-    result = {}
+    tuned = common.read(compare_tasks.RESULT)["tasks"]
+    result: dict[str, dict[str, float | None]] = {}
     for task in options.tasks.split(","):
-        rows: dict[str, list[float]] = {name: [] for name in COLUMNS}
-        for seed in options.seeds.split(","):
-            found = trials(task, options.data, options.out, int(seed))
-            for name, movements in COLUMNS.items():
-                lr = allowed(found, *movements)
-                if lr is not None:
-                    rows[name].append(lr)
-        means = {key: statistics.geometric_mean(v) if v else None for key, v in rows.items()}
-        result[task] = {"tuned": tuned[task]["tuned"], **means}
-    print(to_markdown(result))
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        found = [trials(task, options.data, options.out, int(s)) for s in options.seeds.split(",")]
+        result[task] = {"tuned": tuned[task]["tuned"]}
+        for name, movements in COLUMNS.items():
+            rates = [lr for own in found if (lr := allowed(own, *movements)) is not None]
+            result[task][name] = statistics.geometric_mean(rates) if rates else None
+    common.finish(result, to_markdown, options.write)
 
 
 def to_markdown(result: dict[str, dict[str, float | None]]) -> str:
     """Return a table with a row for each task."""
-    lines = ["| task | tuned | by outputs | by weights | both |", "|---|---|---|---|---|"]
+    rows = [("task", "tuned", "by outputs", "by weights", "both")]
     for task, row in result.items():
-        cells = ["beyond reach" if row[k] is None else f"{row[k]:.1e}" for k in COLUMNS]
-        lines.append(f"| {task} | {row['tuned']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = ("beyond reach" if row[k] is None else f"{row[k]:.1e}" for k in COLUMNS)
+        rows.append((task, f"{row['tuned']:g}", *cells))
+    return markdown(rows) + "\n"
 
 
 if __name__ == "__main__":

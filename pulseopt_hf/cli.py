@@ -194,7 +194,7 @@ def _find_lr(words: list[str]) -> int:
 def _show_runs(command: str, words: list[str]) -> int:
     """Run one of the commands that make or show runs side by side."""
     if command == "compare":
-        from pulseopt_hf.compare.command import compare
+        from pulseopt_hf.compare.compare import compare
 
         compare(words)
     elif command == "watch":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -39,7 +39,7 @@ def call_all(calls: Iterable[Callable[[], _Result]]) -> list[_Result]:
     return results
 
 
-@contextmanager
+@contextlib.contextmanager
 def usage_error(what: str, kind: type[Exception] = Exception, *, hint: str = "") -> Iterator[None]:
     """Turn an error of a library, by default any, into a `UsageError` of one line."""
     try:
@@ -60,3 +60,15 @@ def one_line(error: BaseException) -> str:
     """Return the first line of an error's message that says something, or its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Where a package is missing, raise a `UsageError` that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{what} needs {error.name}, which is not installed: "
+            f"pip install 'pulseopt-hf[{extra}]'."
+        ) from error

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import knobs_page
-
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/guarantees.md").read_text())
 
 
@@ -20,10 +17,6 @@ def test_every_guarantee_names_a_test_that_exists(file: str, function: str) -> N
     tree = ast.parse((ROOT / file).read_text())
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert not function or function in names
-
-
-def test_guarantees_name_many_tests() -> None:
-    assert len(TESTS) > 25
 
 
 @pytest.mark.parametrize(
@@ -35,8 +28,3 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         if page == "README.md" or "/" in target:
             assert (path.parent / target).exists(), target
-
-
-def test_the_page_of_knobs_is_made_from_the_config() -> None:
-    page = (ROOT / "docs/knobs.md").read_text()
-    assert page == knobs_page.knobs_page(), "run `make readme`"

@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
 from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.files import write_whole
 
 # What an evaluation calls a recipe's metrics, where it is not the metric's name.
 METRIC_KEYS = {"matthews": "matthews_correlation", "spearman": "spearmanr", "rouge": "rougeL"}
@@ -45,8 +47,8 @@ class Cell:
         return f"{self.method}-{self.learning_rate:.6g}-{self.seed}"
 
 
-def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Run a cell in a process of its own, unless its file is there already.
+def run_in_subprocess(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Run a cell in a subprocess, unless its file is there already.
 
     Returns:
         What the file holds: the cell, `loss_before`, `loss_after` (`None` where it is not finite),
@@ -56,9 +58,14 @@ def run_apart(cell: Cell, folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: the recipe or the method cannot be run.
-        RuntimeError: the process died.
+        RuntimeError: the subprocess died.
     """
-    return result_of(cell, folder) or _apart(_train, cell, folder / f"{cell.name}.json")
+    found = result_of(cell, folder)
+    if found is None:
+        content = json.dumps(_in_subprocess(_train, cell))
+        write_whole(folder / f"{cell.name}.json", f"{content}\n")
+        found = json.loads(content)
+    return found
 
 
 def result_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
@@ -76,59 +83,42 @@ def expected_seconds(cell: Cell) -> float:
 
     Raises:
         UsageError: the recipe cannot be run.
-        RuntimeError: the process died.
+        RuntimeError: the subprocess died.
     """
-    cell = replace(cell, method="static")
-    with tempfile.TemporaryDirectory() as folder:
-        took = _apart(_time, cell, Path(folder) / "took.json")
+    took = _in_subprocess(_time, replace(cell, method="static"))
     evaluations = EVALUATIONS + 2  # before training and after it
     seconds: float = took["set_up"] + evaluations * took["evaluation"] + cell.steps * took["step"]
     return seconds
 
 
-def _apart(work: Callable[[Cell], dict[str, Any]], cell: Cell, file: Path) -> dict[str, Any]:
-    """Return what `work` makes of a cell in a process of its own, which leaves it in a file."""
+def _in_subprocess(work: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[str, Any]:
     import torch
 
-    file.unlink(missing_ok=True)
     # A fork spares the imports; CUDA does not survive one.
     start = "spawn" if torch.cuda.is_available() else "fork"
-    context: Any = multiprocessing.get_context(start)
-    process = context.Process(target=_run, args=(work, cell, file))
-    # While it forks Python drops exceptions, and so a Ctrl-C of that moment.
-    asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
-    process.start()
-    try:
-        signal.signal(signal.SIGINT, before)
-        if asked:
-            raise KeyboardInterrupt
-        process.join()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.join()
-        raise
-    if not file.exists():
-        raise RuntimeError(f"the run {cell.name} died with exit code {process.exitcode}")
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if "error" in result:
-        file.unlink()
-        raise UsageError(*result["error"])
-    return result
-
-
-def _run(work: Callable[[Cell], dict[str, Any]], cell: Cell, file: Path) -> None:
-    # A terminal sends Ctrl-C to both processes; the other one ends this.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        sys.stdout = nowhere
+    context = multiprocessing.get_context(start)
+    with ProcessPoolExecutor(1, context, initializer=_leave_the_terminal) as pool:
+        # While it forks Python drops exceptions, and so a Ctrl-C of that moment.
+        interrupts: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        future = pool.submit(work, cell)
         try:
-            result = work(cell)
-        except UsageError as error:
-            result = {"error": list(error.problems)}
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    part.replace(file)
+            signal.signal(signal.SIGINT, before)
+            if interrupts:
+                raise KeyboardInterrupt
+            return future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"the subprocess of the run {cell.name} died") from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _leave_the_terminal() -> None:
+    """Print nothing, and leave Ctrl-C, which a terminal sends to both processes, to the other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -247,9 +237,6 @@ def _evaluated(trainer: Any, metric: str) -> tuple[int, float | None, float | No
 
 def _values(entry: dict[str, Any], metric: str) -> tuple[int, float | None, float | None]:
     """Return the step, the loss and the metric of an evaluation; `None` for what is not finite."""
-    loss, value = float(entry["eval_loss"]), float(entry.get(f"eval_{metric}", math.nan))
-    return (
-        int(entry["step"]),
-        loss if math.isfinite(loss) else None,
-        value if math.isfinite(value) else None,
-    )
+    values = (float(entry.get(f"eval_{name}", math.nan)) for name in ("loss", metric))
+    loss, value = (value if math.isfinite(value) else None for value in values)
+    return int(entry["step"]), loss, value

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pulseopt_hf.compare.scores import Scores
-
 _COLUMNS = 3
 
 
-def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Path) -> bool:
+def draw(
+    tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Mapping[str, Any]]], file: Path
+) -> bool:
     """Draw one panel a task and save them as one SVG.
 
     Lines are means over seeds, bars reach from the lowest to the highest, and the dotted line is
@@ -19,7 +19,8 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
     drawn as that.
 
     Args:
-        tasks: name of each task, with its cells as `run_apart` returned them and their scores.
+        tasks: name of each task, with its cells as `run_in_subprocess` returned them, and with
+            `loss_before` and `loss_tuned` as `Scores` has them.
         file: where to save it.
 
     Returns:
@@ -36,7 +37,7 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
     color = alt.Color("method:N", scale=alt.Scale(domain=methods))
     panels, data = [], {"once": [{"once": True}]}
     for name, (cells, scores) in tasks.items():
-        rows = data[name] = list(_points(cells, scores.loss_before))
+        rows = data[name] = list(_points(cells, scores["loss_before"]))
         base = alt.Chart(alt.NamedData(name)).encode(
             x=alt.X("rate:Q", title="base learning rate", **log_axis([r["rate"] for r in rows])),
             y=alt.Y("mean:Q", title="final eval loss", scale=FREE),
@@ -44,7 +45,7 @@ def draw(tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Scores]], file: Pat
         )
         tuned = alt.Chart(alt.NamedData("once"))
         layers = (
-            tuned.mark_rule(strokeDash=[2, 2]).encode(y=alt.datum(scores.loss_tuned)),
+            tuned.mark_rule(strokeDash=[2, 2]).encode(y=alt.datum(scores["loss_tuned"])),
             base.mark_line(strokeWidth=1.6, point=True),
             base.mark_rule().encode(y="lowest:Q", y2="highest:Q"),
         )

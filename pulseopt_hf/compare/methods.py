@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulseopt_hf.compare.published import published_trainer
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import needs_extra
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ class Method:
 
 
 def _prodigy(parameters: Any) -> Any:
-    try:
+    with needs_extra("`prodigy`", "peers"):
         from prodigyopt import Prodigy
-    except ImportError as error:
-        raise UsageError("`prodigy` needs prodigyopt: pip install 'pulseopt-hf[peers]'.") from error
     return Prodigy(parameters, lr=1.0, safeguard_warmup=True)
 
 
@@ -54,7 +52,7 @@ METHODS = {
         ("--calibration", "off", *_ARMS, "--control_mode", "random"), "arms 0.5, 1, 2 at random"
     ),
     "published": Method(_PUBLISHED, "arms 0.5, 1, 2 played by the bandit of pulseopt 0.3.0"),
-    "default": Method((), "the recipe as it stands", calibrates=True),
+    "default": Method((), "the recipe unchanged", calibrates=True),
     "scaled_ucb": Method(
         ("--calibration", "off", *_ARMS), "arms 0.5, 1, 2 played by the scaled bandit"
     ),

@@ -77,7 +77,7 @@ class Plan:
             f"{counted(len(self.runs), 'run')} of {counted(self.steps, 'step')}: "
             f"{', '.join(f'`{name}`' for name in self.methods)} at the learning rates {rates}, "
             f"with {counted(len(self.seeds), 'seed')}.\n"
-            "They will say "
+            "They will show "
             + (f"whether {others} ends lower than `static` at {self.own_lr:g}, " if others else "")
             + "which learning rate a sweep would have found, and what a wrong one costs."
         )

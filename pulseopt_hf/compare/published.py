@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from pulseopt_hf.config import PulseOptConfig
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, needs_extra
 
 
 class PublishedTrainer(Trainer):
@@ -37,12 +37,8 @@ class PublishedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        try:
+        with needs_extra("The method `pulseopt`", "peers"):
             from pulseopt import AEES
-        except ImportError as error:
-            raise UsageError(
-                "`pulseopt` needs the package: pip install 'pulseopt-hf[peers]'."
-            ) from error
         if self.args.gradient_accumulation_steps != 1:
             raise UsageError("`pulseopt` cannot run with `gradient_accumulation_steps` above 1.")
         self._make: Any = functools.partial(

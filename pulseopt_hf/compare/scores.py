@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 DIVERGED = 1.5  # excess of a run whose loss is not finite, and the most that any run counts
@@ -74,61 +75,87 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
     before training, a cell's excess is (L - L*) / (L0 - L*), at most 1.5.
 
     Args:
-        results: what `run_apart` returned, for every cell.
+        results: what `run_in_subprocess` returned, for every cell.
 
     Raises:
         ValueError: there is no static run, or none that learned anything.
     """
-    loss_before = _mean([r["loss_before"] for r in results])
-    static: dict[float, list[float]] = {}
-    for result in _of(results, "static"):
-        loss = result["loss_after"]
-        static.setdefault(result["cell"]["learning_rate"], []).append(
-            float("inf") if loss is None else loss
-        )
-    if not static:
+    loss_before = fmean(result["loss_before"] for result in results)
+    losses = losses_by_lr(results, "static")
+    if not losses:
         raise ValueError("A comparison needs static runs to be measured against.")
-    losses = {lr: _mean(values) for lr, values in static.items()}
-    best = min(losses, key=lambda lr: losses[lr])
-    tuned, loss_tuned = tuned_lr(losses), losses[best]
-    if not loss_tuned < loss_before:
+    best = min(losses, key=losses.__getitem__)
+    scale = {"tuned": tuned_lr(losses), "loss_before": loss_before, "loss_tuned": losses[best]}
+    if not losses[best] < loss_before:
         raise ValueError("No static run learned anything: try other learning rates, or more steps.")
-
-    def of(result: dict[str, Any]) -> float:
-        return excess(result["loss_after"], loss_before, loss_tuned)
-
-    seconds = _mean([r["seconds"] / r["steps"] for r in _of(results, "static") if r["steps"]])
+    static = runs_of(results, "static")
+    seconds = fmean(r["seconds"] / r["steps"] for r in static if r["steps"])
     scores = []
     for method in dict.fromkeys(r["cell"]["method"] for r in results):
-        own = _of(results, method)
-        near = [r for r in own if counts(r["cell"]["learning_rate"], tuned)]
-        by_seed: dict[int, list[float]] = {}
-        by_lr: dict[float, list[float]] = {}
-        for result in near:
-            by_seed.setdefault(result["cell"]["seed"], []).append(of(result))
-            by_lr.setdefault(result["cell"]["learning_rate"], []).append(of(result))
+        own = runs_of(results, method)
+        near = [r for r in own if counts(r["cell"]["learning_rate"], scale["tuned"])]
+        seeds = [fmean(values) for values in excesses(results, method, "seed", scale).values()]
+        by_lr = excesses(results, method, "learning_rate", scale)
         bests = [_best(result) for result in near]
-        seeds = [_mean(values) for values in by_seed.values()]
         low, high = interval([seeds])
         scores.append(
             Score(
                 method,
-                robustness=_mean(seeds),
+                robustness=fmean(seeds),
                 low=low,
                 high=high,
-                worst=max(_mean(values) for values in by_lr.values()),
-                harm=_mean(by_lr[best]),
-                best=_mean([excess(loss, loss_before, loss_tuned) for loss, _ in bests]),
+                worst=max(map(fmean, by_lr.values())),
+                harm=fmean(by_lr[best]),
+                best=fmean(excess(loss, loss_before, losses[best]) for loss, _ in bests),
                 metric=mean_of_known([last_metric(result) for result in near]),
                 best_metric=mean_of_known([metric for _, metric in bests]),
                 # Against the steps of a static run: what is paid for in steps is not charged twice.
-                seconds=_mean([r["seconds"] / r["cell"]["steps"] for r in own]) / seconds,
+                seconds=fmean(r["seconds"] / r["cell"]["steps"] for r in own) / seconds,
                 peak_mib=max(r["peak_mib"] for r in own),
             )
         )
-    at_best = [r for r in _of(results, "static") if r["cell"]["learning_rate"] == best]
-    metric = mean_of_known([last_metric(result) for result in at_best])
-    return Scores(tuned, loss_before, loss_tuned, results[0].get("metric"), metric, scores)
+    metric = mean_of_known([last_metric(r) for r in runs_of(results, "static", best)])
+    return Scores(**scale, metric=results[0].get("metric"), metric_tuned=metric, scores=scores)
+
+
+def runs_of(
+    results: Sequence[dict[str, Any]], method: str, learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Return a method's results, or those at one base LR, which are one a seed."""
+    return [
+        result
+        for result in results
+        if result["cell"]["method"] == method
+        and learning_rate in (None, result["cell"]["learning_rate"])
+    ]
+
+
+def losses_by_lr(results: Sequence[dict[str, Any]], method: str) -> dict[float, float]:
+    """Return a method's final loss at each base LR, mean over seeds; infinite where one is not."""
+    found: dict[float, list[float]] = {}
+    for result in runs_of(results, method):
+        loss = math.inf if result["loss_after"] is None else result["loss_after"]
+        found.setdefault(result["cell"]["learning_rate"], []).append(loss)
+    return {rate: fmean(found[rate]) for rate in sorted(found)}
+
+
+def excesses(
+    results: Sequence[dict[str, Any]], method: str, by: str, scale: Mapping[str, Any]
+) -> dict[Any, list[float]]:
+    """Return a method's excess at the base LRs that count, grouped.
+
+    Args:
+        results: as for `score`.
+        method: its name.
+        by: what to group by, `seed` or `learning_rate`.
+        scale: `tuned`, `loss_before` and `loss_tuned`, as `Scores` has them.
+    """
+    found: dict[Any, list[float]] = {}
+    for result in runs_of(results, method):
+        if counts(result["cell"]["learning_rate"], scale["tuned"]):
+            value = excess(result["loss_after"], scale["loss_before"], scale["loss_tuned"])
+            found.setdefault(result["cell"][by], []).append(value)
+    return found
 
 
 def tuned_lr(losses: Mapping[float, float]) -> float:
@@ -169,7 +196,7 @@ def interval(tasks: Sequence[Sequence[float]]) -> tuple[float, float]:
     """
     rng = random.Random(0)
     means = sorted(
-        _mean([_mean(rng.choices(values, k=len(values))) for values in tasks])
+        fmean(fmean(rng.choices(values, k=len(values))) for values in tasks)
         for _ in range(_RESAMPLES)
     )
     return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
@@ -180,10 +207,10 @@ def counts(learning_rate: float, tuned: float) -> bool:
     return 0.99 / SPAN <= learning_rate / tuned <= SPAN * 1.01
 
 
-def _best(result: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Return loss and metric of a run's evaluation with the lowest loss; both may be `None`."""
-    known = [(loss, metric) for _, loss, metric in _evaluations(result) if loss is not None]
-    return min(known, key=lambda pair: pair[0], default=(result["loss_after"], None))
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not `None`, or `None` where all are."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def last_metric(result: dict[str, Any]) -> float | None:
@@ -192,19 +219,11 @@ def last_metric(result: dict[str, Any]) -> float | None:
     return evaluations[-1][2] if evaluations else None
 
 
+def _best(result: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Return loss and metric of a run's evaluation with the lowest loss; both may be `None`."""
+    known = [(loss, metric) for _, loss, metric in _evaluations(result) if loss is not None]
+    return min(known, key=lambda pair: pair[0], default=(result["loss_after"], None))
+
+
 def _evaluations(result: dict[str, Any]) -> Sequence[tuple[int, float | None, float | None]]:
     return result.get("evaluations") or []  # runs of earlier releases have none
-
-
-def mean_of_known(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not `None`, or `None` where all are."""
-    known = [value for value in values if value is not None]
-    return _mean(known) if known else None
-
-
-def _of(results: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
-    return [result for result in results if result["cell"]["method"] == method]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

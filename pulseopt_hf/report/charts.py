@@ -120,7 +120,7 @@ def curves(
         if any("dot" in row for row in own):
             dots = base.transform_filter("datum.dot")
             layers.append(dots.mark_point(filled=True, size=36, opacity=1))
-        # Not seen, and where the pointer finds what a curve is.
+        # Invisible points, for the pointer to find.
         layers.append(base.mark_point(filled=True, size=160, opacity=0).encode(tooltip=tips))
         width = WIDE if wide else NARROW
         charts.append(alt.layer(*layers).properties(width=width, height=panel.height))

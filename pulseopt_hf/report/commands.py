@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pulseopt_hf.command_line import Parser
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, needs_extra
 from pulseopt_hf.files import write_whole
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_data import RunData
@@ -28,7 +28,7 @@ def report(words: Sequence[str]) -> Path:
     runs = read_runs(options.runs)
     file: Path = options.out or _folder(options.runs) / PAGE
     _check_page(file)
-    with _failures("report", file):
+    with needs_extra("`report`", "report"), _written_to(file):
         from pulseopt_hf.report.page import to_html
 
         # A name may hold half a surrogate pair, which no encoding has.
@@ -54,9 +54,9 @@ def plot(words: Sequence[str]) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"`--out`: {folder} is a file; name a folder.")
     files = []
-    with _failures("plot", folder):
+    with needs_extra("`plot`", "report"), _written_to(folder):
         from pulseopt_hf.report.chart_files import write_chart
-        from pulseopt_hf.report.step_charts import plots_of
+        from pulseopt_hf.report.run_charts import plots_of
 
         for drawn in plots_of(runs, distinct_names(runs)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def plot(words: Sequence[str]) -> list[Path]:
             write_chart(drawn.picture(), files[-1])
     if not files:
         raise UsageError(
-            "`plot`: these runs have logged no loss and no LR to be laid over each other. Name one "
-            "run for a picture of its own, or look again when they have logged."
+            "`plot`: these runs have logged neither loss nor LR, so there is no curve to compare. "
+            "Name a single run, or try again once they have logged."
         )
     return files
 
@@ -79,8 +79,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         if not run.episodes and not run.trials:
             raise UsageError(
                 f"{run.folder}: has no finished episode at step {run.step} of {run.max_steps}. "
-                "Look again when one has ended and been logged; `logging_steps` says how often "
-                "that is."
+                "Try again once one has ended and been logged; `logging_steps` sets how often the "
+                "run logs."
             )
     return runs
 
@@ -115,23 +115,18 @@ def _check_page(file: Path) -> None:
         with file.open("rb") as opened:
             if b'<meta name="generator" content="pulseopt_hf' not in opened.read(1000):
                 raise UsageError(
-                    f"{file}: exists already and was not written by this command; name another "
-                    "place by `--out`."
+                    f"{file}: exists already and was not written by this command; choose another "
+                    "file with `--out`."
                 )
 
 
 @contextlib.contextmanager
-def _failures(command: str, place: Path) -> Iterator[None]:
-    """Say what to do where a library is missing or a file cannot be written."""
+def _written_to(place: Path) -> Iterator[None]:
+    """Say what to do where a file cannot be written."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"`{command}` needs {error.name}, which is not installed: "
-            "pip install 'pulseopt-hf[report]'."
-        ) from error
     except OSError as error:
         why = error.strerror or error
         raise UsageError(
-            f"{place}: cannot be written: {why}; name another place by `--out`."
+            f"{place}: cannot be written: {why}; choose another place with `--out`."
         ) from error

@@ -16,8 +16,8 @@ from pulseopt_hf import __version__
 from pulseopt_hf.report.chart_files import VEGA_LITE
 from pulseopt_hf.report.charts import Plot
 from pulseopt_hf.report.palette import DARK, LIGHT, theme
+from pulseopt_hf.report.run_charts import plots_of
 from pulseopt_hf.report.run_data import RunData
-from pulseopt_hf.report.step_charts import plots_of
 from pulseopt_hf.report.tables import comparison_table, facts, tables_of_run
 from pulseopt_hf.report.wording import status_line
 

@@ -32,31 +32,18 @@ class ArmStyle(NamedTuple):
 def arm_styles(totals: Sequence[ArmTotals]) -> dict[tuple[float, float], ArmStyle]:
     """Return the looks of the arms that were played, by multiplier and noise, lowest first.
 
-    Multipliers below 1 are blue and above 1 orange, the farther the darker; noise takes them
-    towards violet.
+    Hues run from blue at the lowest multiplier through violet to orange at the highest.
     """
     arms = sorted((arm.lr_multiplier, arm.noise_std) for arm in totals)
-    rates = sorted({1.0, *(lr for lr, _ in arms)})
-    noises = sorted({noise for _, noise in arms})
+    with_noise = any(noise for _, noise in arms)
     styles = {}
-    for lr, noise in arms:
-        rank = rates.index(lr) - rates.index(1.0)
-        far = abs(rank) / max(
-            1, rates.index(1.0) if rank < 0 else len(rates) - 1 - rates.index(1.0)
-        )
-        hue, strength = {-1: (0.59, 0.65), 0: (0.62, 0.06), 1: (0.07, 0.8)}[(rank > 0) - (rank < 0)]
-        share = noises.index(noise) / len(noises)
-        violet = 0.77 if hue > 0.5 else -0.23  # the nearer way round
-        hue, strength = hue + share * (violet - hue), strength + share * (0.5 - strength)
-        rgb = colorsys.hls_to_rgb(hue, 0.74 - 0.26 * far if rank else 0.54, strength)
+    for index, (lr, noise) in enumerate(arms):
+        hue = 0.58 + 0.5 * index / max(1, len(arms) - 1)
+        rgb = colorsys.hls_to_rgb(hue % 1.0, 0.58, 0.65)
         color = "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
-        styles[lr, noise] = ArmStyle(arm_label(lr, noise, with_noise=noises != [0.0]), color)
+        label = f"×{lr:g}" + (f", noise {noise:g}" if with_noise else "")  # noqa: RUF001
+        styles[lr, noise] = ArmStyle(label, color)
     return styles
-
-
-def arm_label(lr_multiplier: float, noise_std: float, *, with_noise: bool) -> str:
-    """Name an arm for people."""
-    return f"×{lr_multiplier:g}" + (f", noise {noise_std:g}" if with_noise else "")  # noqa: RUF001
 
 
 def theme(*, dark: bool = False) -> dict[str, Any]:

@@ -134,29 +134,20 @@ class RecordReader:
         logs = [line for line in lines if isinstance(line, Log)]
         episodes = {line.number: line.record for line in lines if isinstance(line, NumberedEpisode)}
         trials = {line.number: line.trial for line in lines if isinstance(line, NumberedTrial)}
-        for name, numbers, gone in (
-            ("episode", episodes, head.left_out_episodes),
-            ("trial", trials, 0),
-        ):
-            if max(numbers, default=0) != len(numbers) + gone:
-                raise UsageError(
-                    f"{self._file}: is damaged; lines of the kind `{name}` are missing."
-                )
+        if max(episodes, default=0) != len(episodes) + head.left_out_episodes:
+            raise UsageError(f"{self._file}: is damaged; lines of the kind `episode` are missing.")
+        if max(trials, default=0) != len(trials):
+            raise UsageError(f"{self._file}: is damaged; lines of the kind `trial` are missing.")
         outcomes = [line for line in lines if isinstance(line, Outcome)]
         ends = [line for line in lines if isinstance(line, End)]
         steps = [0, *(log.step for log in logs), *(r.end_step + 1 for r in episodes.values())]
         written = [time for _, time in self._lines if time is not None]
         training = self._lines[: lines.index(ends[0]) + 1] if ends else self._lines
         return RunData(
+            **vars(head),
             folder=self._folder,
-            name=head.name,
             status=_status(ends[-1] if ends else None, written, now),
             step=ends[-1].step if ends else max(steps),
-            max_steps=head.max_steps,
-            base_lr=head.base_lr,
-            knobs=head.knobs,
-            versions=head.versions,
-            resumed_from=head.resumed_from,
             logs=logs,
             times=[
                 (line.step, time - written[0])
@@ -165,8 +156,6 @@ class RecordReader:
             ],
             episodes=[record for _, record in sorted(episodes.items())],
             numbers=sorted(episodes),
-            left_out=head.left_out,
-            left_out_logs=head.left_out_logs,
             trials=[trial for _, trial in sorted(trials.items())],
             outcome=outcomes[-1] if outcomes else None,
             error=ends[-1].error if ends else None,

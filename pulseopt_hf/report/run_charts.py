@@ -1,8 +1,8 @@
-"""The charts of one run. Needs the extra `report`."""
+"""The charts of one run, and of several over each other. Needs the extra `report`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import altair as alt
@@ -21,9 +21,9 @@ from pulseopt_hf.report.charts import (
     step_axis,
 )
 from pulseopt_hf.report.palette import FOUND, PLAIN, arm_styles
-from pulseopt_hf.report.run_data import RunData
-from pulseopt_hf.report.tables import Row, arm_rows, episode_rows, trial_rows
-from pulseopt_hf.report.wording import counted, course, finding
+from pulseopt_hf.report.run_data import RunData, Series
+from pulseopt_hf.report.tables import MOST_METRICS, Row, arm_rows, episode_rows, trial_rows
+from pulseopt_hf.report.wording import counted, course, finding, metric_name
 
 _MEASURES = {
     "outputs": ("movement", OUTPUT_RADIUS, "circle"),
@@ -35,6 +35,49 @@ _STAR = (
 )
 _MARKS = ("triangle-up", "square", "cross", "diamond")
 _LONGEST_TICKS = 30  # letters that stand side by side below a narrow chart
+
+
+def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
+    """Return the plots that one run has data for, or the curves of several over each other."""
+    one = len(runs) == 1
+
+    def panel(title: str, height: int, series: Callable[[RunData], Series]) -> Panel:
+        own = {title if one else n: series(r) for n, r in zip(names, runs, strict=True)}
+        dots = own if title in metrics.values() else ()
+        return Panel(title, own, height, title == "learning rate", tuple(dots))
+
+    def logged(key: str, title: str, height: int) -> Panel:
+        return panel(title, height, lambda run: run.series(key))
+
+    metrics = {key: metric_name(key) for run in runs for key in run.metrics}
+    others = [logged(key, name, 110) for key, name in metrics.items() if key != "eval_loss"]
+    found = [
+        curves("metrics", "Metrics", _told(others), others[:MOST_METRICS]),
+        _alone("gradient-norm", logged("grad_norm", "gradient norm", 180), wide=not one),
+        _alone("throughput", panel("steps per second", 180, lambda run: run.speed), wide=not one),
+    ]
+    if not one:
+        both = [
+            panel("training loss", 240, lambda run: run.loss),
+            panel("learning rate", 120, lambda run: run.effective_lrs or run.base_lrs),
+        ]
+        loss = curves("loss", "Training loss and learning rate", _told(both), both)
+        found = [loss, _alone("eval-loss", logged("eval_loss", "evaluation loss", 240)), *found]
+    return [*(plots_of_run(runs[0]) if one else []), *(plot for plot in found if plot is not None)]
+
+
+def _alone(name: str, panel: Panel, *, wide: bool = True) -> Plot | None:
+    return curves(name, panel.title.capitalize(), _told([panel]), [panel], wide=wide)
+
+
+def _told(panels: Sequence[Panel]) -> str:
+    """Say in words what the curves did."""
+    said = []
+    for panel in panels:
+        told = [course(name, series) for name, series in panel.curves.items() if series]
+        alone = list(panel.curves) == [panel.title]
+        said += [f"{'' if alone else panel.title + ': '}{'; '.join(told)}"] if told else []
+    return ". ".join(text[0].upper() + text[1:] for text in said) + "."
 
 
 def plots_of_run(run: RunData) -> list[Plot]:
@@ -138,14 +181,14 @@ def loss_plot(run: RunData) -> Plot | None:
     text = [f"The {course(name, series)}." for name, series in losses.items() if series]
     if run.logged_seldom:
         text.append(
-            "Too little was logged for a curve of means, so the first and the last step loss of "
-            "each episode are shown. Smaller `logging_steps` give such a curve."
+            "Too little was logged for a curve, so the first and the last step loss of each "
+            "episode are shown. Lower `logging_steps` for a full curve."
         )
     if rates := [rate for _, rate in run.effective_lrs or run.base_lrs]:
         found = "" if run.calibrated_lr is None else f" and calibrated to {run.calibrated_lr:.3g}"
         text.append(
-            f"The LR was set to {run.base_lr:.3g}{found}. It lay between {min(rates):.3g} and "
-            f"{max(rates):.3g}, on a logarithmic axis."
+            f"The LR was set to {run.base_lr:.3g}{found}. It ranged from {min(rates):.3g} to "
+            f"{max(rates):.3g}. Its axis is logarithmic."
         )
     text += [f"{counted(sum(own), 'episode')} {name}." for name, own in _undone(run).items()]
     lrs = {"effective LR": run.effective_lrs, "base LR": run.base_lrs}

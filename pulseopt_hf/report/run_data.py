@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pulseopt_hf.aees.calibration import Outcome, Trial
 from pulseopt_hf.aees.episode_record import EpisodeRecord
 from pulseopt_hf.aees.left_out import ArmTotals, sum_up
-from pulseopt_hf.aees.record_format import Log
+from pulseopt_hf.aees.record_format import Head, Log
 
 Status = Literal["finished", "stopped", "failed", "running", "silent"]
 Series = list[tuple[int, float]]
@@ -22,25 +22,17 @@ _FEW_LOGS = 20  # with fewer, and more episodes than logs, curves are drawn from
 _NO_METRIC = ("runtime", "per_second", "_time")  # how the names of measured times end
 
 
-@dataclass(frozen=True)
-class RunData:
-    """One run, as far as it has got. Steps are global steps of the optimizer."""
+@dataclass(frozen=True, kw_only=True)
+class RunData(Head):
+    """A run's head, and how far it has got. Steps are global steps of the optimizer."""
 
     folder: Path
-    name: str  # what the user called it
     status: Status  # `silent`: neither ended nor written to lately, so it was killed or waits
     step: int  # steps done, as far as is recorded
-    max_steps: int  # of the whole run
-    base_lr: float  # the highest of the schedule, as it was set
-    knobs: dict[str, Any]  # the method's settings
-    versions: dict[str, str]  # of each package
-    resumed_from: int | None  # step of the checkpoint that it was resumed from last
     logs: list[Log]  # what Trainer logged, oldest first, as all that follow
     times: Series  # step and seconds since this process began to train, of logs until the end
     episodes: list[EpisodeRecord]
     numbers: list[int]  # of the episodes, from 1: the record of a long run leaves some out
-    left_out: list[ArmTotals]  # totals of the episodes that it leaves out
-    left_out_logs: int
     trials: list[Trial]
     outcome: Outcome | None  # of the calibration
     error: str | None  # class of the exception that ended the run

@@ -37,7 +37,7 @@ def tables_of_run(run: RunData) -> list[Table]:
     found = [
         Table("arms", "Arms", arm_rows(run) if run.has_arms else []),
         Table("episodes", f"Episodes{some}", episode_rows(run)),
-        Table("trials", "Trials of the calibration", trial_rows(run.trials)),
+        Table("trials", "Calibration trials", trial_rows(run.trials)),
         Table("logged", f"Logged values{every}", logged),
         Table("knobs", "Knobs", [{"knob": k, "value": str(v)} for k, v in run.knobs.items()]),
         Table(

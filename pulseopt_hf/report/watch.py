@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pulseopt_hf.aees.record_format import FILE_NAME, Line, Log, RunEvent
 from pulseopt_hf.command_line import Parser
-from pulseopt_hf.errors import UsageError
+from pulseopt_hf.errors import UsageError, needs_extra
 from pulseopt_hf.report.record_reader import News, RecordReader, require_folder
 from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.wording import (
@@ -58,7 +58,7 @@ def _follow(folder: Path, view: PlainView | LiveView) -> None:
         if not reader.has_begun:
             view.wait(
                 f"{printable(str(folder))}: has no record yet ({FILE_NAME}). Waiting for the run "
-                "to begin; a plain Trainer writes none. Ctrl-C ends this."
+                "to start; a plain Trainer writes none. Ctrl-C stops waiting."
             )
         else:
             run = reader.data(time.time())
@@ -96,7 +96,7 @@ class PlainView:
             _print(_ending(run))
         elif self._silent != (run.status == "silent"):
             self._silent = not self._silent
-            _print([silence(run)] if self._silent else ["It goes on."])
+            _print([silence(run)] if self._silent else ["The run goes on."])
 
 
 def _lines(news: Iterable[Line]) -> list[str]:
@@ -114,13 +114,13 @@ def _latest(lines: list[str]) -> list[str]:
     before = len(lines) - _MOST_PAST
     if before <= 0:
         return lines
-    left_out = f"{before:,} lines before these are left out; `pulseopt-hf report` has more."
+    left_out = f"{before:,} earlier lines are not shown; `pulseopt-hf report` shows more."
     found = [line for line in lines[:before] if "calibrated: " in line]
     return [left_out, *found, *lines[before:]]
 
 
 def _beginning(run: RunData, again: bool) -> str:
-    first = "run" if not again else "the record was begun anew: run"
+    first = "run" if not again else "the record starts again: run"
     line = f"{first} {printable(run.name)}: {run.max_steps:,} steps, LR set to {shown(run.base_lr)}"
     since = "" if run.resumed_from is None else f", resumed from step {run.resumed_from:,}"
     return line + since
@@ -168,12 +168,6 @@ def _exit_at_sigterm() -> Iterator[None]:
 
 
 def _live_view() -> LiveView:
-    try:
+    with needs_extra("`watch` in a terminal", "report"):
         from pulseopt_hf.report.live import LiveView
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"`watch` in a terminal needs {error.name}, which is not installed: "
-            "pip install 'pulseopt-hf[report]'. Lines alone need nothing: "
-            "pulseopt-hf watch RUN | cat."
-        ) from error
     return LiveView()

@@ -141,16 +141,16 @@ def _standing(run: RunData) -> str:
         return f"Stopped before its last step: {done}."
     when = "" if run.updated is None else f" Last written to at {clock(run.updated)}."
     if run.status == "running":
-        return f"Still running: {done} so far.{when} Make the page again to see more."
-    return f"Broken off: {done}, and no end was recorded.{when} It was killed, or it waits."
+        return f"Still running: {done} so far.{when} Run the command again for a newer page."
+    return f"Silent: {done}, and no end was recorded.{when} The run was killed or is waiting."
 
 
 def silence(run: RunData) -> str:
     """Say to someone who follows a run that it has written nothing for long."""
     since = "" if run.updated is None else f" since {clock(run.updated)}"
     return (
-        f"Nothing was written{since}, at step {progress(run)}: the run was killed, or it waits. "
-        "Ctrl-C ends this command, not the run."
+        f"Nothing was written{since}, at step {progress(run)}: the run was killed or is waiting. "
+        "Ctrl-C stops this command, not the run."
     )
 
 
@@ -160,11 +160,11 @@ def finding(run: RunData) -> str:
         return f"{counted(len(run.trials), 'trial')} so far."
     if run.calibrated_lr is None:
         return str(run.outcome)
-    limit = f"{WEIGHT_RADIUS:.0%} of the weights"
+    limit = f"the weights by at most {WEIGHT_RADIUS:.0%}"
     if run.outcome.limited_by == "outputs":
-        limit = f"{OUTPUT_RADIUS:.3g} times what dropout of a tenth changes"
+        limit = f"the outputs at most {OUTPUT_RADIUS:.3g} times as far as dropout of a tenth does"
     trials = ", ".join(str(index + 1) for index in deciding_trials(run.trials))
     return (
-        f"{run.outcome} The most that one step may move is {limit}. The LR follows from the trials "
-        f"{trials} of {len(run.trials)}, each on a batch of its own."
+        f"{run.outcome} One step may move {limit}. The LR follows from trials {trials} of "
+        f"{len(run.trials)}, each on a batch of its own."
     )

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,9 @@ import pytest
 from pulseopt_hf.cli import main
 from pulseopt_hf.compare.cells import EVALUATIONS, steps_after_calibration
 from pulseopt_hf.compare.drawing import draw
-from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.compare.plan import plan_of
 from pulseopt_hf.compare.scores import DIVERGED, score, tuned_lr
-from pulseopt_hf.compare.wording import table, verdict
+from pulseopt_hf.compare.summary import table, verdict
 from tests.recipes.tiny import files_of
 
 
@@ -35,6 +35,15 @@ def cell(method: str, lr: float, seed: int, loss: float | None, seconds: float =
         "peak_mib": 100.0,
         "lr_scale": None,
     }
+
+
+@pytest.fixture
+def words(bert: str, tmp_path: Path) -> list[str]:
+    """Return a comparison on tiny data, which is evaluated on the rows that it trains on."""
+    files = files_of("cola", tmp_path)
+    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
+    found = ["compare", "glue/cola", "--model_name_or_path", bert, *files, "--use_cpu"]
+    return [*found, "--seeds", "0", "--out", str(tmp_path / "out")]
 
 
 def test_scores_by_hand() -> None:
@@ -59,18 +68,24 @@ def test_a_loss_beyond_all_bounds_counts_as_diverged() -> None:
     assert scores.scores[0].worst == DIVERGED
 
 
-def test_the_tuned_lr_lies_between_those_of_the_grid() -> None:
-    """A parabola over log LR is found again, whatever the grid."""
-    true = 4.2e-4
-    for grid in ([1e-4, 3e-4, 1e-3], [2e-4, 3e-4, 1e-3], [1e-5, 1e-4, 3e-4, 1e-3, 1e-2]):
-        losses = {lr: 1.0 + math.log(lr / true) ** 2 for lr in grid}
-        assert tuned_lr(losses) == pytest.approx(true)
+@pytest.mark.parametrize(
+    "grid", [[1e-4, 3e-4, 1e-3], [2e-4, 3e-4, 1e-3], [1e-5, 1e-4, 3e-4, 1e-3, 1e-2]]
+)
+def test_a_parabola_over_log_lr_is_found_again_whatever_the_grid(grid: list[float]) -> None:
+    losses = {lr: 1.0 + math.log(lr / 4.2e-4) ** 2 for lr in grid}
+    assert tuned_lr(losses) == pytest.approx(4.2e-4)
 
 
-def test_a_grid_too_coarse_for_a_parabola_has_its_best_lr() -> None:
-    assert tuned_lr({1e-5: 2.0, 1e-4: 1.0, 1e-3: 1.5}) == 1e-4
-    assert tuned_lr({1e-4: 1.0, 3e-4: 1.5}) == 1e-4  # the best lies at the edge
-    assert tuned_lr({3e-5: 2.0, 1e-4: 1.0, 3e-4: math.inf}) == 1e-4
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {1e-5: 2.0, 1e-4: 1.0, 1e-3: 1.5},  # neighbours too far for a parabola
+        {1e-4: 1.0, 3e-4: 1.5},  # the best lies at the edge
+        {3e-5: 2.0, 1e-4: 1.0, 3e-4: math.inf},
+    ],
+)
+def test_without_a_parabola_the_best_lr_of_the_grid_counts(losses: dict[float, float]) -> None:
+    assert tuned_lr(losses) == 1e-4
 
 
 def test_the_metric_is_scored_at_the_end_and_at_the_best_evaluation() -> None:
@@ -92,50 +107,33 @@ def test_nothing_to_measure_against_is_an_error() -> None:
         score([cell("static", 1e-3, 0, 3.5)])
 
 
-def test_a_picture_of_four_tasks_has_four_panels(tmp_path: Path) -> None:
+def test_a_picture_has_a_panel_for_each_task(tmp_path: Path) -> None:
     cells = [cell("static", 1e-3, 0, 1.0), cell("static", 1e-2, 0, 2.0)]
-    tasks = {name: (cells, score(cells)) for name in "abcd"}
+    tasks = {name: (cells, asdict(score(cells))) for name in "abcd"}
     assert draw(tasks, tmp_path / "tasks.svg")
     assert (tmp_path / "tasks.svg").read_text().count(">base learning rate</text>") == len(tasks)
 
 
-def test_seeds_that_end_alike_are_drawn(tmp_path: Path) -> None:
-    loss = 0.1
-    assert sum([loss] * 3) / 3 > loss  # by rounding
-    cells = [cell("static", 1e-3, seed, loss) for seed in range(3)]
-    assert draw({"alike": (cells, score(cells))}, tmp_path / "alike.svg")
-
-
-class Asked:
-    """A Trainer whose calibration takes so many rows forward."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def find_learning_rate(self) -> Any:
-        return SimpleNamespace(replayed_rows=self.rows)
-
-
-def test_what_a_calibration_takes_is_paid_for() -> None:
-    """Three rows that go forward cost as much as one that is trained on."""
-    assert steps_after_calibration(Asked(480), 600, batch=16) == 590
-    assert steps_after_calibration(Asked(481), 600, batch=16) == 589
-    assert steps_after_calibration(Asked(480), 600, batch=32) == 595
-    # A run that is too short to be calibrated pays nothing, and no other becomes so.
-    assert steps_after_calibration(Asked(480), 49, batch=16) == 49
-    assert steps_after_calibration(Asked(480), 55, batch=16) == 50
-    calibrating = [name for name, method in METHODS.items() if method.calibrates]
-    assert calibrating == ["default", "default_arms"]
+@pytest.mark.parametrize(
+    ("rows", "steps", "batch", "left"),
+    [
+        (480, 600, 16, 590),  # three rows that go forward cost as much as one that is trained on
+        (481, 600, 16, 589),
+        (480, 600, 32, 595),
+        (480, 49, 16, 49),  # too short to be calibrated, so it pays nothing
+        (480, 55, 16, 50),  # and no other becomes so
+    ],
+)
+def test_what_a_calibration_takes_is_paid_for(rows: int, steps: int, batch: int, left: int) -> None:
+    asked = SimpleNamespace(find_learning_rate=lambda: SimpleNamespace(replayed_rows=rows))
+    assert steps_after_calibration(asked, steps, batch) == left
 
 
 def test_a_comparison_is_run_kept_and_written(
-    bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = files_of("cola", tmp_path)
-    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
-    words = ["compare", "glue/cola", "--model_name_or_path", bert, *files]
-    words += ["--use_cpu", "--per_device_train_batch_size", "16", "--out", str(tmp_path / "out")]
-    words += ["--steps", "70", "--seeds", "0", "--learning_rates", "3e-5,1e-3"]
+    words += ["--per_device_train_batch_size", "16", "--steps", "70"]
+    words += ["--learning_rates", "3e-5,1e-3"]
     methods = "published,pulseopt,default"
     assert main([*words, "--methods", methods]) == 0
     shown = capsys.readouterr().out
@@ -191,19 +189,18 @@ def test_a_comparison_is_run_kept_and_written(
     cells[0].unlink()
     before = {file: file.stat().st_mtime_ns for file in cells[1:]}
     assert main([*words, "--methods", methods]) == 0
-    assert "\n1 of them are left. About " in capsys.readouterr().out
+    assert "\n1 run to go. About " in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in cells[1:]} == before
     again = json.loads((tmp_path / "out/compare.json").read_text())
     for one, other in zip(content["cells"], again["cells"], strict=True):
         assert one["loss_after"] == other["loss_after"]
 
 
-def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(bert: str, tmp_path: Path) -> None:
-    files = files_of("cola", tmp_path)
-    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
-    words = ["compare", "glue/cola", "--model_name_or_path", bert, *files]
-    words += ["--use_cpu", "--steps", "50", "--seeds", "0", "--learning_rates", "0,1e-3"]
-    assert main([*words, "--methods", "default", "--out", str(tmp_path / "out")]) == 0
+def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(
+    words: list[str], tmp_path: Path
+) -> None:
+    words += ["--steps", "50", "--learning_rates", "0,1e-3", "--methods", "default"]
+    assert main(words) == 0
     cells = json.loads((tmp_path / "out/compare.json").read_text())["cells"]
     zero, other = (cell for cell in cells if cell["cell"]["method"] == "default")
     assert (zero["lr_scale"], zero["paid_steps"], zero["steps"]) == (None, 0, 50)
@@ -211,11 +208,8 @@ def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(bert: str, tmp_p
     assert other["lr_scale"] > 0.0
 
 
-def test_what_is_stopped_goes_on_where_it_was(bert: str, tmp_path: Path) -> None:
-    files = files_of("cola", tmp_path)
-    files[files.index("--validation_file") + 1] = files[files.index("--train_file") + 1]
-    words = ["compare", "glue/cola", "--model_name_or_path", bert, *files, "--use_cpu"]
-    words += ["--steps", "60", "--learning_rates", "1e-3,1e-2", "--out", str(tmp_path / "out")]
+def test_what_is_stopped_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:
+    words += ["--steps", "60", "--learning_rates", "1e-3,1e-2"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "pulseopt_hf", *words],
         stdout=subprocess.PIPE,
@@ -230,8 +224,8 @@ def test_what_is_stopped_goes_on_where_it_was(bert: str, tmp_path: Path) -> None
     _, errors = process.communicate()
     assert process.returncode == 1
     left = re.search(
-        r"^pulseopt-hf: stopped with ([123]) runs? to go\. What is done is kept: the same command "
-        r"goes on from there\.$",
+        r"^pulseopt-hf: stopped with ([123]) runs? to go\. Finished runs are kept: the same "
+        r"command continues from there\.$",
         errors,
         re.M,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import os
 import re
@@ -11,11 +10,10 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urldefrag
 
 import pytest
 
-from pulseopt_hf import PulseOptConfig, __all__
+from pulseopt_hf import __all__
 from pulseopt_hf.recipes import catalogue
 
 ROOT = Path(__file__).parents[2]
@@ -23,21 +21,18 @@ CHROMIUM = shutil.which("chromium")
 
 
 class Loaded(HTMLParser):
-    """Collects what a browser fetches for a page, and where its links lead."""
+    """Collects what a browser fetches for a page, its anchors and its text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fetched: list[str] = []
-        self.links: list[str] = []
         self.ids: set[str] = set()
         self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
         self.ids.add(values.get("id", ""))
-        if tag == "a" and "href" in values:
-            self.links.append(values["href"])
-        elif tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
+        if tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
             self.fetched.append(values["href"])
         elif "src" in values:
             self.fetched.append(values["src"])
@@ -74,12 +69,6 @@ def pages(site: Path) -> dict[str, Loaded]:
     return pages
 
 
-def test_there_is_a_page_for_every_subject(pages: dict[str, Loaded]) -> None:
-    subjects = "index find-lr method benchmark knobs recipes library launching guarantees report"
-    subjects += " compare limits quickstart trainer trl loop migrating lightning"
-    assert set(pages) == {f"{name}.html" for name in [*subjects.split(), "examples", "api", "404"]}
-
-
 def test_no_page_fetches_anything_from_elsewhere(site: Path, pages: dict[str, Loaded]) -> None:
     fetched = [target for page in pages.values() for target in page.fetched]
     assert any(target.endswith(".js") for target in fetched)
@@ -87,30 +76,6 @@ def test_no_page_fetches_anything_from_elsewhere(site: Path, pages: dict[str, Lo
     assert [target for target in fetched if re.match(r"(\w+:)?//", target)] == []
     styles = "".join(file.read_text() for file in site.rglob("*.css"))
     assert re.findall(r"url\(['\"]?(?:https?:)?//[^)]*\)|@import[^;]*//[^;]*", styles) == []
-
-
-def test_every_link_and_anchor_leads_somewhere(site: Path, pages: dict[str, Loaded]) -> None:
-    inside = 0
-    for name, page in pages.items():
-        if name == "404.html":  # its links are those of a server's root
-            continue
-        for link in page.links:
-            if re.match(r"\w+:", link):
-                continue
-            target, anchor = urldefrag(link)
-            assert (site / target).exists(), (name, link)
-            if anchor and (not target or target in pages):
-                assert unquote(anchor) in pages[target or name].ids, (name, link)
-                inside += 1
-    assert inside > 100
-
-
-def test_every_knob_has_its_help_text_and_an_anchor(pages: dict[str, Loaded]) -> None:
-    page = pages["knobs.html"]
-    text = " ".join("".join(page.text).split())
-    for field in dataclasses.fields(PulseOptConfig):
-        assert field.name in page.ids
-        assert field.metadata["help"].replace("`", "") in text
 
 
 def test_every_recipe_introduces_itself_and_shows_its_file(pages: dict[str, Loaded]) -> None:
@@ -152,12 +117,6 @@ def test_search_works_where_the_site_is_opened_from_disk(site: Path, tmp_path: P
     found = f'<a href="{page}#calibration-a-trust-region-for-one-step" class="md-search-result'
     assert found in done.stdout
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-
-
-def test_make_docs_builds_it_in_strict_mode() -> None:
-    command = ["make", "--dry-run", "docs"]
-    plan = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert re.search(r"mkdocs build --strict$", plan, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def cut_off(run: Path, folder: Path, seconds_ago: float) -> Path:
 
 @pytest.mark.parametrize(
     ("seconds_ago", "status", "says"),
-    [(1, "running", "Still running: "), (3600, "silent", "Broken off: ")],
+    [(1, "running", "Still running: "), (3600, "silent", "Silent: ")],
     ids=["goes on", "was killed"],
 )
 def test_a_run_without_an_end_says_so_on_its_page(

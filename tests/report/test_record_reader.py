@@ -1,10 +1,11 @@
-"""A run's folder is read whatever state it is in, and what is no run is named."""
+"""A run's folder is read whatever state it is in, all at once or as it grows."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
-from pulseopt_hf.aees.record_format import FILE_NAME
+from pulseopt_hf.aees.record_format import FILE_NAME, End
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.report.record_reader import read_run
+from pulseopt_hf.report.record_reader import RecordReader, read_run
+from tests.report.conftest import edit_record
 
 CONFIG = PulseOptConfig(calibration="off", lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
 
@@ -101,18 +103,12 @@ def test_a_run_is_read_while_it_goes_and_after_it_was_killed(
 
 
 def test_what_was_skipped_is_counted_for_its_episode(run: Path) -> None:
-    def skip(lines: list[str]) -> list[str]:
-        changed = []
-        for line in lines:
-            content = json.loads(line)
-            if content["kind"] == "log" and "pulse/skipped_steps" in content["values"]:
-                # Steps 7 and 8 were skipped, and step 23.
-                skipped = (content["step"] >= 7) + (content["step"] >= 8) + (content["step"] >= 23)
-                content["values"]["pulse/skipped_steps"] = skipped
-            changed.append(json.dumps(content))
-        return [*changed, ""]
+    def skip(line: dict[str, Any]) -> None:
+        if line["kind"] == "log" and "pulse/skipped_steps" in line["values"]:
+            skipped = sum(line["step"] >= step for step in (7, 8, 23))
+            line["values"]["pulse/skipped_steps"] = skipped
 
-    rewrite(run, skip)
+    edit_record(run, skip)
     data = read_run(run)
     assert data.skipped_steps == 3
     assert data.skips() == [0, 2, 0, 0, 1]
@@ -196,3 +192,36 @@ def test_times_are_counted_until_training_ends(run: Path) -> None:
     assert data.steps_per_second == 24 / 31
     assert {speed for _, speed in data.speed} == {1.0, 0.5}  # an episode's line takes a second
     assert len(data.speed) == 23
+
+
+def test_only_what_is_new_in_a_record_is_read(long: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(long, tmp_path / "copy"))
+    file = folder / FILE_NAME
+    *lines, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines) + last[:9])
+    reader = RecordReader(folder)
+    assert len(reader.read()) == len(lines)
+    assert reader.data(time.time()).status != "finished"  # the last line is not whole
+    # Were any of it read again, it would be no JSON.
+    file.write_bytes(lines[0] + b"x" * (sum(map(len, lines)) - len(lines[0])) + last)
+    started = time.process_time()
+    ((end, _),) = reader.read()
+    run = reader.data(time.time())
+    assert time.process_time() - started < 1.0
+    assert end == End(20_000, True)
+    assert (run.status, len(run.episodes), reader.replaced) == ("finished", 10_000, 0)
+
+
+@pytest.mark.parametrize("change", ["shorter", "another"])
+def test_a_record_that_was_replaced_is_read_anew(finished: Path, change: str) -> None:
+    reader = RecordReader(finished)
+    reader.read()
+    if change == "shorter":
+        edit_record(finished, lambda line: line["kind"] == "head" or line.get("step", 60) < 20)
+    else:
+        edit_record(finished, lambda line: line.update(time=line["time"] + 1))
+    fresh = RecordReader(finished)
+    assert reader.read() == fresh.read()
+    assert reader.replaced == 1
+    assert reader.read() == []
+    assert reader.data(0.0) == fresh.data(0.0)

@@ -244,7 +244,7 @@ def test_a_terminal_shows_the_run_live_and_keeps_the_last_picture(
     folder = tmp_path / "run"
     folder.mkdir()
     window = terminal(folder)
-    window.read_until("Waiting for the run to begin")
+    window.read_until("Waiting for the run to start")
     train_beside(folder)
     window.read_until("step 49 of 100")  # the last one logged
     held = window.read_until("arm now")  # below it, and read later where a read ends in between
@@ -270,23 +270,22 @@ def test_a_terminal_shows_the_run_live_and_keeps_the_last_picture(
     assert window.written.index(b"\x1b[?25l") < window.written.rindex(b"\x1b[?25h")  # the cursor
 
 
-def test_ctrl_c_ends_the_command_and_gives_the_cursor_back(finished: Path, terminal: Any) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 1, "pulseopt-hf: interrupted."), (signal.SIGTERM, 128 + signal.SIGTERM, "")],
+)
+def test_a_signal_ends_the_command_and_gives_the_cursor_back(
+    sent: signal.Signals, code: int, said: str, finished: Path, terminal: Any
+) -> None:
     edit_record(finished, lambda line: line["kind"] != "end")
     window = terminal(finished)
     window.read_until("Arms")
-    window.type(b"\x03")
-    assert "pulseopt-hf: interrupted." in window.read_to_end()
-    assert window.process.returncode == 1
-    assert b"\x1b[?25h" in window.written[window.written.rindex(b"\x1b[?25l") :]
-
-
-def test_sigterm_gives_the_cursor_back_too(finished: Path, terminal: Any) -> None:
-    edit_record(finished, lambda line: line["kind"] != "end")
-    window = terminal(finished)
-    window.read_until("Arms")
-    window.process.terminate()
-    window.read_to_end()
-    assert window.process.returncode == 128 + signal.SIGTERM
+    if sent == signal.SIGINT:
+        window.type(b"\x03")  # Ctrl-C
+    else:
+        window.process.send_signal(sent)
+    assert said in window.read_to_end()
+    assert window.process.returncode == code
     assert b"\x1b[?25h" in window.written[window.written.rindex(b"\x1b[?25l") :]
 
 
@@ -320,7 +319,7 @@ def test_a_killed_run_is_waited_for_and_followed_when_it_is_resumed(
 
     edit_record(finished, killed)
     process = follow(finished)
-    seen = read_until(process.stdout, "the run was killed, or it waits")
+    seen = read_until(process.stdout, "the run was killed or is waiting")
     assert any(line.startswith("episode   9 ") for line in seen)
     (finished / FILE_NAME).write_bytes(whole)
 
@@ -334,7 +333,7 @@ def test_a_killed_run_is_waited_for_and_followed_when_it_is_resumed(
     rest, error = process.communicate()
     assert (process.returncode, error) == (0, "")
     first, *others = rest.splitlines()
-    assert first.startswith("the record was begun anew: run calibrated: 100 steps")
+    assert first.startswith("the record starts again: run calibrated: 100 steps")
     assert first.endswith("resumed from step 45")
     assert not any(line.startswith(("trial", "Learning rate", "episode   4 ")) for line in others)
     assert any(line.startswith("episode   5 ") for line in others)
@@ -348,7 +347,7 @@ def test_a_run_that_has_ended_is_shown_at_once_with_its_latest_lines(
     assert main(["watch", str(long)]) == 0
     assert time.process_time() - started < 10
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "9,980 lines before these are left out; `pulseopt-hf report` has more."
+    assert lines[1] == "9,980 earlier lines are not shown; `pulseopt-hf report` shows more."
     assert lines[2].startswith("episode 9981 ")
     assert lines[21].startswith("episode 10000 ")
     assert lines[-1] == "Finished: 20,000 of 20,000 steps."
@@ -367,30 +366,25 @@ def test_names_are_shown_as_they_are_and_obeyed_by_no_terminal(
     assert console.file.getvalue().startswith(f"{shown}  finished")  # type: ignore[attr-defined]
 
 
-def test_folders_and_files_that_are_no_run_are_refused(
+def test_what_is_no_run_is_refused_in_one_line(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*words: object) -> str:
-        capsys.readouterr()
-        assert main(["watch", *map(str, words)]) == 2
-        captured = capsys.readouterr()
-        (line,) = captured.err.splitlines()
-        assert captured.out == ""
-        return line
-
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    assert "gone: there is no such folder" in said(tmp_path / "gone")
-    assert "is a file; name the run's folder" in said(finished / FILE_NAME)
-    assert "photos: is not a run: it has files, but no pulse.jsonl" in said(tmp_path / "photos")
-    assert "`pulseopt-hf watch --help`" in said()
-    assert "`pulseopt-hf watch --help` shows how" in said(finished, finished)
+    for words, said in (
+        (["gone"], "gone: there is no such folder"),
+        (["photos"], "photos: is not a run: it has files, but no pulse.jsonl"),
+        ([], "`pulseopt-hf watch --help`"),
+        (["photos", "photos"], "`pulseopt-hf watch --help` shows how"),
+    ):
+        assert main(["watch", *(str(tmp_path / word) for word in words)]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
     record = finished / FILE_NAME
-    text = record.read_text()
-    record.write_text(text.replace('"version": 2', '"version": 99', 1))
-    assert "has format version 99, and this release" in said(finished)
-    record.write_text(text.replace('{"kind": "episode"', "{episode", 1))
-    assert "is not valid JSON" in said(finished)
+    record.write_text(record.read_text().replace('{"kind": "episode"', "{episode", 1))
+    assert main(["watch", str(finished)]) == 2
+    assert "is not valid JSON" in capsys.readouterr().err
 
 
 def test_without_rich_there_are_lines_and_a_terminal_is_told_of_the_extra(

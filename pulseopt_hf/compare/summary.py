@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pulseopt_hf.compare.methods import METHODS
-from pulseopt_hf.compare.scores import Scores, last_metric, mean_of_known
+from pulseopt_hf.compare.scores import Scores, last_metric, losses_by_lr, mean_of_known, runs_of
 
 _LEVEL = 0.0005  # losses this close are said to be alike
 
@@ -23,12 +23,12 @@ def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) ->
     """Say in one sentence what a user of a base LR wants to know.
 
     Args:
-        results: as `run_apart` returned them, for every cell.
+        results: as `run_in_subprocess` returned them, for every cell.
         scores: theirs.
         own_lr: the base LR, of those that were run.
     """
     names = [row.method for row in scores.scores]
-    static = _losses(results, "static")
+    static = losses_by_lr(results, "static")
     swept = f"a sweep would have found {scores.tuned:.2g}"
     if scores.tuned in (min(static), max(static)):
         swept += f", the {'lowest' if scores.tuned == min(static) else 'highest'} that was tried"
@@ -36,7 +36,7 @@ def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) ->
     if not others:
         return f"At your learning rate of {own_lr:g} static {_ending(static[own_lr])}; {swept}."
     other = "default" if "default" in others else others[0]
-    loss, static_loss = _losses(results, other)[own_lr], static[own_lr]
+    loss, static_loss = losses_by_lr(results, other)[own_lr], static[own_lr]
     if math.isinf(loss) or math.isinf(static_loss):
         ends = f"{_ending(loss)} and static {_ending(static_loss)}"
     elif abs(loss - static_loss) < _LEVEL:
@@ -44,13 +44,9 @@ def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) ->
     else:
         difference = f"{abs(loss - static_loss):.3f}".rstrip("0")
         ends = f"ends {difference} {'lower' if loss < static_loss else 'higher'} than static"
-    found = mean_of_known(
-        [
-            result["lr_scale"] and result["lr_scale"] * own_lr
-            for result in _at(results, other, own_lr)
-        ]
-    )
-    trained = "; " if found is None else f": it trained at {found:.2g}, which it found, and "
+    scale = mean_of_known([result["lr_scale"] for result in runs_of(results, other, own_lr)])
+    found = "" if scale is None else f"{scale * own_lr:.2g}"
+    trained = f": it trained at {found}, which it found, and " if found else "; "
     name = "the default" if other == "default" else f"`{other}`"
     return f"At your learning rate of {own_lr:g} {name} {ends}{trained}{swept}."
 
@@ -61,7 +57,7 @@ def table(
     """Return the rows of a table whose heads say what its figures are; means over seeds.
 
     Args:
-        results: as `run_apart` returned them, for every cell.
+        results: as `run_in_subprocess` returned them, for every cell.
         scores: theirs.
         own_lr: the user's base LR, of those that were run.
     """
@@ -71,13 +67,13 @@ def table(
     untrained = (f"{scores.loss_before:.4f}", "", "", *["" for _ in metric])
     rows.append(("untrained", *untrained, "", "the model before training"))
     for row in scores.scores:
-        losses = _losses(results, row.method)
+        losses = losses_by_lr(results, row.method)
         best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
         shown = [_loss(losses[own_lr])]
         shown += [f"{_loss(losses[rate])} ({rate:g})" for rate in (best, worst)]
         if metric:
-            own = mean_of_known([last_metric(r) for r in _at(results, row.method, own_lr)])
-            shown.append("" if own is None else f"{own:.4g}")
+            own = mean_of_known([last_metric(r) for r in runs_of(results, row.method, own_lr)])
+            shown.append(_shown(own))
         rows.append((row.method, *shown, f"{row.seconds:.2f} x", METHODS[row.method].about))
     return rows
 
@@ -90,47 +86,24 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def scores_table(recipe: str, steps: int, seeds: int, scores: Scores) -> str:
     """Return the table of scores, best robustness first, with its legend."""
-    metric = scores.metric or "metric"
-    lines = [
-        f"`{recipe}`, {steps} steps, {seeds} seeds. Eval loss {scores.loss_before:.4f} before "
-        f"training, {scores.loss_tuned:.4f} at the tuned base LR of {scores.tuned:.2g}"
-        + ("." if scores.metric_tuned is None else f", {scores.metric} {scores.metric_tuned:.4f}."),
-        "",
-        f"| method | robustness | 95 % | worst base LR | harm | at the best evaluation "
-        f"| {metric} | at the best evaluation | time | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    tuned = "" if scores.metric_tuned is None else f", {scores.metric} {scores.metric_tuned:.4f}"
+    best = "at the best evaluation"
+    head = ("method", "robustness", "95 %", "worst base LR", "harm", best)
+    rows = [(*head, scores.metric or "metric", best, "time", "peak MiB")]
     for row in sorted(scores.scores, key=lambda row: row.robustness):
-        lines.append(
-            f"| {row.method} | {row.robustness:.3f} | {row.low:.3f} to {row.high:.3f} | "
-            f"{row.worst:.3f} | {row.harm:+.3f} | {row.best:.3f} | {_shown(row.metric)} | "
-            f"{_shown(row.best_metric)} | {row.seconds:.2f} | {row.peak_mib:.0f} |"
-        )
-    lines += [
-        "",
+        interval = f"{row.low:.3f} to {row.high:.3f}"
+        losses = (f"{row.worst:.3f}", f"{row.harm:+.3f}", f"{row.best:.3f}")
+        metrics = (_shown(row.metric), _shown(row.best_metric))
+        cost = (f"{row.seconds:.2f}", f"{row.peak_mib:.0f}")
+        rows.append((row.method, f"{row.robustness:.3f}", interval, *losses, *metrics, *cost))
+    return (
+        f"`{recipe}`, {steps} steps, {seeds} seeds. Eval loss {scores.loss_before:.4f} before "
+        f"training, {scores.loss_tuned:.4f} at the tuned base LR of {scores.tuned:.2g}{tuned}.\n\n"
+        f"{markdown(rows)}\n\n"
         "Excess is (L - L\\*) / (L0 - L\\*): 0 is as good as tuned, 1 is nothing learned. "
         "Robustness is its mean over base LRs from 1/30 to 30 times the tuned one, harm its value "
-        "at the tuned one. The best evaluation is the one with the lowest loss of each run.",
-    ]
-    return "\n".join(lines)
-
-
-def _at(
-    results: Sequence[dict[str, Any]], method: str, learning_rate: float
-) -> list[dict[str, Any]]:
-    """Return a method's results at a base LR, one a seed."""
-    wanted = (method, learning_rate)
-    return [r for r in results if (r["cell"]["method"], r["cell"]["learning_rate"]) == wanted]
-
-
-def _losses(results: Sequence[dict[str, Any]], method: str) -> dict[float, float]:
-    """Return a method's final loss at each base LR, mean over seeds; infinite where one is not."""
-    rates = {r["cell"]["learning_rate"] for r in results if r["cell"]["method"] == method}
-    found = {}
-    for rate in sorted(rates):
-        losses = [result["loss_after"] for result in _at(results, method, rate)]
-        found[rate] = math.inf if None in losses else sum(losses) / len(losses)
-    return found
+        "at the tuned one. The best evaluation is the one with the lowest loss of each run."
+    )
 
 
 def _ending(loss: float) -> str:

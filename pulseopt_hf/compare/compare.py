@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from pulseopt_hf.command_line import aligned
-from pulseopt_hf.compare.cells import expected_seconds, result_of, run_apart
+from pulseopt_hf.compare.cells import expected_seconds, result_of, run_in_subprocess
 from pulseopt_hf.compare.drawing import draw
 from pulseopt_hf.compare.plan import Plan, plan_of
 from pulseopt_hf.compare.scores import score
-from pulseopt_hf.compare.wording import about, markdown, scores_table, table, verdict
+from pulseopt_hf.compare.summary import about, markdown, scores_table, table, verdict
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.wording import counted
 
@@ -41,7 +41,7 @@ def compare(words: Sequence[str]) -> Path:
         scores = score(results)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    content = {
+    content: dict[str, Any] = {
         "recipe": plan.recipe,
         "options": plan.options,
         "scores": asdict(scores),
@@ -53,10 +53,10 @@ def compare(words: Sequence[str]) -> Path:
     (folder / "compare.md").write_text("\n".join(f"{part}\n" for part in parts), encoding="utf-8")
     print("", said, "", *aligned(rows), "", sep="\n")
     print(f"In {folder}: compare.md has this and the scores, compare.json every run,")
-    if draw({plan.recipe: (results, scores)}, folder / "compare.svg"):
+    if draw({plan.recipe: (results, content["scores"])}, folder / "compare.svg"):
         print("compare.svg the picture.")
     else:
-        print("but there is no picture: pip install 'pulseopt-hf[report]' has what it needs.")
+        print("but no picture, which needs pip install 'pulseopt-hf[report]'.")
     return folder
 
 
@@ -78,12 +78,12 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
     try:
         if missing:
             seconds = expected_seconds(cells[0]) * len(missing)
-            left = "" if missing == plan.runs else f"{len(missing)} of them are left. "
-            tqdm.write(f"{left}About {about(seconds)}; Ctrl-C stops, and keeps what is done.")
+            left = "" if missing == plan.runs else f"{counted(len(missing), 'run')} to go. "
+            tqdm.write(f"{left}About {about(seconds)}; Ctrl-C stops, and finished runs are kept.")
             bar.unpause()
         for index, cell in enumerate(cells, 1):
             run = plan.run_of(cell)
-            result = run_apart(run, folder)
+            result = run_in_subprocess(run, folder)
             results.append({**result, "cell": asdict(cell)})
             bar.update(run in missing)
             missing.discard(run)
@@ -96,8 +96,8 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"stopped with {counted(len(missing), 'run')} to go. What is done is kept: the same "
-            "command goes on from there."
+            f"stopped with {counted(len(missing), 'run')} to go. Finished runs are kept: the same "
+            "command continues from there."
         ) from None
     finally:
         bar.close()
