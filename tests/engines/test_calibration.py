@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.calibration import TRUSTED
@@ -153,34 +152,6 @@ def test_ranks_agree(
     # and Adam's first step is then as long as 1 / sqrt(1.81) of its own.
     factor = 1.81**0.5 if (engine, settings) == ("zero0", BF16) else 1.0
     assert one["found"] == pytest.approx(factor * single["found"], rel=0.3)
-
-
-def lora(model: Any) -> Any:
-    peft = pytest.importorskip("peft", reason="install the extra `peft` to run this")
-    torch.manual_seed(0)
-    settings = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, settings)
-
-
-def test_with_an_adapter_only_what_is_trained_is_copied(
-    tiny_model: Any, make_trainer: Make
-) -> None:
-    model = lora(tiny_model())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained < 0.1 * sum(p.numel() for p in model.parameters())
-    trainer = make_trainer(pulse=CONFIG, model=model, max_steps=60, learning_rate=1e-6)
-    copied = []
-
-    class Memory(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            copied.append(trainer.aees.calibrator._origin.nbytes)
-
-    trainer.add_callback(Memory())
-    trainer.train()
-    assert trainer.aees.calibrator.search.learning_rate is not None
-    # One copy of the trained parameters, in float32; none when the net is gone.
-    assert set(copied[: TRIAL_STEPS + 10]) == {4 * trained}
-    assert copied[-1] == 0
 
 
 @pytest.mark.parametrize(

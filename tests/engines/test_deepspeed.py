@@ -13,17 +13,9 @@ from pulseopt_hf import AEES, PulseOptTrainer
 from tests.conftest import Make
 from tests.engines.engine import assert_ranks_agree, check_engine, deepspeed_config
 from tests.engines.ranks import run_ranks
+from tests.engines.trainers import Sgd
 
 pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run these")
-
-
-class Sgd(PulseOptTrainer):
-    """With SGD an update is the learning rate times the gradient, so noise can be read off."""
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
-        return self.optimizer
 
 
 @pytest.mark.parametrize(

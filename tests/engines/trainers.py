@@ -54,6 +54,18 @@ def bad_loss(
     return BadLoss
 
 
+class Sgd(PulseOptTrainer):
+    """With SGD an update is the learning rate times the gradient, so noise can be read off.
+
+    The optimizer also has what is frozen, which Trainer's own leaves out.
+    """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
 class Watch(TrainerCallback):
     """Keeps what a look at the Trainer shows before the first step and after each."""
 
