@@ -40,7 +40,7 @@ quickstart: $(PACKAGE)
 	$(BIN)/python -m pulseopt_hf.quickstart
 
 test: $(VENV)/.engines browser
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10 $(TESTS)
 
 test-slow: $(VENV)/.engines browser
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -16,6 +16,8 @@ os.environ.update(
 )
 
 import copy
+import inspect
+import itertools
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -33,6 +35,8 @@ from transformers import (
     logging,
     set_seed,
 )
+
+from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -75,7 +79,7 @@ def _gpt2() -> GPT2LMHeadModel:
     return make_gpt2()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model(_gpt2: GPT2LMHeadModel) -> Callable[[], GPT2LMHeadModel]:
     """Return a maker of equal copies of `make_gpt2()`."""
     return lambda: copy.deepcopy(_gpt2)
@@ -87,26 +91,72 @@ def tiny_data() -> list[dict[str, torch.Tensor]]:
     return make_rows()
 
 
-@pytest.fixture
-def arguments(tmp_path: Any) -> Callable[..., TrainingArguments]:
-    """Return a maker of training arguments: 24 steps of batch 4 on CPU, logged at every step."""
+def make_arguments(
+    folder: Path, cls: type[TrainingArguments] = TrainingArguments, **overrides: Any
+) -> Any:
+    """Return training arguments: 24 steps of batch 4 on CPU, logged at every step."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 24,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return cls(**{**settings, **overrides})
 
-    def make(cls: type[TrainingArguments] = TrainingArguments, **overrides: Any) -> Any:
-        made = make.__dict__["count"] = make.__dict__.get("count", 0) + 1
-        settings: dict[str, Any] = {
-            "output_dir": str(tmp_path / f"run{made}"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 24,
-            "learning_rate": 3e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return cls(**{**settings, **overrides})
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """Return a maker of training arguments as `make_arguments`, each in a folder of its own."""
+    numbers = itertools.count(1)
+    return lambda *args, **overrides: make_arguments(
+        tmp_path / f"run{next(numbers)}", *args, **overrides
+    )
+
+
+# Makes a Trainer: (class, config or knobs, **what Trainer takes and training arguments).
+Make = Callable[..., Any]
+TRAINERS_OWN = inspect.signature(Trainer).parameters.keys()
+
+
+@pytest.fixture
+def make_trainer(tiny_model: Any, tiny_data: Any, arguments: Any) -> Make:
+    """Return a maker of Trainers, by default of the tiny model, its data and `arguments`."""
+
+    def make(cls: Any = PulseOptTrainer, pulse: Any = None, **options: Any) -> Any:
+        own = {name: options.pop(name) for name in TRAINERS_OWN & options.keys()}
+        own = {"model": tiny_model(), "train_dataset": tiny_data, "args": None, **own}
+        own["args"] = own["args"] or arguments(**options)
+        if pulse is not None:
+            own["pulse"] = PulseOptConfig(**pulse) if isinstance(pulse, dict) else pulse
+        return cls(**own)
 
     return make
+
+
+@pytest.fixture
+def train(make_trainer: Make) -> Make:
+    """Return a maker of Trainers as `make_trainer` is, which also trains them."""
+
+    def make(*args: Any, resume: str | bool | None = None, **options: Any) -> Any:
+        trainer = make_trainer(*args, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return make
+
+
+def callback_trainer(
+    *args: Any, pulse: PulseOptConfig, base: type[Trainer] = Trainer, **kwargs: Any
+) -> Trainer:
+    """Return a stock Trainer with the callback attached, called as a class is."""
+    trainer = base(*args, **kwargs)
+    PulseOptCallback(pulse).attach(trainer)
+    return trainer
 
 
 @pytest.fixture
@@ -133,6 +183,11 @@ def without_dropout(model: Any) -> Any:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def flat(model: Any) -> torch.Tensor:
+    """Return a copy of all parameters, in one row."""
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
 
 
 def parameters_equal(one: Any, other: Any) -> bool:

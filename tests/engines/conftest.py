@@ -1,35 +1,58 @@
-"""What the tests of the engines share: FSDP2 on CPU."""
+"""What the tests of the engines share: runs on forked ranks."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
-import accelerate.state
 import pytest
+
+from pulseopt_hf import PulseOptTrainer
+from tests.conftest import Make
+from tests.engines.engine import End, allow_fsdp_on_cpu, check_engine, settings_of
+from tests.engines.ranks import run_ranks
+from tests.engines.trainers import Watch
 
 
 @pytest.fixture
-def fsdp2_on_cpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Let Accelerate choose FSDP on CPU, and return the training arguments that ask for it.
+def on_ranks(make_trainer: Make) -> Make:
+    """Return what trains on an engine and returns how each rank ended.
 
-    Accelerate upgrades only GPU types to FSDP and would silently run DDP.
+    Settings are those of `make_trainer`, but for `ranks`; `config`, what to override of the
+    engine's own; `look`, at the Trainer before the first step, after each, and at the end;
+    `resume`, a checkpoint; and `expect`, what `train` must raise.
     """
-    plain_init = accelerate.state.AcceleratorState.__init__
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        plugin = kwargs.get("fsdp_plugin")
-        plain_init(self, *args, **kwargs)
-        multi_cpu = accelerate.state.DistributedType.MULTI_CPU
-        if plugin is not None and self.distributed_type == multi_cpu:
-            self.distributed_type = accelerate.state.DistributedType.FSDP
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = plugin
-            state = accelerate.state.PartialState._shared_state
-            state["distributed_type"] = self.distributed_type
+    def run(
+        engine: str,
+        cls: Any = PulseOptTrainer,
+        pulse: Any = None,
+        *,
+        ranks: int = 2,
+        config: dict[str, Any] | None = None,
+        look: Any = None,
+        resume: str | None = None,
+        expect: Any = None,
+        **settings: Any,
+    ) -> list[End]:
+        if engine.startswith("zero"):
+            pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
 
-    monkeypatch.setattr(accelerate.state.AcceleratorState, "__init__", init)
-    return {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "GPT2Block"},
-    }
+        def body(rank: int) -> End:
+            if engine == "fsdp2":
+                allow_fsdp_on_cpu()
+            asked = settings_of(engine, **(config or {}))
+            trainer = make_trainer(cls, pulse, **asked, **settings)
+            watch = Watch(trainer, look)
+            if look is not None:
+                trainer.add_callback(watch)
+            with expect or nullcontext():
+                trainer.train(resume_from_checkpoint=resume)
+            if look is not None:
+                watch.seen.append(look(trainer))
+            check_engine(trainer, engine)
+            return End.of(trainer, watch.seen)
+
+        return run_ranks(ranks, body)
+
+    return run

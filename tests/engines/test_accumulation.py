@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from transformers import TrainerCallback
 
-from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf import AEES, PulseOptTrainer
+from tests.conftest import Make
+from tests.engines.engine import End, assert_ranks_agree
 from tests.engines.ranks import run_ranks
 
 
@@ -29,21 +28,17 @@ class Counting(PulseOptTrainer):
 
 @pytest.mark.parametrize(("accumulation", "rows"), [(2, 64), (4, 64), (4, 70), (3, 70)])
 def test_an_episode_counts_optimizer_steps_also_when_the_last_one_of_an_epoch_is_short(
-    accumulation: int,
-    rows: int,
-    tiny_model: Callable[[], Any],
-    tiny_data: Any,
-    arguments: Callable[..., Any],
+    accumulation: int, rows: int, train: Make, tiny_data: Any
 ) -> None:
-    settings = arguments(max_steps=-1, num_train_epochs=4, gradient_accumulation_steps=accumulation)
-    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=2)
-    trainer = Counting(tiny_model(), settings, train_dataset=tiny_data[:rows], pulse=config)
-    trainer.train()
+    trainer = train(
+        *(Counting, {"lr_candidates": [0.5, 2.0], "episode_length": 2}),
+        **{"train_dataset": tiny_data[:rows], "gradient_accumulation_steps": accumulation},
+        **{"max_steps": -1, "num_train_epochs": 4},
+    )
     assert trainer.accelerator.gradient_accumulation_steps == 1  # Trainer does it itself
     batches = -(-rows // 4)
     steps_in_epoch = -(-batches // accumulation)
     aees = trainer.aees
-    assert aees is not None
     assert aees.optimizer_steps == trainer.state.max_steps == 4 * steps_in_epoch
 
     seen: list[tuple[int, str, float]] = trainer.__dict__["seen"]
@@ -68,58 +63,48 @@ def test_an_episode_counts_optimizer_steps_also_when_the_last_one_of_an_epoch_is
         assert loss == pytest.approx(sum(loss for _, loss in by_step[start]), rel=1e-6)
 
 
-@pytest.mark.parametrize("sync_each_batch", [False, True])
-def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(
-    sync_each_batch: bool,
-    tiny_model: Callable[[], Any],
-    tiny_data: Any,
-    arguments: Callable[..., Any],
-) -> None:
-    config = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=2)
+def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(on_ranks: Make) -> None:
+    knobs = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 2}
 
-    def body(rank: int, sync: bool) -> Any:
-        settings = arguments(
-            max_steps=12,
-            gradient_accumulation_steps=3,
-            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sync}},
-        )
-        trainer = PulseOptTrainer(tiny_model(), settings, train_dataset=tiny_data, pulse=config)
-        reductions = Reductions(trainer)
-        trainer.add_callback(reductions)
-        trainer.train()
-        assert trainer.args.world_size == dist.get_world_size() == 2
-        assert trainer.aees is not None
-        parameters = [p.detach().reshape(-1) for p in trainer.model.parameters()]
-        return trainer.aees.get_logs(), torch.cat(parameters), reductions.count
+    def run(sync: bool) -> End:
+        settings = {
+            "max_steps": 12,
+            "gradient_accumulation_steps": 3,
+            "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": sync}},
+        }
+        reductions = Reductions()
 
-    first, second = run_ranks(2, lambda rank: body(rank, sync_each_batch))
-    assert first[0] == second[0]
-    assert torch.equal(first[1], second[1])
-    assert first[2] == (36 if sync_each_batch else 12)
-    if sync_each_batch:
-        lazy = run_ranks(2, lambda rank: body(rank, False))[0]
-        assert lazy[0]["selected_combined_names"] == first[0]["selected_combined_names"]
-        assert torch.allclose(lazy[1], first[1], atol=1e-3)
+        def look(trainer: Any) -> int:
+            reductions.follow(trainer.model_wrapped)
+            return reductions.count
+
+        ends = on_ranks("ddp", pulse=knobs, look=look, **settings)
+        return assert_ranks_agree(ends, 2)
+
+    eager, lazy = run(True), run(False)
+    assert (eager.seen[-1], lazy.seen[-1]) == (36, 12)
+    assert lazy.logs["selected_combined_names"] == eager.logs["selected_combined_names"]
+    assert torch.allclose(lazy.parameters, eager.parameters, atol=1e-3)
 
 
-class Reductions(TrainerCallback):
+class Reductions:
     """Counts the backward passes in which DDP averages gradients."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self) -> None:
         self.count = 0
+        self._followed: Any = None
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def follow(self, ddp: torch.nn.parallel.DistributedDataParallel) -> None:
+        """Count from the first call on."""
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-        ddp = self.trainer.model_wrapped
-        assert isinstance(ddp, torch.nn.parallel.DistributedDataParallel)
 
         def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch inspects annotations
             self.count += bucket.is_last()
             return allreduce_hook(state, bucket)
 
-        ddp.register_comm_hook(None, hook)
+        if self._followed is None:
+            ddp.register_comm_hook(None, hook)
+            self._followed = ddp
 
 
 def test_a_loop_under_accelerate_accumulates_on_two_ranks_as_in_one_process() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import without_dropout
+from pulseopt_hf import AEES
+from tests.conftest import Make, flat, without_dropout
 
 CONFIG: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -20,37 +19,35 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def train(model: Any, settings: Any, data: Any, config: PulseOptConfig) -> Any:
+def trained(train: Make, **settings: Any) -> Any:
+    """Train with nothing compiled before, so that all that is compiled is counted."""
     torch._dynamo.reset()
     counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own about its backends
-        trainer = PulseOptTrainer(model, settings, train_dataset=data, pulse=config)
-        trainer.train()
-    return trainer
+        return train(**settings)
 
 
-def flat(model: Any) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def compiled(train: Make, pulse: Any, model: Any, data: Any, **settings: Any) -> tuple[Any, int]:
+    """Train a compiled model, and return the Trainer and how many graphs were compiled."""
+    # No smaller last batch, which would be compiled for itself.
+    common = {"pulse": pulse, "model": without_dropout(model), "train_dataset": data[:64]}
+    trainer = trained(train, **common, **settings)
+    assert hasattr(trainer.model_wrapped, "_orig_mod")
+    return trainer, counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_runs_the_arms_of_the_eager_one_and_compiles_no_more_for_them(
-    backend: str, tiny_model: Callable[[], Any], tiny_data: Any, arguments: Callable[..., Any]
+    backend: str, train: Make, tiny_model: Any, tiny_data: Any
 ) -> None:
-    data = tiny_data[:64]  # no smaller last batch, which would be compiled for itself
+    constant = {"lr_candidates": [1.0], "episode_length": 3}
     settings = {"torch_compile": True, "torch_compile_backend": backend}
-    adaptive = PulseOptConfig(**CONFIG)
-    constant = PulseOptConfig(lr_candidates=[1.0], episode_length=3)
-    graphs = {}
-    for name, config in (("constant", constant), ("adaptive", adaptive)):
-        model = without_dropout(tiny_model())
-        trainer = train(model, arguments(**settings), data, config)
-        assert hasattr(trainer.model_wrapped, "_orig_mod")
-        graphs[name] = counters["stats"]["unique_graphs"]
-        assert graphs[name] >= 1
-    assert graphs["adaptive"] == graphs["constant"]
-    eager = train(without_dropout(tiny_model()), arguments(), data, adaptive)
+    _, expected = compiled(train, constant, tiny_model(), tiny_data, **settings)
+    trainer, graphs = compiled(train, CONFIG, tiny_model(), tiny_data, **settings)
+    assert graphs == expected >= 1
+    common = {"model": without_dropout(tiny_model()), "train_dataset": tiny_data[:64]}
+    eager = trained(train, pulse=CONFIG, **common)
     assert counters["stats"]["unique_graphs"] == 0
     names = trainer.aees.get_logs()["selected_combined_names"]
     assert len(set(names)) > 3
@@ -58,15 +55,10 @@ def test_a_compiled_model_runs_the_arms_of_the_eager_one_and_compiles_no_more_fo
     assert torch.allclose(flat(trainer.model), flat(eager.model), atol=1e-4)
 
 
-def test_gradient_checkpointing_runs_the_same_arms_to_the_same_parameters(
-    tiny_model: Callable[[], Any], tiny_data: Any, arguments: Callable[..., Any]
-) -> None:
-    config = PulseOptConfig(**CONFIG)
-    plain = train(tiny_model(), arguments(), tiny_data, config)
-    settings = arguments(
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    trainer = train(tiny_model(), settings, tiny_data, config)
+def test_gradient_checkpointing_runs_the_same_arms_to_the_same_parameters(train: Make) -> None:
+    plain = train(pulse=CONFIG)
+    kwargs = {"use_reentrant": False}
+    trainer = train(pulse=CONFIG, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
     assert trainer.model.is_gradient_checkpointing
     assert not plain.model.is_gradient_checkpointing
     assert trainer.aees.get_logs() == plain.aees.get_logs()

@@ -103,22 +103,37 @@ def check_ranks_agree(ranks: list[dict[str, Any]], world_size: int, engine: str)
         assert summary["loss"] == ranks[0]["loss"]
 
 
-def test_torchrun_starts_two_ranks_that_run_the_same_arms(tmp_path: Path) -> None:
-    ranks = launch(tmp_path, *TORCHRUN, "--standalone", "--nproc_per_node", 2, SCRIPT, *STEPS)
-    check_ranks_agree(ranks, 2, "DistributedDataParallel")
-
-
-def test_the_ddp_profile_starts_two_ranks_that_run_the_same_arms(tmp_path: Path) -> None:
-    profile = ("--config_file", PROFILES / "ddp.yaml", "--main_process_port", free_port())
-    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
-    check_ranks_agree(ranks, 2, "DistributedDataParallel")
-
-
-@pytest.mark.slow
-def test_the_single_profile_starts_one_process(tmp_path: Path) -> None:
-    profile = ("--config_file", PROFILES / "single.yaml")
-    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS)
-    check_ranks_agree(ranks, 1, "GPT2LMHeadModel")
+# The other two tests start torchrun too.
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "engine"),
+    [
+        ("ddp", 2, "DistributedDataParallel"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("torchrun", 2, "DistributedDataParallel"),
+                ("single", 1, "GPT2LMHeadModel"),
+                ("zero2", 2, "DeepSpeedEngine"),
+                ("zero3", 2, "DeepSpeedEngine"),
+            )
+        ),
+    ],
+)
+def test_a_launcher_starts_ranks_that_run_the_same_arms(
+    launcher: str, ranks: int, engine: str, tmp_path: Path
+) -> None:
+    if launcher == "torchrun":
+        words: list[object] = [*TORCHRUN, "--standalone", "--nproc_per_node", ranks]
+    else:
+        words = [*ACCELERATE, "--config_file", PROFILES / f"{launcher}.yaml"]
+        words += ["--main_process_port", free_port()] if ranks > 1 else []
+    steps = STEPS
+    if launcher.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
+        steps = (*STEPS, "--bf16", "true")
+    found = launch(tmp_path, *words, SCRIPT, *steps)
+    check_ranks_agree(found, ranks, engine)
+    assert found[0]["precision"] == ("bf16" if launcher.startswith("zero") else "no")
 
 
 def test_two_nodes_of_torchrun_run_the_same_arms(tmp_path: Path) -> None:
@@ -136,18 +151,6 @@ def test_two_nodes_of_torchrun_run_the_same_arms(tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert all(len(summaries(output)) == 1 for output in outputs), "one rank on each node"
     check_ranks_agree([summaries(output)[0] for output in outputs], 2, "DistributedDataParallel")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_deepspeed_profiles_start_two_ranks_that_run_the_same_arms(
-    stage: int, tmp_path: Path
-) -> None:
-    pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
-    profile = ("--config_file", PROFILES / f"zero{stage}.yaml", "--main_process_port", free_port())
-    ranks = launch(tmp_path, *ACCELERATE, *profile, SCRIPT, *STEPS, "--bf16", "true")
-    check_ranks_agree(ranks, 2, "DeepSpeedEngine")
-    assert ranks[0]["precision"] == "bf16"
 
 
 def test_a_rank_that_raises_under_torchrun_ends_the_launch_instead_of_hanging(

@@ -1,11 +1,12 @@
-"""Trainers that run on a CPU what Trainer itself runs only on a GPU."""
+"""Trainers that do on a CPU what Trainer does only on a GPU, that fail, and that are watched."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from pulseopt_hf import PulseOptTrainer
 
@@ -17,6 +18,7 @@ class CpuFp16:
     """
 
     init_scale = 2.0**22  # overflows at once, so that the first steps are skipped
+    foreach: bool | None = None  # of the optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -26,10 +28,56 @@ class CpuFp16:
         )
         self.accelerator.native_amp = True
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        for group in optimizer.param_groups:
+            group["foreach"] = self.foreach
+        return optimizer
 
-class Fp16Trainer(CpuFp16, Trainer):
-    pass
+
+def fp16(base: type = PulseOptTrainer, **attributes: Any) -> type[Trainer]:
+    """Return a class of Trainers with attributes of `CpuFp16`."""
+    return type("Fp16", (CpuFp16, base), attributes)
 
 
-class Fp16PulseTrainer(CpuFp16, PulseOptTrainer):
-    pass
+def bad_loss(
+    *steps: int, rank: int = 0, value: float = float("nan"), base: type = PulseOptTrainer
+) -> type[Trainer]:
+    """Return a class of Trainers whose loss is not finite on one rank at some global steps."""
+
+    class BadLoss(base):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            is_bad = self.state.global_step in steps and self.args.process_index == rank
+            return loss * value if is_bad else loss
+
+    return BadLoss
+
+
+class Sgd(PulseOptTrainer):
+    """With SGD an update is the learning rate times the gradient, so noise can be read off.
+
+    The optimizer also has what is frozen, which Trainer's own leaves out.
+    """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
+class Watch(TrainerCallback):
+    """Keeps what a look at the Trainer shows before the first step and after each."""
+
+    def __init__(self, trainer: Any, look: Callable[[Any], Any], last: int = 30) -> None:
+        self._look: Callable[[], Any] = lambda: look(trainer)
+        self._last = last
+        self.seen: list[Any] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self.seen:
+            self.seen.append(self._look())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step <= self._last:
+            self.seen.append(self._look())

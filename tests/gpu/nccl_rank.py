@@ -9,28 +9,15 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
+from tests.conftest import make_arguments, make_gpt2, make_rows
 
 
 def main(folder: Path) -> None:
-    set_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    )
-    rows = torch.randint(0, 8, (70, 16))
-    arguments = TrainingArguments(
-        str(folder / "run"),
-        per_device_train_batch_size=4,
-        max_steps=80,
-        learning_rate=1e-4,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        bf16=True,
+    arguments = make_arguments(
+        folder / "run", max_steps=80, learning_rate=1e-4, bf16=True, use_cpu=False
     )
     config = PulseOptConfig(
         lr_candidates=[0.5, 1.0, 2.0],
@@ -38,8 +25,7 @@ def main(folder: Path) -> None:
         episode_length=3,
         calibration="trust_region",
     )
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = PulseOptTrainer(model, arguments, train_dataset=data, pulse=config)
+    trainer = PulseOptTrainer(make_gpt2(), arguments, train_dataset=make_rows(), pulse=config)
     trainer.train()
     assert trainer.aees is not None
     assert trainer.aees.calibrator is not None

@@ -8,17 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from pulseopt_hf import PulseOptConfig, PulseOptTrainer, find_learning_rate
-from tests.conftest import without_dropout
-from tests.engines.test_calibration import calibrated, check
+from pulseopt_hf import find_learning_rate
+from tests.conftest import Make, without_dropout
+from tests.engines.test_calibration import CONFIG, calibrated, check
 
 pytestmark = pytest.mark.gpu
 
 SHORT = {"max_steps": 60, "learning_rate": 1e-4}
 
 
-def on_cpu(tiny_model: Any, tiny_data: Any, arguments: Any) -> dict[str, Any]:
-    return calibrated(without_dropout(tiny_model()), arguments(**SHORT), tiny_data)
+@pytest.fixture
+def both(make_trainer: Make, tiny_model: Any, arguments: Any, on_gpu: Make) -> Callable[..., Any]:
+    """Return what calibrates on the GPU and on the CPU, on which extra settings have no say."""
+
+    def run(**extra: Any) -> list[dict[str, Any]]:
+        return [
+            calibrated(make_trainer(pulse=CONFIG, model=without_dropout(tiny_model()), args=args))
+            for args in (on_gpu(**SHORT, **extra), arguments(**SHORT))
+        ]
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -26,40 +35,28 @@ def on_cpu(tiny_model: Any, tiny_data: Any, arguments: Any) -> dict[str, Any]:
     [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"optim": "adamw_torch"}],
     ids=["fp32", "bf16", "checkpointing", "not fused"],
 )
-def test_trials_leave_nothing_behind_and_find_the_cpus_lr(
-    extra: dict[str, Any], tiny_model: Any, tiny_data: Any, arguments: Any, on_gpu: Any
-) -> None:
-    result = calibrated(without_dropout(tiny_model()), on_gpu(**SHORT, **extra), tiny_data)
+def test_trials_leave_nothing_behind_and_find_the_cpus_lr(extra: dict[str, Any], both: Any) -> None:
+    result, reference = both(**extra)
     assert result["seen"][0].is_cuda
     check(result)
-    reference = on_cpu(tiny_model, tiny_data, arguments)
     assert result["found"] == pytest.approx(reference["found"], rel=0.05)
 
 
-def test_under_a_real_gradient_scaler(
-    tiny_model: Any, tiny_data: Any, arguments: Any, on_gpu: Any
-) -> None:
-    settings = on_gpu(**SHORT, fp16=True, optim="adamw_torch_fused")
-    result = calibrated(without_dropout(tiny_model()), settings, tiny_data)
+def test_under_a_real_gradient_scaler(both: Any) -> None:
+    result, reference = both(fp16=True, optim="adamw_torch_fused")
     check(result, kept_gradient=False)
     # One trial for each gradient, so each trial has another batch than on the CPU.
-    assert result["found"] == pytest.approx(
-        on_cpu(tiny_model, tiny_data, arguments)["found"], rel=0.2
-    )
+    assert result["found"] == pytest.approx(reference["found"], rel=0.2)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_find_learning_rate_leaves_nothing_behind(
-    capturable: bool, tiny_model: Callable[[], Any], tiny_data: Any, on_gpu: Callable[..., Any]
+    capturable: bool, make_trainer: Make, tiny_model: Any, on_gpu: Make
 ) -> None:
     model = tiny_model().cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=capturable)
-    trainer = PulseOptTrainer(
-        model,
-        on_gpu(**SHORT),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(calibration="trust_region"),
-        optimizers=(optimizer, None),
+    trainer = make_trainer(
+        pulse=CONFIG, model=model, args=on_gpu(**SHORT), optimizers=(optimizer, None)
     )
     before = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(3)
@@ -71,6 +68,4 @@ def test_find_learning_rate_leaves_nothing_behind(
     assert not optimizer.state
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-4)
     trainer.train()
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
     assert trainer.aees.calibrator.search.learning_rate == found.learning_rate

@@ -6,22 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import history, parameters_equal, without_dropout
-from tests.engines.test_compile import CONFIG, train
+from tests.conftest import Make, history, parameters_equal
+from tests.engines.test_compile import CONFIG, compiled
+from tests.engines.trainers import bad_loss
 
 pytestmark = pytest.mark.gpu
 
 NEUTRAL = PulseOptConfig(lr_candidates=[1.0], noise_candidates=[0.0], calibration="off")
+TWO_ARMS = {"lr_candidates": [0.5, 2.0], "episode_length": 4, "calibration": "off"}
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 
 
@@ -29,21 +29,12 @@ PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_neutral_arms_are_invisible(
-    optim: str,
-    precision: str,
-    accumulation: int,
-    tiny_model: Callable[[], Any],
-    tiny_data: Any,
-    on_gpu: Callable[..., Any],
+    optim: str, precision: str, accumulation: int, train: Make, tiny_model: Any, on_gpu: Make
 ) -> None:
     settings = {"optim": optim, "gradient_accumulation_steps": accumulation, "max_steps": 12}
     settings |= PRECISIONS[precision]
-    vanilla = Trainer(tiny_model(), on_gpu(**settings), train_dataset=tiny_data)
-    vanilla.train()
-    pulse = PulseOptTrainer(
-        tiny_model(), on_gpu(**settings), train_dataset=tiny_data, pulse=NEUTRAL
-    )
-    pulse.train()
+    vanilla = train(Trainer, args=on_gpu(**settings))
+    pulse = train(pulse=NEUTRAL, args=on_gpu(**settings))
     assert next(pulse.model.parameters()).is_cuda
     assert (pulse.accelerator.scaler is not None) == (precision == "fp16")
     assert parameters_equal(pulse.model, vanilla.model)
@@ -88,13 +79,9 @@ class Overflowing(PulseOptTrainer):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_steps_that_overflow_under_a_real_scaler_are_no_steps(
-    optim: str, tiny_model: Callable[[], Any], tiny_data: Any, on_gpu: Callable[..., Any]
+    optim: str, train: Make, on_gpu: Make
 ) -> None:
-    settings = on_gpu(fp16=True, optim=optim, max_steps=30)
-    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4, calibration="off")
-    trainer = Overflowing(tiny_model(), settings, train_dataset=tiny_data, pulse=config)
-    trainer.train()
-    assert trainer.aees is not None
+    trainer = train(Overflowing, TWO_ARMS, args=on_gpu(fp16=True, optim=optim, max_steps=30))
     skipped = trainer.aees.skipped_steps
     assert 1 <= skipped < 15
     scaler = trainer.accelerator.scaler
@@ -109,35 +96,24 @@ def test_steps_that_overflow_under_a_real_scaler_are_no_steps(
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_the_guard_skips_a_loss_that_is_not_finite(
-    poison: float, tiny_model: Callable[[], Any], tiny_data: Any, on_gpu: Callable[..., Any]
+    poison: float, train: Make, on_gpu: Make
 ) -> None:
-    class Poisoned(PulseOptTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().compute_loss(*args, **kwargs)
-            return found * poison if self.state.global_step == 5 else found
-
     settings = on_gpu(bf16=True, optim="adamw_torch_fused")
-    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4, calibration="off")
-    trainer = Poisoned(tiny_model(), settings, train_dataset=tiny_data, pulse=config)
-    trainer.train()
-    assert trainer.aees is not None
+    trainer = train(bad_loss(5, value=poison), TWO_ARMS, args=settings)
     assert trainer.aees.skipped_steps == 1
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
 def test_a_model_compiled_by_inductor_is_not_compiled_again_for_an_arm(
-    tiny_model: Callable[[], Any], tiny_data: Any, on_gpu: Callable[..., Any]
+    train: Make, tiny_model: Any, tiny_data: Any, on_gpu: Make
 ) -> None:
-    data = tiny_data[:64]  # no smaller last batch, which would be compiled for itself
-    graphs = {}
-    constant = PulseOptConfig(lr_candidates=[1.0], episode_length=3, calibration="off")
-    adaptive = PulseOptConfig(**CONFIG, calibration="off")
-    for name, config in (("constant", constant), ("adaptive", adaptive)):
+    def run(pulse: Any) -> Any:
         settings = on_gpu(torch_compile=True, torch_compile_backend="inductor")
-        trainer = train(without_dropout(tiny_model()), settings, data, config)
-        assert hasattr(trainer.model_wrapped, "_orig_mod")
-        graphs[name] = counters["stats"]["unique_graphs"]
-    assert graphs["adaptive"] == graphs["constant"] >= 1
+        return compiled(train, pulse, tiny_model(), tiny_data, args=settings)
+
+    _, expected = run({"lr_candidates": [1.0], "episode_length": 3, "calibration": "off"})
+    trainer, graphs = run({**CONFIG, "calibration": "off"})
+    assert graphs == expected >= 1
     assert len(set(trainer.aees.get_logs()["selected_combined_names"])) > 3
 
 

@@ -1,7 +1,8 @@
-"""What a step costs: device reads, collectives and copies, counted rather than timed."""
+"""What a step costs: device reads and copies, counted rather than timed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
-from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf import AEES, PulseOptTrainer
+from tests.conftest import Make
 
 READ = torch.ops.aten._local_scalar_dense.default
 
@@ -28,69 +30,55 @@ class CountReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class ReadsOfSteps(TrainerCallback):
-    """Counts the reads of each optimizer step, without what Trainer does between steps."""
+class EachStep(TrainerCallback):
+    """Enters a context for each optimizer step, without what Trainer does between steps.
 
-    def __init__(self) -> None:
-        self.per_step: list[int] = []
+    Args:
+        context: makes one.
+
+    Attributes:
+        counted: what each context gave.
+    """
+
+    def __init__(self, context: Callable[[], Any]) -> None:
+        self._make = context
+        self.counted: list[Any] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.counter = CountReads()
-        self.counter.__enter__()
+        self._context = self._make()
+        self.counted.append(self._context.__enter__())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.counter.__exit__(None, None, None)
-        self.per_step.append(self.counter.reads)
-
-
-def reads(trainer: Trainer) -> list[int]:
-    counter = ReadsOfSteps()
-    trainer.add_callback(counter)
-    trainer.train()
-    return counter.per_step
+        self._context.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("noise", [[0.0], [0.01, 0.02]], ids=["LR only", "with noise"])
-def test_a_step_reads_no_more_than_the_guards_one_scalar(
-    tiny_model: Any, tiny_data: Any, arguments: Any, noise: list[float]
-) -> None:
-    settings = {"optim": "adamw_torch", "logging_strategy": "no"}
-    vanilla = reads(Trainer(tiny_model(), arguments(**settings), train_dataset=tiny_data))
-    pulse = reads(
-        PulseOptTrainer(
-            tiny_model(),
-            arguments(**settings),
-            train_dataset=tiny_data,
-            pulse=PulseOptConfig(
-                lr_candidates=[0.5, 2.0], noise_candidates=noise, episode_length=6
-            ),
-        )
-    )
+def test_a_step_reads_no_more_than_the_guards_one_scalar(noise: list[float], train: Make) -> None:
+    def reads(*args: Any) -> list[int]:
+        counter = EachStep(CountReads)
+        train(*args, optim="adamw_torch", logging_strategy="no", callbacks=[counter])
+        return [step.reads for step in counter.counted]
+
+    knobs = {"lr_candidates": [0.5, 2.0], "noise_candidates": noise, "episode_length": 6}
+    vanilla, pulse = reads(Trainer), reads(PulseOptTrainer, knobs)
     assert [ours - theirs for ours, theirs in zip(pulse, vanilla, strict=True)] == [1] * 24
 
 
+def play(aees: AEES, step: int, loss: torch.Tensor) -> None:
+    """Take a step with gradients of one, on the path of LR and noise alone."""
+    optimizer = aees.optimizer
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    aees.step_start(step)
+    aees.apply(optimizer.step)
+    aees.settle(loss)
+
+
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
-def test_the_lr_and_noise_path_itself_reads_nothing(mode: str) -> None:
-    parameters = [torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(3))]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    aees = AEES(
-        optimizer,
-        lr_candidates=[0.5, 2.0],
-        noise_candidates=[0.1, 0.2],
-        noise_mode=mode,
-        episode_length=5,
-    )
-    with CountReads() as counter:
-        for step in range(20):
-            for parameter in parameters:
-                parameter.grad = torch.ones_like(parameter)
-            aees.step_start(step)
-            aees.apply(optimizer.step)
-            aees.settle(torch.tensor(1.0))
-    assert counter.reads == 0  # the losses of an episode come in one copy, which is not a scalar
-
-
-def test_the_losses_of_an_episode_are_read_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lr_and_noise_path_reads_the_losses_of_an_episode_in_one_copy_and_no_scalar(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copies: list[tuple[int, ...]] = []
     original = torch.Tensor.tolist
 
@@ -99,52 +87,11 @@ def test_the_losses_of_an_episode_are_read_in_one_copy(monkeypatch: pytest.Monke
         return original(self)
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    aees = AEES(optimizer, lr_candidates=[0.5, 2.0], episode_length=5)
-    for step in range(20):
-        parameter.grad = torch.ones(2)
-        aees.step_start(step)
-        aees.apply(optimizer.step)
-        aees.settle(torch.tensor(1.0))
+    parameters = [torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(3))]
+    arms = {"lr_candidates": [0.5, 2.0], "noise_candidates": [0.1, 0.2], "noise_mode": mode}
+    aees = AEES(torch.optim.SGD(parameters, lr=0.1), episode_length=5, **arms)
+    with CountReads() as counter:
+        for step in range(20):
+            play(aees, step, torch.tensor(1.0))
+    assert counter.reads == 0
     assert copies == [(5,)] * 4
-
-
-class CountAllocations(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operator returns, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {id(argument) for argument in args}
-        if isinstance(result, torch.Tensor) and id(result) not in given:
-            shares = any(
-                isinstance(a, torch.Tensor)
-                and a.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
-                for a in args
-            )
-            self.largest = max(self.largest, 0 if shares else result.numel())
-        return result
-
-
-def test_nothing_of_the_models_size_is_allocated() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(3_000_000))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = torch.optim.SGD([parameter], lr=0.1, foreach=False)
-    aees = AEES(optimizer, lr_candidates=[0.5], noise_candidates=[0.1], episode_length=5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the mode does not see what other threads do
-    try:
-        with CountAllocations() as counter:
-            for step in range(3):
-                aees.step_start(step)
-                aees.apply(optimizer.step)
-                aees.settle(1.0)
-    finally:
-        torch.set_num_threads(threads)
-    assert 0 < counter.largest <= 1 << 17

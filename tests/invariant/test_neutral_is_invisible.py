@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from tests.conftest import history, parameters_equal
+from pulseopt_hf import PulseOptConfig
+from tests.conftest import Make, callback_trainer, history, parameters_equal
 
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
 NEUTRAL = PulseOptConfig(lr_candidates=[1.0], noise_candidates=[0.0])
@@ -25,13 +25,7 @@ def checkpoint_weights(trainer: Trainer) -> dict[str, Any]:
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_neutral_arms_are_invisible(
-    tiny_model: Any,
-    tiny_data: Any,
-    arguments: Any,
-    optim: str,
-    bf16: bool,
-    max_grad_norm: float,
-    accumulation: int,
+    train: Make, tiny_model: Any, optim: str, bf16: bool, max_grad_norm: float, accumulation: int
 ) -> None:
     settings = {
         "optim": optim,
@@ -43,12 +37,8 @@ def test_neutral_arms_are_invisible(
         "save_steps": 8,
         "warmup_steps": 3,
     }
-    vanilla = Trainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
-    vanilla.train()
-    pulse = PulseOptTrainer(
-        tiny_model(), arguments(**settings), train_dataset=tiny_data, pulse=NEUTRAL
-    )
-    pulse.train()
+    vanilla = train(Trainer, **settings)
+    pulse = train(pulse=NEUTRAL, **settings)
     assert parameters_equal(pulse.model, vanilla.model)
     assert history(pulse) == history(vanilla)
     ours, theirs = checkpoint_weights(pulse), checkpoint_weights(vanilla)
@@ -57,28 +47,12 @@ def test_neutral_arms_are_invisible(
     assert not parameters_equal(pulse.model, tiny_model())  # it trained
 
 
-def test_a_neutral_callback_is_invisible_too(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+def test_a_neutral_callback_is_invisible_too_and_an_arm_that_does_something_is_not(
+    train: Make,
 ) -> None:
-    vanilla = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
-    vanilla.train()
-    attached = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
-    PulseOptCallback(NEUTRAL).attach(attached)
-    attached.train()
+    vanilla = train(Trainer)
+    attached = train(callback_trainer, NEUTRAL)
     assert parameters_equal(attached.model, vanilla.model)
     assert history(attached) == history(vanilla)
-
-
-def test_an_arm_that_does_something_is_visible(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    vanilla = Trainer(tiny_model(), arguments(), train_dataset=tiny_data)
-    vanilla.train()
-    pulse = PulseOptTrainer(
-        tiny_model(),
-        arguments(),
-        train_dataset=tiny_data,
-        pulse=PulseOptConfig(lr_candidates=[1.5], noise_candidates=[0.0]),
-    )
-    pulse.train()
+    pulse = train(pulse={"lr_candidates": [1.5], "noise_candidates": [0.0]})
     assert not parameters_equal(pulse.model, vanilla.model)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from pulseopt_hf import (
-    PulseOptCallback,
-    PulseOptConfig,
-    PulseOptTrainer,
-    newest_whole_checkpoint,
-)
+from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
 from pulseopt_hf.aees import StateError
 from pulseopt_hf.optim.divergence import ROLLED_BACK
-from tests.conftest import history, parameters_equal
+from tests.conftest import Make, callback_trainer, history, parameters_equal
 
 KNOBS: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -40,12 +36,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(road: str, model: Any, args: Any, data: Any, config: PulseOptConfig) -> Any:
-    if road == "subclass":
-        return PulseOptTrainer(model, args, train_dataset=data, pulse=config)
-    trainer = Trainer(model, args, train_dataset=data)
-    PulseOptCallback(config).attach(trainer)
-    return trainer
+ROADS = {"subclass": PulseOptTrainer, "callback": callback_trainer}
+SAVES = {"save_strategy": "steps", "save_steps": 6}
 
 
 def checkpoint(trainer: Trainer, step: int) -> str:
@@ -66,132 +58,86 @@ def assert_same_end(resumed: Any, whole: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("road", ["subclass", "callback"])
-def test_from_every_step_of_an_episode(
-    tiny_model: Any, tiny_data: Any, arguments: Any, road: str, mode: str
-) -> None:
+@pytest.mark.parametrize("road", ROADS)
+def test_from_every_step_of_an_episode(train: Make, road: str, mode: str) -> None:
     """Eighteen steps are six episodes and two epochs, of nine steps each."""
-    config = PulseOptConfig(**{**KNOBS, **MODES[mode]})
-    settings = {
-        "gradient_accumulation_steps": 2,
-        "max_steps": 18,
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
-    whole = make_trainer(road, tiny_model(), arguments(**settings), tiny_data, config)
-    whole.train()
-    if config.divergence != "off":
+    run = partial(train, ROADS[road], {**KNOBS, **MODES[mode]}, max_steps=18)
+    settings = {"gradient_accumulation_steps": 2}
+    whole = run(save_strategy="steps", save_steps=1, **settings)
+    if mode == "a deadly arm, undone":
         assert ROLLED_BACK in whole.aees.get_logs()["episode_outcomes"]
     for step in (1, 2, 3, 4, 9, 10, 17):
-        args = arguments(**{**settings, "save_strategy": "no"})
-        resumed = make_trainer(road, tiny_model(), args, tiny_data, config)
-        resumed.train(resume_from_checkpoint=checkpoint(whole, step))
-        assert_same_end(resumed, whole)
+        assert_same_end(run(resume=checkpoint(whole, step), **settings), whole)
 
 
 @pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
 def test_from_the_last_step_no_other_is_taken(
-    tiny_model: Any, tiny_data: Any, arguments: Any, eval_strategy: str
+    train: Make, tiny_data: Any, eval_strategy: str
 ) -> None:
     """Step 17 is amid the second epoch, of nine steps; Trainer evaluates where it breaks off."""
-    config = PulseOptConfig(**{**KNOBS, "episode_length": 2})
-    settings = {
-        "gradient_accumulation_steps": 2,
-        "max_steps": 17,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "eval_strategy": eval_strategy,
-    }
-
-    def make() -> PulseOptTrainer:
-        data = {"train_dataset": tiny_data, "eval_dataset": tiny_data[:8]}
-        return PulseOptTrainer(tiny_model(), arguments(**settings), pulse=config, **data)
-
-    whole, resumed = make(), make()
-    whole.train()
+    run = partial(
+        train,
+        pulse={**KNOBS, "episode_length": 2},
+        eval_dataset=tiny_data[:8],
+        gradient_accumulation_steps=2,
+        max_steps=17,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy=eval_strategy,
+    )
+    whole = run()
     evaluated = [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry]
     assert evaluated == ([] if eval_strategy == "no" else [9, 17])
-    resumed.train(resume_from_checkpoint=checkpoint(whole, 17))
+    resumed = run(resume=checkpoint(whole, 17))
     assert resumed.state.global_step == 17
     assert_same_end(resumed, whole)
 
 
-def test_where_trainer_rebuilds_its_callbacks_from_the_checkpoint(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    config = PulseOptConfig(**KNOBS)
-    settings = {
-        "save_strategy": "steps",
-        "save_steps": 6,
-        "restore_callback_states_from_checkpoint": True,
-    }
-    for road in ("subclass", "callback"):
-        whole = make_trainer(road, tiny_model(), arguments(**settings), tiny_data, config)
-        whole.train()
-        resumed = make_trainer(road, tiny_model(), arguments(**settings), tiny_data, config)
-        resumed.train(resume_from_checkpoint=checkpoint(whole, 6))
-        assert_same_end(resumed, whole)
-        resumed.train()  # a fresh run afterwards, through the instance that Trainer made
-        assert resumed.aees.get_logs()["episode_start_steps"][0] == 0
-
-
-def test_a_subclass_resumes_what_a_callback_saved(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    config = PulseOptConfig(**KNOBS)
-    settings = {"save_strategy": "steps", "save_steps": 6}
-    whole = make_trainer("callback", tiny_model(), arguments(**settings), tiny_data, config)
-    whole.train()
-    resumed = make_trainer("subclass", tiny_model(), arguments(**settings), tiny_data, config)
-    resumed.train(resume_from_checkpoint=checkpoint(whole, 6))
+@pytest.mark.parametrize("road", ROADS)
+def test_where_trainer_rebuilds_its_callbacks_from_the_checkpoint(train: Make, road: str) -> None:
+    settings = {**SAVES, "restore_callback_states_from_checkpoint": True}
+    whole = train(ROADS[road], KNOBS, **settings)
+    resumed = train(ROADS[road], KNOBS, resume=checkpoint(whole, 6), **settings)
     assert_same_end(resumed, whole)
+    resumed.train()  # a fresh run afterwards, through the instance that Trainer made
+    assert resumed.aees.get_logs()["episode_start_steps"][0] == 0
 
 
-def test_other_settings_are_refused_naming_both_values(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 6}
-    whole = make_trainer(
-        "subclass", tiny_model(), arguments(**settings), tiny_data, PulseOptConfig(**KNOBS)
-    )
-    whole.train()
-    other = PulseOptConfig(**{**KNOBS, "lr_candidates": [0.5, 4.0], "episode_length": 2})
-    resumed = make_trainer("subclass", tiny_model(), arguments(**settings), tiny_data, other)
+def test_a_subclass_resumes_what_a_callback_saved(train: Make) -> None:
+    whole = train(callback_trainer, KNOBS, **SAVES)
+    assert_same_end(train(pulse=KNOBS, resume=checkpoint(whole, 6), **SAVES), whole)
+
+
+def test_other_settings_are_refused_naming_both_values(train: Make) -> None:
+    whole = train(pulse=KNOBS, **SAVES)
+    other = {**KNOBS, "lr_candidates": [0.5, 4.0], "episode_length": 2}
     with pytest.raises(StateError) as error:
-        resumed.train(resume_from_checkpoint=checkpoint(whole, 6))
+        train(pulse=other, resume=checkpoint(whole, 6))
     assert "`lr_candidates` was [0.5, 1.0, 2.0] and is now [0.5, 4.0]" in str(error.value)
     assert "`episode_length` was 3 and is now 2" in str(error.value)
 
 
-def test_a_longer_run_keeps_the_episode_length_that_followed_from_the_shorter(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_longer_run_keeps_the_episode_length_that_followed_from_the_shorter(train: Make) -> None:
     config = PulseOptConfig(lr_candidates=[0.5, 2.0])
-    settings = {"save_strategy": "steps", "save_steps": 120}
-    short = make_trainer(
-        "subclass", tiny_model(), arguments(max_steps=120, **settings), tiny_data, config
-    )
-    short.train()
-    longer = make_trainer(
-        "subclass", tiny_model(), arguments(max_steps=160, **settings), tiny_data, config
-    )
+    short = train(pulse=config, max_steps=120, save_strategy="steps", save_steps=120)
     assert config.for_run(160, 0).episode_length == 8
-    longer.train(resume_from_checkpoint=checkpoint(short, 120))
+    longer = train(pulse=config, max_steps=160, resume=checkpoint(short, 120))
     assert longer.aees.episode_length == short.aees.episode_length == 6
 
 
 def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_afresh(
-    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+    train: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 6}
-    plain = Trainer(tiny_model(), arguments(**settings), train_dataset=tiny_data)
-    plain.train()
-    resumed = make_trainer(
-        "subclass", tiny_model(), arguments(**settings), tiny_data, PulseOptConfig(**KNOBS)
-    )
-    resumed.train(resume_from_checkpoint=checkpoint(plain, 6))
+    plain = train(Trainer, **SAVES)
+    resumed = train(pulse=KNOBS, resume=checkpoint(plain, 6))
     assert "saved without pulseopt_hf" in caplog.text
     assert resumed.aees.get_logs()["episode_start_steps"][0] == 6
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 9:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -205,81 +151,46 @@ def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_af
     ids=lambda settings: next(iter(settings)),
 )
 def test_with_trainers_own_settings(
-    tiny_model: Any, tiny_data: Any, arguments: Any, settings: dict[str, Any]
+    train: Make, make_trainer: Make, tiny_data: Any, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """Broken off at step 9 by its user, a run goes on from the newest checkpoint, of step 8."""
-    config = PulseOptConfig(**KNOBS)
     settings = {**settings, "save_strategy": "steps", "save_steps": 4, "max_steps": 18}
-
-    def make(args: Any) -> PulseOptTrainer:
-        return PulseOptTrainer(
-            tiny_model(), args, train_dataset=tiny_data, eval_dataset=tiny_data[:8], pulse=config
-        )
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 9:
-                raise KeyboardInterrupt
-
-    whole = make(arguments(**settings))
-    whole.train()
-    args = arguments(**settings)
-    broken_off = make(args)
-    broken_off.add_callback(Stop())
+    settings |= {"pulse": KNOBS, "eval_dataset": tiny_data[:8]}
+    whole = train(**settings)
+    folder = tmp_path / "broken off"
+    broken_off = make_trainer(output_dir=str(folder), callbacks=[Stop()], **settings)
     with pytest.raises(KeyboardInterrupt):
         broken_off.train()
-    found, passed_over = newest_whole_checkpoint(args.output_dir)
-    assert found is not None
-    assert found.name == "checkpoint-8"
-    assert not passed_over
-    resumed = make(args)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_end(resumed, whole)
+    assert newest_whole_checkpoint(folder) == (folder / "checkpoint-8", [])
+    assert_same_end(train(output_dir=str(folder), resume=True, **settings), whole)
 
 
-def test_with_another_accumulation_the_arms_go_on(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_with_another_accumulation_the_arms_go_on(train: Make) -> None:
     """An episode counts optimizer steps, so its state means the same."""
-    config = PulseOptConfig(**KNOBS)
-    settings = {"save_strategy": "steps", "save_steps": 7, "max_steps": 18}
-    whole = make_trainer("subclass", tiny_model(), arguments(**settings), tiny_data, config)
-    whole.train()
-    args = arguments(max_steps=18, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-    resumed = make_trainer("subclass", tiny_model(), args, tiny_data, config)
-    resumed.train(resume_from_checkpoint=checkpoint(whole, 7))
+    whole = train(pulse=KNOBS, max_steps=18, save_strategy="steps", save_steps=7)
+    other = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    resumed = train(pulse=KNOBS, max_steps=18, resume=checkpoint(whole, 7), **other)
     ours, theirs = resumed.aees.get_logs(), whole.aees.get_logs()
     assert ours["episode_start_steps"] == theirs["episode_start_steps"]
     assert ours["episode_rewards"][:2] == theirs["episode_rewards"][:2]
 
 
 def test_from_the_last_step_of_an_epoch_that_is_evaluated_at_its_end(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    train: Make, tiny_data: Any
 ) -> None:
     """The checkpoint waits for the evaluation, which a resumed run would leave out."""
-    config = PulseOptConfig(**KNOBS)
-    settings = {
-        "eval_strategy": "epoch",
-        "save_strategy": "steps",
-        "save_steps": 9,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 24,
-    }
-
-    def make() -> PulseOptTrainer:
-        return PulseOptTrainer(
-            tiny_model(),
-            arguments(**settings),
-            train_dataset=tiny_data,
-            eval_dataset=tiny_data[:8],
-            pulse=config,
-        )
-
-    whole = make()
-    whole.train()
+    run = partial(
+        train,
+        pulse=KNOBS,
+        eval_dataset=tiny_data[:8],
+        eval_strategy="epoch",
+        save_strategy="steps",
+        save_steps=9,
+        gradient_accumulation_steps=2,
+        max_steps=24,
+    )
+    whole = run()
     names = sorted(folder.name for folder in Path(whole.args.output_dir).glob("checkpoint-*"))
     assert names == ["checkpoint-18", "checkpoint-24", "checkpoint-9"]
     for step in (9, 18):
-        resumed = make()
-        resumed.train(resume_from_checkpoint=checkpoint(whole, step))
-        assert_same_end(resumed, whole)
+        assert_same_end(run(resume=checkpoint(whole, step)), whole)

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer, default_data_collator, get_scheduler, set_seed
 
-from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from tests.conftest import history, parameters_equal
+from pulseopt_hf import AEES, PulseOptTrainer
+from tests.conftest import Make, callback_trainer, history, parameters_equal, without_dropout
 
 KNOBS: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -21,21 +21,6 @@ KNOBS: dict[str, Any] = {
     "reward": "slope",
     "seed": 5,
 }
-STEPS = 24
-
-
-def subclass(model: Any, arguments: Any, data: Any, **knobs: Any) -> PulseOptTrainer:
-    pulse = PulseOptConfig(**{**KNOBS, **knobs})
-    trainer = PulseOptTrainer(model, arguments, train_dataset=data, pulse=pulse)
-    trainer.train()
-    return trainer
-
-
-def callback(model: Any, arguments: Any, data: Any, **knobs: Any) -> Trainer:
-    trainer = Trainer(model, arguments, train_dataset=data)
-    PulseOptCallback(PulseOptConfig(**{**KNOBS, **knobs})).attach(trainer)
-    trainer.train()
-    return trainer
 
 
 def hand_written(model: Any, trainer: Trainer, data: Any) -> AEES:
@@ -68,12 +53,10 @@ def hand_written(model: Any, trainer: Trainer, data: Any) -> AEES:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_subclass_and_callback_agree_bit_for_bit(
-    tiny_model: Any, tiny_data: Any, arguments: Any, bf16: bool
-) -> None:
+def test_subclass_and_callback_agree_bit_for_bit(train: Make, bf16: bool) -> None:
     settings = {"gradient_accumulation_steps": 3, "bf16": bf16}
-    one = subclass(tiny_model(), arguments(**settings), tiny_data)
-    other = callback(tiny_model(), arguments(**settings), tiny_data)
+    one = train(PulseOptTrainer, KNOBS, **settings)
+    other = train(callback_trainer, KNOBS, **settings)
     assert one.aees.get_logs() == other.aees.get_logs()
     assert len(one.aees.get_logs()["episode_rewards"]) == 6
     assert len(set(one.aees.get_logs()["selected_combined_names"])) > 3
@@ -82,33 +65,32 @@ def test_subclass_and_callback_agree_bit_for_bit(
 
 
 def test_a_hand_written_loop_agrees_bit_for_bit(
-    tiny_model: Any, tiny_data: Any, arguments: Any
+    train: Make, make_trainer: Make, tiny_model: Any, tiny_data: Any
 ) -> None:
     def plain_mean_model() -> Any:
         model = tiny_model()
         model.accepts_loss_kwargs = False  # the loss is the mean over a batch, as in most loops
         return model
 
-    trainer = subclass(plain_mean_model(), arguments(), tiny_data)
+    trainer = train(pulse=KNOBS, model=plain_mean_model())
     model = plain_mean_model()
-    aees = hand_written(model, Trainer(model, arguments(), train_dataset=tiny_data), tiny_data)
+    aees = hand_written(model, make_trainer(Trainer, model=model), tiny_data)
     assert aees.get_logs() == trainer.aees.get_logs()
     assert parameters_equal(model, trainer.model)
 
 
-def test_accumulation_4_of_2_equals_1_of_8(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
-    runs = []
-    for batch, accumulation in ((8, 1), (2, 4)):
-        model = tiny_model()
-        for module in model.modules():  # dropout draws otherwise for other shapes of batches
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        settings = {
-            "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": accumulation,
-            "learning_rate": 1e-3,
-        }
-        runs.append(subclass(model, arguments(**settings), tiny_data[:64]))
+def test_accumulation_4_of_2_equals_1_of_8(train: Make, tiny_model: Any, tiny_data: Any) -> None:
+    runs = [
+        train(
+            pulse=KNOBS,
+            model=without_dropout(tiny_model()),  # whose masks follow the shape of a batch
+            train_dataset=tiny_data[:64],
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-3,
+        )
+        for batch, accumulation in ((8, 1), (2, 4))
+    ]
     one, other = (run.aees.get_logs() for run in runs)
     assert one["selected_combined_names"] == other["selected_combined_names"]
     assert one["episode_end_losses"] == pytest.approx(other["episode_end_losses"], rel=1e-4)

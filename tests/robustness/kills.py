@@ -21,12 +21,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, cli, newest_whole_checkpoint
 from pulseopt_hf.optim.calibrator import Calibrator
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.trainer.mixin import PulseOptMixin
+from tests.conftest import make_arguments
 from tests.engines.ranks import start_ranks
 
 FORK = multiprocessing.get_context("fork")
@@ -273,18 +272,14 @@ def script(model: Callable[[], Any], data: Any, steps: int, ranks: int = 1) -> R
     """A script of one's own, with a checkpoint every third step, on one rank or more of DDP."""
 
     def train(folder: Path, rank: int) -> None:
-        args = TrainingArguments(
-            str(folder),
+        args = make_arguments(
+            folder,
             per_device_train_batch_size=4 // ranks,
             gradient_accumulation_steps=2,
             max_steps=steps,
-            learning_rate=3e-3,
+            save_strategy="steps",
             save_steps=3,
             save_total_limit=3,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
         )
         assert args.world_size == ranks
         trainer = PulseOptTrainer(model(), args, train_dataset=data, pulse=PulseOptConfig(**CONFIG))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
 from pulseopt_hf.cli import main
-from tests.conftest import parameters_equal
+from tests.conftest import Make, make_arguments, parameters_equal
 from tests.recipes.tiny import files_of
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=3)
@@ -24,23 +23,26 @@ FILES = (
 )
 
 
-def make(tiny_model: Any, tiny_data: Any, args: Any, **kwargs: Any) -> Any:
-    return PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG, **kwargs)
+@pytest.fixture(scope="module")
+def whole(tiny_model: Any, tiny_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run with checkpoints at steps 4, 8 and 12; its folder is to be copied."""
+    args = make_arguments(tmp_path_factory.mktemp("whole") / "run", **SAVING)
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
+    trainer.train()
+    return trainer
 
 
 @pytest.fixture
-def run(tiny_model: Any, tiny_data: Any, arguments: Any) -> Any:
-    trainer = make(tiny_model, tiny_data, arguments(**SAVING))
-    trainer.train()
-    return trainer
+def folder(whole: Any, tmp_path: Path) -> Path:
+    """A copy of the finished run's folder."""
+    return Path(shutil.copytree(whole.args.output_dir, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("harm", ["missing", "empty", "cut", "garbage"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_found_and_the_one_before_resumes(
-    run: Any, tiny_model: Any, tiny_data: Any, arguments: Any, name: str, harm: str
+    whole: Any, folder: Path, train: Make, name: str, harm: str
 ) -> None:
-    folder = Path(run.args.output_dir)
     file = folder / "checkpoint-8" / name
     content = file.read_bytes()
     shutil.rmtree(folder / "checkpoint-12")
@@ -53,13 +55,11 @@ def test_a_damaged_file_is_found_and_the_one_before_resumes(
     (line,) = passed_over
     assert line.startswith("passed over checkpoint-8: it")
     if harm == "cut":  # once for each file is enough
-        resumed = make(tiny_model, tiny_data, arguments(max_steps=12))
-        resumed.train(resume_from_checkpoint=str(found))
-        assert parameters_equal(resumed.model, run.model)
+        resumed = train(pulse=CONFIG, max_steps=12, resume=str(found))
+        assert parameters_equal(resumed.model, whole.model)
 
 
-def test_where_none_is_whole_none_is_found(run: Any) -> None:
-    folder = Path(run.args.output_dir)
+def test_where_none_is_whole_none_is_found(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").unlink()
     found, passed_over = newest_whole_checkpoint(folder)
@@ -81,25 +81,23 @@ def test_the_command_says_that_none_is_whole(
 
 
 def test_weights_alone_are_said_not_to_continue_the_run(
-    tiny_model: Any, tiny_data: Any, arguments: Any, caplog: pytest.LogCaptureFixture
+    train: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tiny_model, tiny_data, arguments(**SAVING, save_only_model=True))
-    trainer.train()
+    trainer = train(pulse=CONFIG, **SAVING, save_only_model=True)
     folder = Path(trainer.args.output_dir)
     found, passed_over = newest_whole_checkpoint(folder)
     assert found is None
     assert "no optimizer state (`save_only_model` saves none)" in passed_over[0]
-    resumed = make(tiny_model, tiny_data, arguments(max_steps=12))
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    resumed = train(pulse=CONFIG, max_steps=12, resume=str(folder / "checkpoint-8"))
     assert "holds weights only" in caplog.text
     assert len(resumed.aees.get_logs()["episode_rewards"]) == 4  # the arms are all there
 
 
 def test_a_full_disk_ends_the_run_loudly_and_leaves_what_can_be_resumed(
-    small_disk: Path, tiny_model: Any, tiny_data: Any, arguments: Any
+    small_disk: Path, train: Make, make_trainer: Make
 ) -> None:
-    args = arguments(output_dir=str(small_disk / "run"), save_strategy="steps", save_steps=2)
-    trainer = make(tiny_model, tiny_data, args)
+    saving = {"output_dir": str(small_disk / "run"), "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(pulse=CONFIG, **saving)
     with pytest.raises(Exception, match=r"(?i)no space|write|enforce|I/O") as failure:
         trainer.train()
     assert not isinstance(failure.value, KeyboardInterrupt)
@@ -107,18 +105,13 @@ def test_a_full_disk_ends_the_run_loudly_and_leaves_what_can_be_resumed(
     found, passed_over = newest_whole_checkpoint(small_disk / "run")
     assert found is not None
     assert len(passed_over) <= 1
-    whole = make(tiny_model, tiny_data, arguments())
-    whole.train()
-    resumed = make(tiny_model, tiny_data, arguments())
-    resumed.train(resume_from_checkpoint=str(found))
-    assert parameters_equal(resumed.model, whole.model)
+    resumed = train(pulse=CONFIG, resume=str(found))
+    assert parameters_equal(resumed.model, train(pulse=CONFIG).model)
 
 
-def test_a_read_only_folder_ends_the_run_loudly(
-    small_disk: Path, tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_a_read_only_folder_ends_the_run_loudly(small_disk: Path, make_trainer: Make) -> None:
     folder = small_disk / "run"
-    trainer = make(tiny_model, tiny_data, arguments(output_dir=str(folder), **SAVING))
+    trainer = make_trainer(pulse=CONFIG, output_dir=str(folder), **SAVING)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match="Read-only") as failure:
         trainer.train()
@@ -127,21 +120,20 @@ def test_a_read_only_folder_ends_the_run_loudly(
 
 
 def test_a_save_that_raises_leaves_the_checkpoint_before(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = arguments(**SAVING)
-    trainer = make(tiny_model, tiny_data, args)
+    trainer = make_trainer(pulse=CONFIG, **SAVING)
     save_rng = trainer._save_rng_state
 
     def fail(folder: str) -> None:
-        if os.path.basename(folder) == "checkpoint-8":
+        if Path(folder).name == "checkpoint-8":
             raise OSError("the disk is gone")
         save_rng(folder)
 
     monkeypatch.setattr(trainer, "_save_rng_state", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.train()
-    found, passed_over = newest_whole_checkpoint(args.output_dir)
+    found, passed_over = newest_whole_checkpoint(trainer.args.output_dir)
     assert found is not None
     assert found.name == "checkpoint-4"
     assert "checkpoint-8: it has no trainer_state.json" in passed_over[0]

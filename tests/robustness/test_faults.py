@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
-from tests.conftest import history, parameters_equal
+from tests.conftest import Make, history, parameters_equal
 from tests.engines.ranks import Failure, ranks_with_failures, run_ranks
 
 CONFIG = PulseOptConfig(
@@ -30,11 +30,13 @@ class FaultyTrainer(PulseOptTrainer):
     """Spoils a loss or a gradient in 5 % of the micro-batches, drawn by a seed of each rank."""
 
     faults = 0
-    applied: list[float]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rng = random.Random(100 + self.args.process_index)
+        self.applied: list[float] = []
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, "_rng"):
-            self._rng = random.Random(100 + self.args.process_index)
         self._fault = self._rng.choice(FAULTS) if self._rng.random() < 0.05 else None
         self.faults += self._fault is not None
         loss = super().training_step(*args, **kwargs)
@@ -54,12 +56,6 @@ class FaultyTrainer(PulseOptTrainer):
         self.applied.append(self.optimizer.param_groups[0]["lr"])
 
 
-def faulty(tiny_model: Any, tiny_data: Any, args: Any) -> FaultyTrainer:
-    trainer = FaultyTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
-    trainer.applied = []
-    return trainer
-
-
 def assert_sound(trainer: FaultyTrainer, steps: int) -> None:
     assert trainer.aees is not None
     assert trainer.faults > 0
@@ -72,24 +68,21 @@ def assert_sound(trainer: FaultyTrainer, steps: int) -> None:
     # After every step, happened or not, the scheduler's own LR stands in the optimizer.
     peak = trainer.args.learning_rate
     assert all(lr <= peak for lr in trainer.applied)
+    assert len(trainer.applied) == steps
     assert trainer.applied == sorted(trainer.applied, reverse=True)
 
 
-def test_five_percent_of_spoiled_steps(tiny_model: Any, tiny_data: Any, arguments: Any) -> None:
-    trainer = faulty(tiny_model, tiny_data, arguments(max_steps=100))
-    trainer.train()
-    assert_sound(trainer, 100)
+def test_five_percent_of_spoiled_steps(train: Make) -> None:
+    assert_sound(train(FaultyTrainer, CONFIG, max_steps=100), 100)
 
 
 def test_five_percent_of_spoiled_steps_on_random_ranks(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    train: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses only: a gradient spoiled after DDP has averaged it would be one rank's alone."""
 
     def body(rank: int) -> Any:
-        trainer = faulty(tiny_model, tiny_data, arguments(max_steps=60))
-        trainer.train()
-        assert trainer.aees is not None
+        trainer = train(FaultyTrainer, CONFIG, max_steps=60)
         weights = [p.detach().sum().item() for p in trainer.model.parameters()]
         return trainer.aees.get_logs(), trainer.aees.skipped_steps, weights, trainer.faults
 
@@ -136,74 +129,54 @@ def spoil_metric(_: Any) -> dict[str, float]:
     "place", ["on_step_begin", "on_step_end", "on_save", "metric", "worker", "optimizer"]
 )
 def test_what_raises_is_raised_and_the_run_can_be_resumed(
-    tiny_model: Any, tiny_data: Any, arguments: Any, place: str
+    train: Make, make_trainer: Make, tiny_data: Any, place: str
 ) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 17}
-    options: dict[str, Any] = {"train_dataset": tiny_data}
-    extra: dict[str, Any] = {}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 17}
+    if place.startswith("on_"):
+        options["callbacks"] = [Raising(place, 10)]
     if place == "metric":
         options |= {"compute_metrics": spoil_metric, "eval_dataset": tiny_data[:4]}
-        extra = {"eval_strategy": "steps", "eval_steps": 8}
+        options |= {"eval_strategy": "steps", "eval_steps": 8}
     if place == "worker":
-        options["train_dataset"] = Broken(tiny_data)
-        extra = {"dataloader_num_workers": 1}
-    args = arguments(**saving, **extra)
-    trainer = PulseOptTrainer(tiny_model(), args, pulse=CONFIG, **options)
-    if place.startswith("on_"):
-        trainer.add_callback(Raising(place, 10))
+        options |= {"train_dataset": Broken(tiny_data), "dataloader_num_workers": 1}
+    trainer = make_trainer(pulse=CONFIG, **options)
     if place == "optimizer":
         trainer.create_optimizer()
         step = trainer.optimizer.step
 
         def failing(*inner: Any, **kwargs: Any) -> Any:
             if trainer.state.global_step == 9:
-                assert trainer.aees is not None
                 raise ZeroDivisionError("a user's fault")
             return step(*inner, **kwargs)
 
-        trainer.optimizer.step = failing  # type: ignore[method-assign]
+        trainer.optimizer.step = failing
     with pytest.raises(ZeroDivisionError, match="a user's fault"):
         trainer.train()
-    assert trainer.optimizer.param_groups[0]["lr"] <= args.learning_rate
+    assert trainer.optimizer.param_groups[0]["lr"] <= trainer.args.learning_rate
     assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0]
-    found, _ = newest_whole_checkpoint(args.output_dir)
+    found, _ = newest_whole_checkpoint(trainer.args.output_dir)
     assert found is not None
-    whole = PulseOptTrainer(
-        tiny_model(), arguments(max_steps=17), train_dataset=tiny_data, pulse=CONFIG
-    )
-    whole.train()
-    resumed = PulseOptTrainer(
-        tiny_model(), arguments(max_steps=17), train_dataset=tiny_data, pulse=CONFIG
-    )
-    resumed.train(resume_from_checkpoint=str(found))
+    whole = train(pulse=CONFIG, max_steps=17)
+    resumed = train(pulse=CONFIG, max_steps=17, resume=str(found))
     assert parameters_equal(resumed.model, whole.model)
-    assert resumed.aees is not None
-    assert whole.aees is not None
     assert resumed.aees.get_logs() == whole.aees.get_logs()
 
 
-def test_one_rank_that_raises_leaves_no_other_hanging(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_one_rank_that_raises_leaves_no_other_hanging(make_trainer: Make) -> None:
     """The others fail at their next collective, once the broken rank's connection is closed."""
 
     def body(rank: int) -> Any:
-        trainer = PulseOptTrainer(
-            tiny_model(), arguments(max_steps=20), train_dataset=tiny_data, pulse=CONFIG
-        )
-        if rank == 1:
-            trainer.add_callback(Raising("on_step_end", 7))
-        trainer.train()
+        callbacks = [Raising("on_step_end", 7)] if rank == 1 else []
+        make_trainer(pulse=CONFIG, max_steps=20, callbacks=callbacks).train()
 
     results = ranks_with_failures(2, body, timeout=60)
     assert all(isinstance(result, Failure) for result in results)
     assert "a user's fault" in results[1].error
+    assert results[0].seconds < 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_a_script_of_ones_own(
-    tiny_model: Any, tiny_data: Any, arguments: Any, number: int
-) -> None:
+def test_a_signal_in_a_script_of_ones_own(train: Make, make_trainer: Make, number: int) -> None:
     """Python turns Ctrl-C, and a handler as most launchers set it SIGTERM, into an exception."""
 
     class Signalling(TrainerCallback):
@@ -214,11 +187,10 @@ def test_a_signal_in_a_script_of_ones_own(
     def handler(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    args = arguments(
-        save_strategy="steps", save_steps=2, max_steps=16, gradient_accumulation_steps=2
+    options = {"pulse": CONFIG, "max_steps": 16, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(
+        **{**options, "save_strategy": "steps", "save_steps": 2, "callbacks": [Signalling()]}
     )
-    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data, pulse=CONFIG)
-    trainer.add_callback(Signalling())
     before = signal.signal(signal.SIGTERM, handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -226,33 +198,16 @@ def test_a_signal_in_a_script_of_ones_own(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0]
-    whole, resumed = (
-        PulseOptTrainer(
-            tiny_model(),
-            arguments(max_steps=16, gradient_accumulation_steps=2),
-            train_dataset=tiny_data,
-            pulse=CONFIG,
-        )
-        for _ in range(2)
-    )
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-8"))
-    assert parameters_equal(resumed.model, whole.model)
+    resumed = train(resume=str(Path(trainer.args.output_dir) / "checkpoint-8"), **options)
+    assert parameters_equal(resumed.model, train(**options).model)
 
 
-def test_a_clock_that_jumps_changes_nothing(
-    tiny_model: Any, tiny_data: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run() -> Any:
-        trainer = PulseOptTrainer(tiny_model(), arguments(), train_dataset=tiny_data, pulse=CONFIG)
-        trainer.train()
-        return trainer
-
-    steady = run()
+def test_a_clock_that_jumps_changes_nothing(train: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = train(pulse=CONFIG)
     rng = random.Random(0)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + rng.uniform(-1e9, 1e9))
-    jumping = run()
+    jumping = train(pulse=CONFIG)
     assert parameters_equal(jumping.model, steady.model)
     assert jumping.aees.get_logs() == steady.aees.get_logs()
     assert history(jumping)[:-1] == history(steady)[:-1]

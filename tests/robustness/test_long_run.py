@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import logging
+import shutil
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -24,10 +25,10 @@ from pulseopt_hf.aees.record_format import FILE_NAME, NumberedEpisode
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.record_reader import RecordReader, read_run
 from pulseopt_hf.report.tables import tables_of_run
-from pulseopt_hf.trainer import record
+from pulseopt_hf.trainer import record_writer
 from pulseopt_hf.trainer.card import section
 from pulseopt_hf.trainer.record_writer import RunRecorder
-from tests.conftest import history, parameters_equal
+from tests.conftest import history, make_arguments, parameters_equal
 from tests.trainer.test_record_writer import comparable
 
 KNOBS: dict[str, Any] = {
@@ -78,27 +79,60 @@ def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT: dict[str, Any] = {"max_steps": 400, "logging_steps": 2, "learning_rate": 1e-2}
 
 
+class Follow(TrainerCallback):
+    """Reads the record while the run goes, and notes the numbers of its episodes."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.reader = RecordReader(Path(args.output_dir))
+        if state.global_step % 6 == 0:
+            self.read()
+
+    def read(self) -> None:
+        news = self.reader.read()
+        self.told += [line.number for line, _ in news if isinstance(line, NumberedEpisode)]
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[PulseOptTrainer, Follow]:
+    """A finished run that left episodes out, with checkpoints, and who followed it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(left_out, "MOST", 16)
+        patch.setattr(left_out, "NEWEST", 8)
+        saves = {**SHORT, "save_strategy": "steps", "save_steps": 10}
+        follow = Follow()
+        trainer = make(make_arguments(tmp_path_factory.mktemp("long") / "run", **saves), 4, follow)
+        trainer.train()
+        follow.read()
+        return trainer, follow
+
+
+@pytest.fixture
+def folder(followed: Any, tmp_path: Path) -> Path:
+    """A copy of that run's folder."""
+    trainer, _ = followed
+    return Path(shutil.copytree(trainer.args.output_dir, tmp_path / "run"))
+
+
 def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
-    arguments: Any, few_kept: None, monkeypatch: pytest.MonkeyPatch
+    arguments: Any, few_kept: None, followed: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From before there is too much, from the step in which some is left out, and from after."""
-    saves = {**SHORT, "save_strategy": "steps", "save_steps": 10}
-    trainer = make(arguments(**saves), 4)
-    trainer.train()
-    folder = trainer.args.output_dir
+    trainer, _ = followed
     aees = trainer.aees
-    assert aees is not None
-    assert aees.calibrator is not None
     assert aees.calibrator.outcome is not None
     assert len(aees.controller.totals()) == 6
     closed = aees.controller.closed
     assert closed > 80
     assert len(aees.controller.records) == len(left_out.kept_numbers(closed)) <= 32
     whole = comparable(read_run(folder))
-    lines = (Path(folder) / FILE_NAME).read_text().splitlines()
+    lines = (folder / FILE_NAME).read_text().splitlines()
     assert len(lines) < 32 * 3  # episodes, losses, and the few lines of other sorts
     for step in (60, 200, 210, 220, 230, 390):
-        resumed = make(arguments(output_dir=folder, **SHORT), 4)
+        resumed = make(arguments(output_dir=str(folder), **SHORT), 4)
         resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
         assert parameters_equal(resumed.model, trainer.model)
         assert history(resumed)[:-1] == history(trainer)[:-1]  # the last sums up a process
@@ -106,10 +140,8 @@ def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
         assert resumed.aees.state_dict() == aees.state_dict()
         run = read_run(folder)
         assert comparable(run) == whole
-        assert (run.numbers, run.left_out) == (
-            left_out.kept_numbers(closed),
-            aees.controller.left_out,
-        )
+        assert run.numbers == left_out.kept_numbers(closed)
+        assert run.left_out == aees.controller.left_out
 
     monkeypatch.undo()
     unbounded = make(arguments(**SHORT), 4)
@@ -124,12 +156,9 @@ def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
 
 
 def test_report_and_watch_show_all_arms_and_say_what_is_left_out(
-    arguments: Any, few_kept: None, capsys: pytest.CaptureFixture[str]
+    followed: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = make(arguments(**SHORT), 4)
-    trainer.train()
-    folder = Path(trainer.args.output_dir)
-    assert trainer.aees is not None
+    trainer, _ = followed
     run = read_run(folder)
     assert run.arms() == trainer.aees.controller.totals()
     closed = trainer.aees.controller.closed
@@ -149,27 +178,12 @@ def test_report_and_watch_show_all_arms_and_say_what_is_left_out(
     assert [int(row["episode"]) for row in table.rows] == run.numbers
 
 
-def test_who_follows_a_record_is_told_every_episode_once(arguments: Any, few_kept: None) -> None:
-    told: list[int] = []
-    readers: list[RecordReader] = []
-
-    class Follow(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not readers:
-                readers.append(RecordReader(Path(args.output_dir)))
-            if state.global_step % 6 == 0:
-                news = readers[0].read()
-                told.extend(line.number for line, _ in news if isinstance(line, NumberedEpisode))
-
-    trainer = make(arguments(**SHORT), 4, Follow())
-    trainer.train()
-    (reader,) = readers
-    told += [line.number for line, _ in reader.read() if isinstance(line, NumberedEpisode)]
-    assert trainer.aees is not None
+def test_who_follows_a_record_is_told_every_episode_once(followed: Any) -> None:
+    trainer, follow = followed
     assert trainer.aees.controller.left_out
-    assert told == list(range(1, trainer.aees.controller.closed + 1))
-    assert reader.replaced == 0
-    assert reader.data(0.0) == read_run(trainer.args.output_dir, now=0.0)
+    assert follow.told == list(range(1, trainer.aees.controller.closed + 1))
+    assert follow.reader.replaced == 0
+    assert follow.reader.data(0.0) == read_run(trainer.args.output_dir, now=0.0)
 
 
 def test_many_episodes_between_two_logs_make_a_whole_record(arguments: Any, few_kept: None) -> None:
@@ -184,14 +198,14 @@ def test_many_episodes_between_two_logs_make_a_whole_record(arguments: Any, few_
 def test_a_record_that_cannot_be_thinned_is_thinned_later(
     arguments: Any, few_kept: None, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    original = record.write_whole
+    original = record_writer.write_whole
 
     def write_whole(file: Path, content: bytes) -> None:
         if 150 <= trainer.state.global_step <= 250:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(file, content)
 
-    monkeypatch.setattr(record, "write_whole", write_whole)
+    monkeypatch.setattr(record_writer, "write_whole", write_whole)
     trainer = make(arguments(**SHORT), 4)
     with caplog.at_level(logging.WARNING, "pulseopt_hf"):
         trainer.train()

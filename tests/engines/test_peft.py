@@ -1,0 +1,69 @@
+"""PEFT LoRA: what is not trained gets no noise and is not copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.conftest import Make
+from tests.engines.test_calibration import CONFIG, TRIAL_STEPS
+from tests.engines.trainers import Sgd
+
+
+def lora(model: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="install the extra `peft` to run this")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, settings)
+
+
+def test_with_an_adapter_only_what_is_trained_is_copied(
+    tiny_model: Any, make_trainer: Make
+) -> None:
+    model = lora(tiny_model())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained < 0.1 * sum(p.numel() for p in model.parameters())
+    trainer = make_trainer(pulse=CONFIG, model=model, max_steps=60, learning_rate=1e-6)
+    copied = []
+
+    class Memory(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            copied.append(trainer.aees.calibrator._origin.nbytes)
+
+    trainer.add_callback(Memory())
+    trainer.train()
+    assert trainer.aees.calibrator.search.learning_rate is not None
+    # One copy of the trained parameters, in float32; none when the net is gone.
+    assert set(copied[: TRIAL_STEPS + 10]) == {4 * trained}
+    assert copied[-1] == 0
+
+
+def test_only_the_trainable_parameters_of_lora_get_noise(train: Make, tiny_model: Any) -> None:
+    level = 0.1
+
+    def trained(noise: float) -> dict[str, torch.Tensor]:
+        trainer = train(
+            Sgd,
+            {"lr_candidates": [1.0], "noise_candidates": [noise], "episode_length": 1},
+            model=lora(tiny_model()),
+            **{"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant"},
+        )
+        assert trainer.aees.optimizer_steps == 1
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    before = lora(tiny_model())
+    trainable = {name for name, p in before.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    clean, noisy = trained(0.0), trained(level)
+    differences = []
+    for name, parameter in before.named_parameters():
+        if name in trainable:
+            differences.append((noisy[name] - clean[name]).reshape(-1))
+        else:
+            assert torch.equal(noisy[name], parameter)
+    noise = torch.cat(differences)
+    assert noise.std() == pytest.approx(level, rel=4 / (2 * noise.numel()) ** 0.5)

@@ -1,0 +1,239 @@
+"""TRL's trainers resume and log; supervised ones are calibrated, the others left alone, and no
+metric is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    TrainerCallback,
+)
+
+from pulseopt_hf import PulseOptConfig, embedded, with_pulseopt
+from pulseopt_hf.aees.calibration import TRUSTED
+from tests.conftest import flat, parameters_equal
+from tests.engines.test_peft import lora
+
+trl = pytest.importorskip("trl", reason="install the extra `trl` to run these")
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return embedded.train_tokenizer(300)
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Save a tiny language model and a tiny reward model, each with its tokenizer."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
+    )
+    made = {}
+    for name, cls in (("causal", GPT2LMHeadModel), ("reward", GPT2ForSequenceClassification)):
+        folder = str(tmp_path_factory.mktemp(name))
+        cls(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made[name] = folder
+    return made
+
+
+def rows(kind: str) -> Any:
+    from datasets import Dataset
+
+    texts = [sentence for sentence in embedded.sentences() if len(sentence) > 60][:200]
+    prompt, good, bad = zip(*((t[:20], t[20:50], t[50:20:-1]) for t in texts), strict=True)
+    return Dataset.from_dict(
+        {
+            "SFT": {"text": texts},
+            "DPO": {"prompt": prompt, "chosen": good, "rejected": bad},
+            "KTO": {
+                "prompt": prompt,
+                "completion": [(bad, good)[i % 2][i] for i in range(len(texts))],
+                "label": [bool(i % 2) for i in range(len(texts))],
+            },
+            "Reward": {"chosen": good, "rejected": bad},
+            "GRPO": {"prompt": prompt},
+            "RLOO": {"prompt": prompt},
+            "Distillation": {"prompt": prompt},
+        }[kind]
+    )
+
+
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(set(completion))) for completion in completions]
+
+
+@pytest.fixture
+def make(folders: dict[str, str], tokenizer: Any) -> Callable[..., Any]:
+    """Return a maker of Trainers of TRL's, on a CPU, as they are or with this package's knobs."""
+
+    def make(
+        kind: str, out: Path, *, ours: bool = True, adapter: bool = False, **extra: Any
+    ) -> Any:
+        own = {key: extra.pop(key) for key in {"pulse", "callbacks"} & extra.keys()}
+        settings: dict[str, Any] = {
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "max_steps": STEPS,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+        if kind in ("GRPO", "RLOO", "Distillation"):
+            settings["max_completion_length"] = 8
+        if kind in ("GRPO", "RLOO"):
+            settings["num_generations"] = 4
+            own["reward_funcs"] = reward
+        if kind in ("DPO", "KTO"):
+            own["ref_model"] = AutoModelForCausalLM.from_pretrained(folders["causal"])
+        if kind == "Distillation":
+            own["teacher_model"] = AutoModelForCausalLM.from_pretrained(folders["causal"])
+        if kind == "Reward":
+            model = AutoModelForSequenceClassification.from_pretrained(folders["reward"])
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folders["causal"])
+        cls, config, data = (
+            getattr(trl, f"{kind}Trainer"),
+            getattr(trl, f"{kind}Config"),
+            rows(kind),
+        )
+        return (with_pulseopt(cls) if ours else cls)(
+            lora(model) if adapter else model,
+            args=config(str(out), **{**settings, **extra}),
+            train_dataset=data.select(range(160)),
+            eval_dataset=data.select(range(160, 176)),
+            processing_class=tokenizer,
+            **own,
+        )
+
+    return make
+
+
+class Stop(TrainerCallback):
+    """Ends training after a number of steps."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self._after
+
+
+def scores(metrics: dict[str, float]) -> dict[str, float]:
+    clocks = ("runtime", "per_second", "epoch", "step_time", "preparation_time")
+    return {key: value for key, value in metrics.items() if not key.endswith(clocks)}
+
+
+@pytest.mark.parametrize("kind", ["SFT", "Reward", "DPO", "KTO", "GRPO", "RLOO", "Distillation"])
+def test_a_trainer_with_its_default_knobs_trains_and_evaluates_as_the_stock_one(
+    kind: str, make: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervised = kind in ("SFT", "Reward")
+    trainer = make(kind, tmp_path / "ours")
+    last = STEPS
+    if not supervised:  # trials would be the first steps
+        last = 2 * (TRUSTED + 1)
+        trainer.add_callback(Stop(after=last))
+    trainer.train()
+    assert trainer.state.global_step == last
+    trials = trainer.aees.get_logs().get("calibration_trials", [])
+    assert len({trial["step"] for trial in trials}) == (TRUSTED + 1 if supervised else 0)
+    records = [record for record in caplog.records if record.name.startswith("pulseopt_hf")]
+    said = [record.getMessage() for record in records]
+    assert len(said) == 1
+    expected = "Learning rate calibrated: " if supervised else f"not calibrated: {kind}Trainer"
+    assert expected in said[0]
+
+    stock = make(kind, tmp_path / "stock", ours=False)
+    stock.model.load_state_dict(trainer.model.state_dict())
+    stock.state.global_step = trainer.state.global_step
+    torch.manual_seed(7)
+    ours = trainer.evaluate()
+    torch.manual_seed(7)
+    theirs = stock.evaluate()
+    assert scores(ours).keys() == scores(theirs).keys()
+    totals = "eval_num_tokens"  # that training has seen
+    for key, value in scores(ours).items():
+        if key != totals:
+            assert value == theirs[key], key
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["DPO", "GRPO", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("KTO", "RLOO"))],
+)
+def test_asked_for_by_name_calibration_works_there_too(
+    kind: str, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = make(kind, tmp_path, pulse=PulseOptConfig(calibration="trust_region"))
+    before = flat(trainer.model)
+    trainer.train()
+    calibrator = trainer.aees.calibrator
+    assert calibrator.search.learning_rate is not None
+    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(calibrator.outcome.learning_rate)
+    assert not torch.equal(flat(trainer.model), before)
+
+
+class Interrupt(TrainerCallback):
+    """Ends training after a number of steps, as a lost machine would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 9:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [("SFT", False), ("SFT", True), ("DPO", False)])
+def test_a_trainer_trains_resumes_and_logs(
+    kind: str, adapter: bool, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Once at a stretch, and once with an interruption after the checkpoint at step 7."""
+    settings = {
+        **{"adapter": adapter, "per_device_train_batch_size": 2, "learning_rate": 3e-3},
+        **{"max_steps": 12, "max_length": 48, "logging_steps": 1},
+        **{"save_strategy": "steps", "save_steps": 7},
+        "pulse": PulseOptConfig(
+            lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.0, 1e-3], episode_length=2
+        ),
+    }
+    straight = make(kind, tmp_path / "straight", **settings)
+    assert isinstance(straight, getattr(trl, f"{kind}Trainer"))
+    straight.train()
+    broken = make(kind, tmp_path / "broken", callbacks=[Interrupt()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = make(kind, tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert straight.aees.get_logs() == resumed.aees.get_logs()
+    assert len(straight.aees.get_logs()["episode_rewards"]) == 6
+    assert parameters_equal(straight.model, resumed.model)
+    for trainer in (straight, resumed):
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(logs) == 12
+        for entry in logs:
+            assert entry["pulse/learning_rate"] == pytest.approx(
+                entry["learning_rate"] * entry["pulse/lr_multiplier"]
+            )
+        names = ("episode", "lr_multiplier", "noise_std", "reward", "skipped_steps")
+        assert {f"pulse/{name}" for name in names} <= set(logs[-1])
+        assert ("rewards/margins" in logs[-1]) == (kind == "DPO")
