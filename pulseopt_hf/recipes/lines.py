@@ -57,7 +57,7 @@ class Bar(ProgressCallback):
 
 
 class EpochLines(TrainerCallback):
-    """Writes a line for each epoch and for each evaluation.
+    """Writes a line for each epoch and for each evaluation before the last.
 
     Args:
         write: takes each line.
@@ -86,8 +86,9 @@ class EpochLines(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, *event: Any, **kwargs: Any
     ) -> None:
-        """Write the metrics."""
-        self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
+        """Write the metrics, unless the same model is evaluated once more in the end."""
+        if state.global_step < state.max_steps or args.load_best_model_at_end:
+            self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
 
 
 class EpisodeLines(TrainerCallback):
@@ -96,11 +97,19 @@ class EpisodeLines(TrainerCallback):
     Args:
         trainer: a Trainer with AEES.
         write: takes each line.
+        outcomes: whether to write what came of a calibration too.
     """
 
-    def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        write: Callable[[str], object] = tqdm.write,
+        *,
+        outcomes: bool = True,
+    ) -> None:
         self._trainer = trainer
         self._write = write
+        self._outcomes = outcomes
         self._told: dict[Callable[..., str], int] = {}  # how many of each kind of line
 
     def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
@@ -123,7 +132,7 @@ class EpisodeLines(TrainerCallback):
         kinds: list[tuple[Callable[..., str], Sequence[Any]]] = []
         if aees.calibrator is not None:
             kinds += [(trial_line, aees.calibrator.search.trials)]
-            kinds += [(_outcome_line, aees.calibrator.outcomes)]
+            kinds += [(_outcome_line, aees.calibrator.outcomes)] if self._outcomes else []
         lines = []
         for to_line, seen in kinds:
             told = self._told.get(to_line, 0)
