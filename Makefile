@@ -9,12 +9,12 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-# The package and what it needs, which is all that the quickstart does. torch first and through the
+# The package, and the extra that the quickstart makes its page with. torch first and through the
 # constraints file: see there.
 $(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
 	touch $@
 
 $(INSTALLED): $(PACKAGE)

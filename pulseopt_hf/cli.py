@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -34,17 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words.sort(key="--debug".__eq__)  # it may stand anywhere, and goes last
+    return guarded(lambda: _run(words), debug="--debug" in words)
+
+
+def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Return a command's exit code; print in a line or two what it raises, or all with `debug`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal's encoding lacks must not end a command.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _run(words)
+        return command()
     except BrokenPipeError:
         # The reader has left, as `head` does; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (Exception, KeyboardInterrupt) as error:
-        return _report_error(error, debug="--debug" in words)
+        return _report_error(error, debug=debug)
 
 
 def console() -> None:

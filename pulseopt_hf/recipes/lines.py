@@ -20,6 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from pulseopt_hf.aees.calibration import Outcome
+from pulseopt_hf.aees.record_format import RunEvent
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.report.wording import described, event_line
@@ -56,7 +58,7 @@ class Bar(ProgressCallback):
 
 
 class EpochLines(TrainerCallback):
-    """Writes a line for each epoch and for each evaluation.
+    """Writes a line for each epoch and for each evaluation before the last.
 
     Args:
         write: takes each line.
@@ -85,8 +87,9 @@ class EpochLines(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, *event: Any, **kwargs: Any
     ) -> None:
-        """Write the metrics."""
-        self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
+        """Write the metrics, unless the same model is evaluated once more in the end."""
+        if state.global_step < state.max_steps or args.load_best_model_at_end:
+            self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
 
 
 class EpisodeLines(TrainerCallback):
@@ -95,17 +98,29 @@ class EpisodeLines(TrainerCallback):
     Args:
         trainer: a Trainer with AEES.
         write: takes each line.
+        outcomes: whether to write what came of a calibration too.
     """
 
-    def __init__(self, trainer: Trainer, write: Callable[[str], object] = tqdm.write) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        write: Callable[[str], object] = tqdm.write,
+        *,
+        outcomes: bool = True,
+    ) -> None:
         self._trainer = trainer
         self._write = write
+        self._outcomes = outcomes
 
     def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
         """Listen to what comes after the checkpoint that is resumed, if one is."""
         aees: AEES | None = getattr(self._trainer, "aees", None)
         if aees is not None and self._trainer.is_world_process_zero():
-            aees.listeners.append(lambda event: self._write(event_line(event)))
+            aees.listeners.append(self._on_event)
+
+    def _on_event(self, event: RunEvent) -> None:
+        if self._outcomes or not isinstance(event, Outcome):
+            self._write(event_line(event))
 
 
 def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:

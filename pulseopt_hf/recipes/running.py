@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,19 @@ def prepare(resolved: Resolved) -> tasks.Task:
     return task
 
 
-def make_trainer(resolved: Resolved, task: tasks.Task, write: Lines) -> PulseOptTrainer:
-    """Build the Trainer of a recipe, with callbacks that report its progress."""
+def make_trainer(
+    resolved: Resolved, task: tasks.Task, write: Lines, *, outcomes: bool = True
+) -> PulseOptTrainer:
+    """Build the Trainer of a recipe, with callbacks that report its progress.
+
+    `outcomes` says whether to report what came of a calibration too.
+    """
     trainer = task.make_trainer(resolved.training)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not resolved.training.disable_tqdm:
         trainer.add_callback(Bar())
-    trainer.add_callback(EpisodeLines(trainer, write))
+    trainer.add_callback(EpisodeLines(trainer, write, outcomes=outcomes))
     trainer.add_callback(EpochLines(write))
     return trainer
 
@@ -69,6 +74,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    conclude: bool = True,
 ) -> str | None:
     """Train, evaluate and predict as a recipe says, and write the run folder.
 
@@ -80,6 +86,7 @@ def run(
         resume: continue from the last whole checkpoint.
         overwrite: replace the run in the run folder.
         quiet: write nothing to the screen.
+        conclude: write what came of the run, and where it is; a caller may do so instead.
 
     Returns:
         If Ctrl-C or SIGTERM ended the run: how to continue it from its checkpoint.
@@ -105,7 +112,7 @@ def run(
     training.output_dir = str(path)
     task = prepare(resolved)
     _check_episode_length(resolved, task)
-    trainer = make_trainer(resolved, task, write)
+    trainer = make_trainer(resolved, task, write, outcomes=conclude)
     if training.process_index == 0:
         if overwrite:
             folder.clear(path)
@@ -117,19 +124,16 @@ def run(
             f"Stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved. "
             f"Continue with:\n{folder.resume_command(path, resolved, command)}"
         )
-    if training.do_eval:
-        _evaluate(trainer, resolved, task, write)
+    scores = _evaluate(trainer, resolved, task) if training.do_eval else {}
     if training.do_predict:
         _predict(trainer, resolved, task)
     if trainer.is_world_process_zero():
         file = path / "all_results.json"
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         write_card(path, resolved, results, section(trainer))
-    write(f"The run is in {path}: {folder.RECIPE} runs it again, README.md sums it up,")
-    if (path / FILE_NAME).exists():
-        write(f"{FILE_NAME} holds every trial and episode, all_results.json the scores.")
-    else:
-        write("all_results.json holds the scores.")
+    if conclude:
+        for line in _conclusion(trainer, scores, path):
+            write(line)
     return None
 
 
@@ -163,27 +167,31 @@ def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> b
     trainer.save_metrics("train", {**result.metrics, "train_samples": len(data)})
     trainer.save_state()
     assert trainer.aees is not None
-    if trainer.aees.config.arms > 1:
-        plays = Counter[float]()
-        for arm in trainer.aees.controller.totals():
-            plays[arm.lr_multiplier] += arm.plays
-        write("plays of each LR multiplier: " + ", ".join(f"x{k:g} {n}" for k, n in plays.items()))
     return True
 
 
-def _evaluate(trainer: PulseOptTrainer, resolved: Resolved, task: tasks.Task, write: Lines) -> None:
+def _evaluate(trainer: PulseOptTrainer, resolved: Resolved, task: tasks.Task) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    trainer.remove_callback(EpochLines)  # the line below says it
+    trainer.remove_callback(EpochLines)  # the conclusion says it
     for index, rows in enumerate(task.sets["validation"]):
         values = {**trainer.evaluate(rows), "eval_samples": len(rows)}
         suffix = resolved.recipe.suffix(index)
         metrics |= {f"{key}{suffix}": value for key, value in values.items()}
     trainer.save_metrics("eval", metrics)
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if history and history[0]["step"] == 0 and resolved.training.do_train:
-        write(f"eval loss before training: {history[0]['eval_loss']:.3f}")
-        write(f"eval loss after training:  {metrics['eval_loss']:.3f}")
-    write(described(metrics))
+    return metrics
+
+
+def _conclusion(trainer: PulseOptTrainer, scores: Mapping[str, Any], path: Path) -> Iterator[str]:
+    if trainer.aees is not None and trainer.aees.config.arms > 1:
+        plays = Counter[float]()
+        for arm in trainer.aees.controller.totals():
+            plays[arm.lr_multiplier] += arm.plays
+        yield "plays of each LR multiplier: " + ", ".join(f"x{k:g} {n}" for k, n in plays.items())
+    if scores:
+        yield described(scores)
+    yield f"The run is in {path}: {folder.RECIPE} runs it again, README.md sums it up,"
+    record = f"{FILE_NAME} holds every trial and episode, " if (path / FILE_NAME).exists() else ""
+    yield f"{record}all_results.json the scores."
 
 
 def _predict(trainer: PulseOptTrainer, resolved: Resolved, task: tasks.Task) -> None:

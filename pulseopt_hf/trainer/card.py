@@ -103,14 +103,14 @@ def arms_table(arms: Iterable[ArmTotals]) -> str:
     return table(("LR multiplier", "noise", "episodes", "steps", "mean reward", "rewards"), rows)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table. Cells may hold anything: they neither end a cell nor a row."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines: list[Sequence[object]] = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+def _cell(value: object) -> str:
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _rate_rows(aees: AEES, logged: list[float]) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from pulseopt_hf.trainer.settings import (
     check_optimizer,
     run_config,
 )
+from pulseopt_hf.trainer.trackers import show_trials
 from pulseopt_hf.trainer.upstream import checkpoint_folder, mark_step_skipped
 
 logger = logging.getLogger("pulseopt_hf")
@@ -97,6 +98,7 @@ class PulseSession:
         self._plain_step: Callable[[], object] | None = None
         self._loss: Tensor | None = None
         self._recorder: RunRecorder | None = None
+        self._trials_shown = False
         # The checkpoint that `train` was asked to resume from.
         self.resumed_folder: Path | None = None
 
@@ -177,6 +179,7 @@ class PulseSession:
         aees.listeners.append(log_episode)
         if not self.only_ask:
             self._recorder = RunRecorder.of(trainer, aees, state)
+        self._trials_shown = False
         self._loss = None
         if self.is_unattached:
             handle = trainer.model.register_forward_hook(self._observe_output)
@@ -349,9 +352,18 @@ class PulseSession:
             self._recorder.end(self.trainer.state.global_step)
 
     def note_log(self, entry: dict[str, Any]) -> None:
-        """Write an entry of the log history into the run record; one after training too."""
+        """Write an entry of the log history into the run record; one after training too.
+
+        Trackers are open then: the first time after the calibration they are shown its trials.
+        """
         if self._recorder is not None:
             self._recorder.log(entry)
+        calibrator = None if self._aees is None else self._aees.calibrator
+        if calibrator is None or calibrator.outcome is None or self._trials_shown:
+            return
+        self._trials_shown = True
+        if not self.is_unattached and self.trainer.is_world_process_zero():
+            show_trials(self.trainer, calibrator.search.trials)
 
     def state_dict(self) -> StateDict | None:
         """Return what a checkpoint has to hold, or `None` outside of training."""

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.trainer.card import table
 
 KEYS = ("episode", "lr_multiplier", "learning_rate", "noise_std", "reward", "skipped_steps")
 EPISODE_LENGTH = 4
@@ -167,6 +170,126 @@ def test_wandb_is_given_them_with_the_step(
     wandb.finish()
     wandb.teardown()
     check_what_is_shown(by_key(logged), trainer, used)
+
+
+@pytest.fixture
+def trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Training arguments that report to all three, which write below `tmp_path`."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    names = ["tensorboard", "trackio", "wandb"]
+    run = {"project": "trials", "run_name": tmp_path.name, "trackio_space_id": None}
+    return {"report_to": names, "max_steps": STEPS["trust_region"], **run}
+
+
+def close_wandb() -> None:
+    import wandb
+
+    wandb.finish()
+    wandb.teardown()
+
+
+def texts_on_the_board(folder: Path) -> dict[str, Any]:
+    """Return the texts of event files by tag, each a list of events."""
+    board = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    board.Reload()
+    suffix = "/text_summary"
+    tags = [tag for tag in board.Tags()["tensors"] if tag.endswith(suffix)]
+    return {tag.removesuffix(suffix): board.Tensors(tag) for tag in tags}
+
+
+def test_each_tracker_shows_the_trials_of_a_calibration_once_as_its_table(
+    tiny_model: Any, tiny_data: Any, arguments: Any, tmp_path: Path, trackers: dict[str, Any]
+) -> None:
+    args = arguments(**trackers, logging_steps=20)
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+    trainer.train()
+    close_wandb()
+    calibrator = trainer.aees.calibrator
+    assert calibrator.outcome.reason is None
+    head = ["trial", "step", "learning rate", "outputs moved", "weights moved"]
+    rows = [
+        pytest.approx(
+            [number, trial.step, trial.learning_rate, trial.movement, trial.weight_movement],
+            rel=1e-3,
+        )
+        for number, trial in enumerate(calibrator.search.trials, 1)
+    ]
+    assert len(rows) >= 4
+    assert len({trial.learning_rate for trial in calibrator.search.trials}) >= 4
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/train/pulse/trials_*.table.json")
+    shown = json.loads(file.read_text())
+    assert shown["columns"] == head
+    assert shown["data"] == rows
+
+    with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "trials.db") as store:
+        found = store.execute("SELECT metrics FROM metrics WHERE run_name = ?", (tmp_path.name,))
+        logged = [json.loads(metrics) for (metrics,) in found]
+    (of_trackio,) = (values for values in logged if "train/pulse/trials" in values)
+    assert of_trackio["train/global_step"] == 20
+    assert of_trackio["train/pulse/trials"]["_type"] == "trackio.table"
+    values = of_trackio["train/pulse/trials"]["_value"]
+    assert [list(row) for row in values] == [head] * len(rows)
+    assert [list(row.values()) for row in values] == rows
+
+    (event,) = texts_on_the_board(tmp_path / "board")["train/pulse/trials"]
+    assert event.step == 20
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == table(head, shown["data"])
+    assert markdown_to_safe_html(text).count("<tr>") == len(rows) + 1  # as its page shows it
+
+
+def test_without_a_calibration_trackers_get_no_table(
+    tiny_model: Any, tiny_data: Any, arguments: Any, tmp_path: Path, trackers: dict[str, Any]
+) -> None:
+    args = arguments(**{**trackers, "report_to": ["tensorboard"]})
+    trained(tiny_model(), args, tiny_data)
+    texts = texts_on_the_board(tmp_path / "board")
+    assert "args" in texts
+    assert "train/pulse/trials" not in texts
+
+
+class Fragile(TensorBoardCallback):
+    """Takes numbers, and breaks over text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[str] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        texts = [value for value in logs.values() if isinstance(value, str)]
+        self.given += texts
+        if texts:
+            raise OSError("disk full")
+
+
+@pytest.mark.parametrize("first_rank", [True, False])
+def test_a_tracker_that_breaks_costs_a_warning_and_other_ranks_show_nothing(
+    tiny_model: Any,
+    tiny_data: Any,
+    arguments: Any,
+    tmp_path: Path,
+    trackers: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    first_rank: bool,
+) -> None:
+    args = arguments(**{**trackers, "report_to": ["tensorboard"]})
+    trainer = PulseOptTrainer(tiny_model(), args, train_dataset=tiny_data)
+    trainer.is_world_process_zero = lambda: first_rank
+    fragile = Fragile()
+    trainer.callback_handler.callbacks.insert(0, fragile)
+    trainer.train()
+    assert trainer.state.global_step == args.max_steps
+    assert trainer.aees.calibrator.outcome.reason is None
+    warnings = [record.message for record in caplog.records if "trials" in record.message]
+    said = "TensorBoardCallback did not take the trials: OSError: disk full"
+    assert warnings == [said] * first_rank
+    assert len(fragile.given) == first_rank
+    if first_rank:  # the one behind it got its table
+        assert len(texts_on_the_board(tmp_path / "board")["train/pulse/trials"]) == 1
 
 
 def by_key(logged: list[dict[str, Any]]) -> dict[str, Shown]:
