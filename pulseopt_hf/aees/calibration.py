@@ -205,7 +205,7 @@ class Calibration:
             return 1.0
         at_radius = _allowed(self._trusted, 1.0)[0]
         reached = _allowed(self._trusted, self._reach)[0]
-        return self.passes**PASSES_EXPONENT * at_radius / reached
+        return float(self.passes**PASSES_EXPONENT * at_radius / reached)
 
     @property
     def failed(self) -> bool:
