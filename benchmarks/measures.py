@@ -1,6 +1,6 @@
 """How far one step at the tuned LR moves a model, in each measure that a calibration could take.
 
-    python benchmarks/measures.py --data FOLDER [--settings sst2,...] [--write]
+    python -m benchmarks.measures --data FOLDER [--settings sst2,...] [--write]
 
 A good measure has the same value at the tuned LR in every setting. Of each setting of the atlas
 that passes over its data once, or whose model is new, one step of the optimizer is taken from the
@@ -18,8 +18,6 @@ about 32 rows of other batches, as the root mean square over the batches:
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -28,18 +26,14 @@ from typing import Any
 
 import torch
 
-try:
-    from benchmarks import atlas, compare_tasks
-except ImportError:
-    import atlas
-    import compare_tasks
-
+from benchmarks import atlas, common, compare_tasks
 from pulseopt_hf.compare.cells import Cell, trainer_of
+from pulseopt_hf.compare.summary import markdown
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.movement import Reading, distance, noise, read, read_body
 from pulseopt_hf.optim.newness import newness_of
 
-RESULT = Path(__file__).parent / "results" / "measures.json"
+RESULT = common.RESULTS / "measures.json"
 MEASURES = ("outputs", "body", "logits", "Fisher", "weights")
 ROWS, BATCHES, DRAWS = 32, 5, 4
 KINDS = {True: "a new head on a trained model", False: "all others"}
@@ -146,37 +140,33 @@ def weights(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, RESULT)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--settings", help="by default all that were tuned")
     parser.add_argument("--out", type=Path, default=atlas.OUT)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known = json.loads(atlas.RESULT.read_text(encoding="utf-8"))["settings"]
+    known = common.read(atlas.RESULT)["settings"]
     names = options.settings.split(",") if options.settings else list(known)
-    result = {}
+    names = [name for name in names if atlas.passes_once(name)]
     atlas.prepare(names, options.data, options.out)
+    result = {}
     for name in names:
-        if atlas.passes_once(name):
-            result[name] = measure(name, known[name]["tuned"], options.data, options.out)
-            print(name, result[name], flush=True)
-    print(to_markdown(result))
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result[name] = measure(name, known[name]["tuned"], options.data, options.out)
+        print(name, result[name], flush=True)
+    common.finish(result, to_markdown, options.write)
 
 
 def to_markdown(result: dict[str, dict[str, Any]]) -> str:
     """Return a table with a row for each setting, and the spread of each measure."""
-    lines = [f"| setting | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+    table = [("setting", *MEASURES)]
     for new_head, kind in KINDS.items():
         rows = {name: row for name, row in result.items() if row["new_head"] == new_head}
         for name, row in rows.items():
-            cells = (f"{row[key]:.2g}" if key in row else "" for key in MEASURES)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            table.append((name, *(f"{row[key]:.2g}" if key in row else "" for key in MEASURES)))
         spreads = (_spread([row[key] for row in rows.values() if key in row]) for key in MEASURES)
-        lines.append(f"| **spread: {kind}** | {' | '.join(spreads)} |")
-    return "\n".join(lines) + "\n"
+        table.append((f"**spread: {kind}**", *spreads))
+    return markdown(table) + "\n"
 
 
 def _spread(values: list[float]) -> str:

@@ -18,10 +18,10 @@ from benchmarks import (
     common,
     compare_tasks,
     gpu,
+    measures,
     overhead,
     planted_bandit,
     small_models,
-    trust_region,
 )
 from benchmarks.knobs_page import knobs_page
 
@@ -40,7 +40,7 @@ def put(text: str, mark: str, table: str) -> str:
 # The page of each table, its mark there, the file of its result, and what makes it of that.
 TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
     (METHOD, "planted bandit", planted_bandit.RESULT, planted_bandit.to_markdown),
-    (METHOD, "trust region", trust_region.RESULT, trust_region.to_markdown),
+    (METHOD, "measures", measures.RESULT, measures.to_markdown),
     (METHOD, "ablation", ablation.RESULT, ablation.to_markdown),
     (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
