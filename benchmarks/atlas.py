@@ -312,9 +312,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{'' if ratio is None else f'{ratio:.2f}'} | {row['excess']['untouched']:.3f} | "
             f"{row['excess']['ours']:.3f} | {' | '.join(scores)} |"
         )
-    ratios = {
-        name: ratio for name, row in settings.items() if (ratio := _ratio(row)) is not None
-    }
+    ratios = {name: ratio for name, row in settings.items() if (ratio := _ratio(row)) is not None}
     excesses = [row["excess"]["ours"] for row in settings.values()]
     untouched = [row["excess"]["untouched"] for row in settings.values()]
     within, left_out = (

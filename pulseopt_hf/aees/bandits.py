@@ -115,13 +115,11 @@ class DiscountedUCB(Bandit):
     kind = "discounted_ucb"
 
     def __init__(self, arms: int, seed: int | None, baseline: int = 0) -> None:
-        """See `Bandit`."""
         super().__init__(arms, seed, baseline)
         self.counts = [0.0] * arms
         self.sums = [0.0] * arms
 
     def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
-        """See `Bandit`."""
         unplayed = [arm for arm, count in enumerate(self.counts) if count == 0.0]
         if unplayed:
             return self._rng.choice(unplayed)
@@ -134,18 +132,15 @@ class DiscountedUCB(Bandit):
         return self._rng.choice([arm for arm, score in enumerate(scores) if best - score <= TIE])
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
-        """See `Bandit`."""
         self.counts = [DISCOUNT * count for count in self.counts]
         self.sums = [DISCOUNT * total for total in self.sums]
         self.counts[arm] += 1.0
         self.sums[arm] += reward
 
     def state_dict(self) -> StateDict:
-        """See `Bandit`."""
         return {**super().state_dict(), "counts": list(self.counts), "sums": list(self.sums)}
 
     def load_state_dict(self, state: object) -> None:
-        """See `Bandit`."""
         counts = field(state, "counts", list_of(number, self.arms))
         sums = field(state, "sums", list_of(number, self.arms))
         if any(count < 0.0 for count in counts):
@@ -172,7 +167,6 @@ class ScaledUCB(Bandit):
     kind = "scaled_ucb"
 
     def __init__(self, arms: int, seed: int | None, baseline: int = 0) -> None:
-        """See `Bandit`."""
         super().__init__(arms, seed, baseline)
         self.plays = [0] * arms
         self.counts = [0.0] * arms
@@ -182,7 +176,6 @@ class ScaledUCB(Bandit):
         self._weight = 0.0  # of that mean
 
     def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
-        """See `Bandit`."""
         fewest = min(self.plays)
         if fewest < FIRST_PLAYS:
             return self._rng.choice([arm for arm, n in enumerate(self.plays) if n == fewest])
@@ -205,7 +198,6 @@ class ScaledUCB(Bandit):
         return math.sqrt(within / max(sum(self.counts) - self.arms, 0.5))
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
-        """See `Bandit`."""
         centred = reward - self.mean if self._weight > 0.0 else 0.0
         self._weight = MEAN_DISCOUNT * self._weight + 1.0
         self.mean += (reward - self.mean) / self._weight
@@ -218,7 +210,6 @@ class ScaledUCB(Bandit):
         self.squares[arm] += centred * centred
 
     def state_dict(self) -> StateDict:
-        """See `Bandit`."""
         return {
             **super().state_dict(),
             "plays": list(self.plays),
@@ -230,7 +221,6 @@ class ScaledUCB(Bandit):
         }
 
     def load_state_dict(self, state: object) -> None:
-        """See `Bandit`."""
         plays = field(state, "plays", list_of(integer, self.arms))
         numbers = [
             field(state, name, list_of(number, self.arms)) for name in ("counts", "sums", "squares")
@@ -251,8 +241,7 @@ class RandomBandit(Bandit):
     kind = "random"
 
     def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
-        """See `Bandit`."""
         return self._rng.randrange(self.arms)
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
-        """See `Bandit`."""
+        """Learn nothing."""

@@ -38,7 +38,6 @@ class ConservativeUCB(Bandit):
     kind = "conservative_ucb"
 
     def __init__(self, arms: int, seed: int | None, baseline: int = 0) -> None:
-        """Create a bandit that has seen nothing; see `Bandit`."""
         super().__init__(arms, seed, baseline)
         self.plays = [0] * arms
         self.counts = [0.0] * arms
@@ -50,7 +49,6 @@ class ConservativeUCB(Bandit):
         self._previous: int | None = None  # arm of the episode before
 
     def select(self, context: str | None = None, playable: Sequence[int] | None = None) -> int:
-        """Choose the arm of the next episode; see `Bandit`."""
         if self.plays[self.baseline] < FIRST_PLAYS:
             return self.baseline
         allowed = range(self.arms) if playable is None else playable
@@ -80,7 +78,6 @@ class ConservativeUCB(Bandit):
         return self.sums[arm] / count, math.sqrt(variance * (2.0 / count + 1.0 / base))
 
     def update(self, arm: int, reward: float, context: str | None = None) -> None:
-        """Learn from one episode; see `Bandit`."""
         previous, self._previous = self._previous, arm
         self._since = self._since + 1 if arm == self.baseline else 0
         self.plays[arm] += 1
@@ -99,7 +96,6 @@ class ConservativeUCB(Bandit):
         self.mean += (reward - self.mean) / self._weight
 
     def state_dict(self) -> StateDict:
-        """Return all that later choices depend on, as JSON."""
         return {
             **super().state_dict(),
             "plays": list(self.plays),
@@ -113,7 +109,6 @@ class ConservativeUCB(Bandit):
         }
 
     def load_state_dict(self, state: object) -> None:
-        """Continue from `state_dict()`; see `Bandit`."""
         plays = field(state, "plays", list_of(integer, self.arms))
         counts = field(state, "counts", list_of(number, self.arms))
         sums = field(state, "sums", list_of(number, self.arms))

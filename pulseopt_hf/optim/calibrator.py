@@ -210,7 +210,7 @@ class Calibrator:
         """Average what was observed over ranks; every rank must call it."""
         self._losses.agree(self._agreement)
         agreed = self._losses.agreed
-        self._losses.agreed = [loss if abs(loss) < NOT_FINITE else NOT_FINITE for loss in agreed]
+        self._losses.restore(loss if abs(loss) < NOT_FINITE else NOT_FINITE for loss in agreed)
 
     def close(self) -> None:
         """Let go of the model, the hooks on it, and the copy."""
@@ -368,8 +368,7 @@ class Calibrator:
         self.search.load_state_dict(state)
         factor = self.search.set_lr / max(self._set_lrs)
         self._set_lrs = [lr * factor for lr in self._set_lrs]
-        self._losses.clear()
-        self._losses.agreed = losses
+        self._losses.restore(losses)
         self.phase, self._at_origin, self.outcomes = phase, at_origin, outcomes
         self._watched, self._last_lr = watched, last_lr
         self._longest, self._warms_up, self._is_new = longest, warms_up, is_new
