@@ -36,11 +36,11 @@ from pulseopt_hf.optim.newness import newness_of
 RESULT = common.RESULTS / "measures.json"
 MEASURES = ("outputs", "body", "logits", "Fisher", "weights")
 ROWS, BATCHES, DRAWS = 32, 5, 4
-KINDS = {True: "a new head on a trained model", False: "all others"}
+KINDS = ("a new head on a trained model", "the same with adapters", "no new head")
 
 
 def measure(name: str, tuned: float, data: Path, out: Path) -> dict[str, Any]:
-    """Return what a step at the tuned LR of a setting moves, and whether its head is new."""
+    """Return what a step at the tuned LR of a setting moves, and of what kind its model is."""
     setting = atlas.SETTINGS[name]
     recipe = str(compare_tasks.TASKS_FOLDER / f"{setting.task}.yaml")
     cell = Cell(recipe, atlas.options_of(setting, data, out), "static", tuned, 0, setting.steps)
@@ -71,7 +71,8 @@ def measure(name: str, tuned: float, data: Path, out: Path) -> dict[str, Any]:
             squares["weights"].append(weights(model, start))
             model.load_state_dict(start)
     found = {key: math.sqrt(statistics.fmean(values)) for key, values in squares.items() if values}
-    return {"tuned": tuned, "new_head": newness.has_new_head, **found}
+    kind = KINDS[2] if not newness.has_new_head else KINDS["lora" in setting.task]
+    return {"tuned": tuned, "kind": kind, **found}
 
 
 def step(trainer: Any, batch: Any, learning_rate: float) -> None:
@@ -160,8 +161,8 @@ def main() -> None:
 def to_markdown(result: dict[str, dict[str, Any]]) -> str:
     """Return a table with a row for each setting, and the spread of each measure."""
     table = [("setting", *MEASURES)]
-    for new_head, kind in KINDS.items():
-        rows = {name: row for name, row in result.items() if row["new_head"] == new_head}
+    for kind in KINDS:
+        rows = {name: row for name, row in result.items() if row["kind"] == kind}
         for name, row in rows.items():
             table.append((name, *(f"{row[key]:.2g}" if key in row else "" for key in MEASURES)))
         spreads = (_spread([row[key] for row in rows.values() if key in row]) for key in MEASURES)
@@ -171,7 +172,7 @@ def to_markdown(result: dict[str, dict[str, Any]]) -> str:
 
 def _spread(values: list[float]) -> str:
     """Return the geometric standard deviation, in words."""
-    if len(values) < 3:
+    if len(values) < 2:
         return ""
     return f"x {math.exp(statistics.stdev(map(math.log, values))):.2f}"
 
