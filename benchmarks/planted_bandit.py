@@ -21,7 +21,14 @@ from pathlib import Path
 
 from benchmarks import common
 from pulseopt_hf import PulseOptConfig, cli
-from pulseopt_hf.aees import Bandit, DiscountedUCB, RandomBandit, ScaledUCB, episode_reward
+from pulseopt_hf.aees import (
+    Bandit,
+    ConservativeUCB,
+    DiscountedUCB,
+    RandomBandit,
+    ScaledUCB,
+    episode_reward,
+)
 from pulseopt_hf.compare.summary import markdown
 
 RESULT = common.RESULTS / "planted-bandit.json"
@@ -33,6 +40,7 @@ BANDITS: dict[str, tuple[type[Bandit], str]] = {
     "`discounted_ucb`, `slope`": (DiscountedUCB, "slope"),
     "`scaled_ucb`, `smoothed`": (ScaledUCB, "smoothed"),
     "`scaled_ucb`, `slope`": (ScaledUCB, "slope"),
+    "`conservative_ucb`, `slope`": (ConservativeUCB, "slope"),
     "random": (RandomBandit, "smoothed"),
 }
 
