@@ -106,10 +106,10 @@ def summary(cells: Sequence[dict[str, Any]], scores: dict[str, Any]) -> dict[str
     """Return the scores of a task and its cells, with what figures need."""
     kept = ("loss_before", "loss_after", "seconds", "peak_mib", "lr_scale", "paid_steps")
     setting = ("method", "learning_rate", "seed", "steps")
-    rows = [
-        {**{key: cell["cell"][key] for key in setting}, **{key: cell[key] for key in kept}}
-        for cell in cells
-    ]
+    rows = []
+    for cell in cells:
+        known = {key: cell[key] for key in kept if key in cell}
+        rows.append({**{key: cell["cell"][key] for key in setting}, **known})
     return {**scores, "cells": rows}
 
 

@@ -27,6 +27,7 @@ class Interruption(TrainerCallback):
         self._trainer = trainer
         self._write = write
         self._asked = False
+        self._agreed = False  # all ranks have heard of it
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -55,19 +56,18 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop, on all ranks at the same step."""
-        stop = self._asked
-        if args.world_size > 1:
-            # Reading a flag of all ranks takes a device read, so not at every step.
-            if state.global_step % _RANKS_AGREE_EVERY:
-                return
+        if args.world_size == 1:
+            self._agreed = self._asked
+        # Reading a flag of all ranks takes a device read, so not at every step.
+        elif not self._agreed and state.global_step % _RANKS_AGREE_EVERY == 0:
             accelerator = self._trainer.accelerator
-            if stop:
+            if self._asked:
                 accelerator.set_trigger()
-            stop = accelerator.check_trigger()
+            self._agreed = accelerator.check_trigger()
         # Resumed from an epoch's last step, Trainer leaves out its evaluation and the random
         # numbers that it draws; so the run ends one step later.
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
-        if stop and not (ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH):
+        if self._agreed and not (ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH):
             self.happened = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

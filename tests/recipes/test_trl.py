@@ -72,8 +72,8 @@ def train(
     trainers: list[Any] = []
     plain = running.make_trainer
 
-    def keep(*args: Any) -> Any:
-        trainers.append(plain(*args))
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        trainers.append(plain(*args, **kwargs))
         return trainers[-1]
 
     monkeypatch.setattr(running, "make_trainer", keep)
