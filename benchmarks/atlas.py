@@ -309,12 +309,13 @@ def to_markdown(result: dict[str, Any]) -> str:
         scores = (_score(row["score"][kind]) for kind in ("tuned", "untouched", "ours"))
         lines.append(
             f"| {name} | {row['tuned']:.1e} | {'' if found is None else f'{found:.1e}'} | "
-            f"{'' if ratio is None else f'{ratio:.2f}'} | {row['excess']['untouched']:.3f} | "
-            f"{row['excess']['ours']:.3f} | {' | '.join(scores)} |"
+            f"{'' if ratio is None else f'{ratio:.2f}'} | {_excess(row, 'untouched')} | "
+            f"{_excess(row, 'ours')} | {' | '.join(scores)} |"
         )
     ratios = {name: ratio for name, row in settings.items() if (ratio := _ratio(row)) is not None}
-    excesses = [row["excess"]["ours"] for row in settings.values()]
-    untouched = [row["excess"]["untouched"] for row in settings.values()]
+    learned = [row["excess"] for row in settings.values() if learns(row)]
+    excesses = [row["ours"] for row in learned]
+    untouched = [row["untouched"] for row in learned]
     within, left_out = (
         [sum(1 / most <= ratio <= most for ratio in kind.values()) for most in (2, 3)]
         for kind in (ratios, leave_one_out(ratios))
@@ -325,11 +326,21 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             f"Of {len(settings)} settings, the LR found lies within a factor of 2 of the tuned one "
             f"in {within[0]} and within 3 in {within[1]}; with radii fitted to the other settings "
-            f"alone, in {left_out[0]} and {left_out[1]}. Mean excess: {_mean(excesses):.3f} "
+            f"alone, in {left_out[0]} and {left_out[1]}. Mean excess of the {len(learned)} where "
+            f"the tuned LR learns anything: {_mean(excesses):.3f} "
             f"(untouched: {_mean(untouched):.3f}).",
             "",
         ]
     )
+
+
+def learns(row: dict[str, Any]) -> bool:
+    """Whether the best static run ends at least 1 % lower than it began; else excess is noise."""
+    return bool(row["loss"]["tuned"] < 0.99 * row["loss_before"])
+
+
+def _excess(row: dict[str, Any], kind: str) -> str:
+    return f"{row['excess'][kind]:.3f}" if learns(row) else ""
 
 
 def has_new_head(name: str) -> bool:
