@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as schedulers
 from transformers import Adafactor, get_scheduler
 from transformers.optimization import GreedyLR
 
-from pulseopt_hf.optim.base_lr import finds_its_own, multiply, peaks
+from pulseopt_hf.optim.base_lr import finds_its_own, multiply, peaks, share_of_peak
 
 FACTOR, STEPS = 8.0, 12  # a power of two, so that products are exact
 
@@ -128,3 +128,17 @@ def test_optimizers_that_find_their_own_lr_are_known() -> None:
     assert finds_its_own(Adafactor(parameters))
     assert not finds_its_own(Adafactor(parameters, lr=1e-3, relative_step=False))
     assert not finds_its_own(make())
+
+
+def test_the_base_lr_is_a_share_of_its_peak() -> None:
+    optimizer = make()
+    assert share_of_peak(optimizer) == 1.0
+    scheduler = get_scheduler("linear", optimizer, 3, STEPS)
+    shares = []
+    for _ in range(STEPS):
+        shares.append(share_of_peak(optimizer))
+        optimizer.step()
+        scheduler.step()
+    assert shares[:4] == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+    assert shares[-1] == pytest.approx(1 / 9)
+    assert share_of_peak(make(0.0)) == 1.0
