@@ -30,6 +30,7 @@ from benchmarks import atlas, common, compare_tasks
 from pulseopt_hf.compare.cells import Cell, trainer_of
 from pulseopt_hf.compare.summary import markdown
 from pulseopt_hf.optim.agreement import Agreement
+from pulseopt_hf.optim.base_lr import skip_warmup
 from pulseopt_hf.optim.movement import Reading, distance, noise, read, read_body
 from pulseopt_hf.optim.newness import newness_of
 
@@ -79,6 +80,9 @@ def step(trainer: Any, batch: Any, learning_rate: float) -> None:
     """Take the first step of a new optimizer."""
     trainer.optimizer = None
     trainer.create_optimizer()
+    skip_warmup(trainer.optimizer)
+    if hasattr(trainer.optimizer, "train"):  # schedule-free
+        trainer.optimizer.train()
     model = trainer.model.train()
     model.zero_grad()
     model(**trainer._prepare_inputs(batch)).loss.backward()
