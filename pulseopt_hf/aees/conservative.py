@@ -19,6 +19,7 @@ from pulseopt_hf.aees.json_checks import (
 FIRST_PLAYS = 6  # of the baseline, before another arm has anything to be compared with
 EVERY = 4  # episodes, of which one tries another arm
 FEWEST_PLAYS = 2  # of another arm, without which nothing is shown
+LEAST_COUNT = 1e-300  # that a count is taken for, once discounts have left next to nothing
 
 
 class ConservativeUCB(Bandit):
@@ -72,7 +73,7 @@ class ConservativeUCB(Bandit):
         Args:
             arm: index of an arm that was played, and not the baseline, which was played too.
         """
-        count, base = self.counts[arm], self.counts[self.baseline]
+        count, base = (max(self.counts[one], LEAST_COUNT) for one in (arm, self.baseline))
         variance = self.squares / max(base - 1.0, 0.5)
         # The reward of an arm is that of two episodes.
         return self.sums[arm] / count, math.sqrt(variance * (2.0 / count + 1.0 / base))
@@ -114,18 +115,12 @@ class ConservativeUCB(Bandit):
         sums = field(state, "sums", list_of(number, self.arms))
         squares, weight = field(state, "squares", number), field(state, "weight", number)
         mean = field(state, "mean", number)
-        since, previous = (
-            field(state, "since", integer),
-            field(state, "previous", optional(integer)),
-        )
+        since = field(state, "since", integer)
+        previous = field(state, "previous", optional(integer))
         if squares < 0.0 or weight < 0.0 or min(counts) < 0.0:
             raise StateError("`counts`, `squares` and `weight` must not be negative.")
         if previous is not None and previous >= self.arms:
             raise StateError(f"`previous` is {previous}, which names no arm.")
-        # What `lead` divides by.
-        needed = [FIRST_PLAYS if arm == self.baseline else FEWEST_PLAYS for arm in range(self.arms)]
-        if any(n >= least and c == 0.0 for n, least, c in zip(plays, needed, counts, strict=True)):
-            raise StateError("An arm that was played must have a count above 0.")
         super().load_state_dict(state)
         self.plays, self.counts, self.sums = plays, counts, sums
         self.squares, self.mean, self._weight = squares, mean, weight

@@ -351,7 +351,9 @@ class Controller:
             raise StateError(f"`{name}.noise_index` is {noise_index}, which names no candidate.")
         expected = BUCKETS if self.config.context_mode == "trend" else (None,)
         if context not in expected:
-            raise StateError(f"`{name}.context` is {shorten(context)}, which is none of this run.")
+            raise StateError(
+                f"`{name}.context` is {shorten(context)}, which this run does not use."
+            )
         return Selection(lr_index, noise_index, context), field(value, "start_step", integer)
 
 

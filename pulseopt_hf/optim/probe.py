@@ -131,11 +131,11 @@ class Probe:
             for one, other in zip(before, after, strict=True):
                 moved[one.is_body] += distance(one, other)
         units = self._units[: len(self._before)]
-        sizes = [sum(unit[kind] for unit in units) for kind in range(2)]
+        sizes = [sum(one[kind] for one in units) for kind in range(2)]
         means = self._agreement.mean([*moved, *sizes])
         pairs = zip(means[:2], means[2:], strict=True)
         shares = [m / size if m >= 0.0 else math.nan for m, size in pairs if size]
-        return finite_movement(math.sqrt(max(shares, key=finite_movement)))
+        return finite_movement(math.sqrt(max(shares, key=finite_movement, default=math.nan)))
 
     def _measure_noise(self, calls: list[Call]) -> None:
         """Measure how far noise moves the outputs of calls that were not measured yet."""

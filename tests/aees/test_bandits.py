@@ -235,3 +235,16 @@ def test_a_new_trend_starts_from_what_all_episodes_taught() -> None:
 def test_the_trend_bandit_refuses_a_context_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="improving, stable, worsening"):
         TrendBandit(2, 0).select("sideways")
+
+
+@pytest.mark.parametrize("winner", [0, 1])
+def test_a_conservative_bandit_outlives_what_its_discounts_leave_of_an_arm(winner: int) -> None:
+    """Rewards that do not scatter leave no doubt, so the other arm is never played again."""
+    bandit = ConservativeUCB(2, 0, baseline=1)
+    for _ in range(20_000):
+        arm = bandit.select()
+        bandit.update(arm, float(arm == winner))
+    assert min(bandit.counts) < 1e-300
+    restored = ConservativeUCB(2, 1, baseline=1)
+    restored.load_state_dict(json.loads(json.dumps(bandit.state_dict())))
+    assert restored.select() == bandit.select() == winner
