@@ -69,6 +69,7 @@ _SST2, _SUBJ, _MPQA = "glue/sst2/{}.csv", "text/subj/{}.csv", "text/mpqa/{}.csv"
 _COLA, _RTE, _WIKI = "glue/cola/{}.csv", "glue/rte/{}.csv", "wikitext2/{}.txt"
 _SENTENCES = ("--dataset_name", "embedded:sentences", "--separate_texts", "true")
 _SGD = ("--optim", "sgd", "--optim_args", "momentum=0.9")
+_RMSPROP, _ADAGRAD = ("--optim", "rmsprop"), ("--optim", "adagrad")
 
 
 def _gpt(width: int, layers: int = 2) -> tuple[str, ...]:
@@ -118,6 +119,13 @@ SETTINGS = {
     "wikitext2_64x6": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, None, _gpt(64, 6)),
     "wikitext2_short": Setting("wikitext2", _WIKI, 0, 1e-2, 150, 16, None, _gpt(64)),
     "wikitext2_long": Setting("wikitext2", _WIKI, 0, 3e-3, 2400, 8, None, _gpt(64)),
+    "wikitext2_sgd": Setting("wikitext2", _WIKI, 0, 3e-1, 300, 16, None, (*_gpt(64), *_SGD)),
+    "wikitext2_rmsprop": Setting(
+        "wikitext2", _WIKI, 0, 1e-3, 300, 16, None, (*_gpt(64), *_RMSPROP)
+    ),
+    "wikitext2_adagrad": Setting(
+        "wikitext2", _WIKI, 0, 3e-2, 300, 16, None, (*_gpt(64), *_ADAGRAD)
+    ),
     "sentences": Setting("sentences", None, 0, 3e-3, 600, 16),
     "wikitext2_to_sentences": Setting("gpt", None, "wikitext2_64", 1e-2, 300, 16, None, _SENTENCES),
     "wikitext2_64x6_to_sentences": Setting(

@@ -29,6 +29,7 @@ from pulseopt_hf.aees.json_checks import (
     field,
     flag,
     integer,
+    later_field,
     list_of,
     number,
     text,
@@ -37,7 +38,8 @@ from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import base_lr
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.hooks import ArmHooks
-from pulseopt_hf.optim.losses import LossBuffer
+from pulseopt_hf.optim.later_steps import MOST_STEPS, later_steps
+from pulseopt_hf.optim.losses import LossBuffer, has_risen
 from pulseopt_hf.optim.newness import newness_of
 from pulseopt_hf.optim.probe import Probe
 from pulseopt_hf.optim.scalars import norm
@@ -53,7 +55,6 @@ logger = logging.getLogger("pulseopt_hf.calibration")
 
 SHORTEST_WATCH = 20  # optimizer steps that the net is kept for, at least
 LONGEST_WATCH = 0.05  # share of the run that the LR rises in, and the net is kept for, at most
-RISE = 3.0  # standard errors by which the loss has to lie above where it began
 
 _PHASES = ("searching", "watching", "done")
 
@@ -105,6 +106,8 @@ class Calibrator:
         self._only_ask = only_ask
         self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
         self._set_lrs = base_lr.peaks(optimizer)
+        # Of a step at an LR, how far it goes on average, against the first one at that LR.
+        self._pace = later_steps(innermost(optimizer), max_steps or MOST_STEPS) or 1.0
         newness = newness_of(model, agreement)
         if not newness.has_new_head:
             passes = 1.0  # only such a model learns its rows by heart
@@ -226,7 +229,8 @@ class Calibrator:
         """
         search = self.search
         learning_rate = search.next_lr
-        lrs = [lr * (learning_rate / search.set_lr) for lr in self._set_lrs]
+        # A first step as long as later ones are at this LR.
+        lrs = [lr * (self._pace * learning_rate / search.set_lr) for lr in self._set_lrs]
         repeatable = not (has_scaler(self._optimizer) or is_stepped_by_deepspeed(self._optimizer))
         before = self._gradient_norms() if repeatable else None
         try:
@@ -336,6 +340,7 @@ class Calibrator:
             "last_lr": self._last_lr,
             "longest": self._longest,
             "is_new": self._is_new,
+            "pace": self._pace,
             "warms_up": self._warms_up,
         }
 
@@ -361,6 +366,9 @@ class Calibrator:
         longest = field(state, "longest", integer)
         warms_up = field(state, "warms_up", flag)
         is_new = field(state, "is_new", flag)
+        pace = later_field(state, "pace", number, before=1.0)
+        if not 0.0 < pace <= 1.0:
+            raise StateError(f"`pace` must be in (0, 1], got {pace}.")
         if longest < SHORTEST_WATCH:
             raise StateError(f"`longest` must be at least {SHORTEST_WATCH}, got {longest}.")
         if at_origin > len(losses):
@@ -372,6 +380,7 @@ class Calibrator:
         self.phase, self._at_origin, self.outcomes = phase, at_origin, outcomes
         self._watched, self._last_lr = watched, last_lr
         self._longest, self._warms_up, self._is_new = longest, warms_up, is_new
+        self._pace = pace
         if not self.is_searching:
             self.probe.close()
 
@@ -409,28 +418,9 @@ def why_not_calibrate(optimizer: torch.optim.Optimizer, config: PulseOptConfig) 
         return "it is zero"
     if config.calibration == "auto" and base_lr.finds_its_own(optimizer):
         return f"{type(innermost(optimizer)).__name__} finds its own"
+    if later_steps(innermost(optimizer)) is None:
+        return f"the first steps of {type(innermost(optimizer)).__name__} are not like later ones"
     return None
-
-
-def has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether the later half of losses lies above those before by more than both scatter.
-
-    Args:
-        before: step losses at the origin, shape (n,).
-        after: step losses since then; one of `NOT_FINITE` counts as risen.
-    """
-    later = after[len(after) // 2 :]
-    if not before:
-        return False
-    if not later or max(later) >= NOT_FINITE:
-        return True
-    error = math.sqrt(_variance(before) / len(before) + _variance(later) / len(later))
-    return sum(later) / len(later) - sum(before) / len(before) > RISE * error
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
 
 
 def _shown(trials: Sequence[Trial]) -> tuple[float, float, float]:

@@ -1,12 +1,16 @@
-"""The step losses of the open episode, left on the device until the episode ends."""
+"""Step losses, left on the device until they are needed, and whether they have risen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from pulseopt_hf.aees.calibration import NOT_FINITE
 from pulseopt_hf.optim.agreement import Agreement
+
+RISE = 3.0  # standard errors by which later losses have to lie above earlier ones
 
 
 class LossBuffer:
@@ -55,3 +59,24 @@ class LossBuffer:
     def clear(self) -> None:
         """Forget all losses."""
         self.restore(())
+
+
+def has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether the later half of losses lies above those before by more than both scatter.
+
+    Args:
+        before: step losses at the origin, shape (n,).
+        after: step losses since then; one of `NOT_FINITE` counts as risen.
+    """
+    later = after[len(after) // 2 :]
+    if not before:
+        return False
+    if not later or max(later) >= NOT_FINITE:
+        return True
+    error = math.sqrt(_variance(before) / len(before) + _variance(later) / len(later))
+    return sum(later) / len(later) - sum(before) / len(before) > RISE * error
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
