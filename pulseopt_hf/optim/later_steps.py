@@ -23,7 +23,7 @@ SMALLER, ALIKE = 10.0, 3.0  # a gradient so much smaller leaves ratios this much
 
 
 def later_steps(optimizer: torch.optim.Optimizer, steps: int = MOST_STEPS) -> float | None:
-    """Return the mean length of an optimizer's steps along one gradient, in lengths of the first.
+    """Return the RMS length of an optimizer's steps along one gradient, in lengths of the first.
 
     AdamW's are all equally long. Those of RMSprop shrink to a tenth of the first, Adagrad's with
     the root of their number, and the average of a schedule-free optimizer follows at half the
@@ -51,13 +51,13 @@ def later_steps(optimizer: torch.optim.Optimizer, steps: int = MOST_STEPS) -> fl
     except Exception as error:  # a user's optimizer may need more than its settings
         logger.info("%s is taken to step evenly: %r", type(optimizer).__name__, error)
         return 1.0
-    if not 1.0 / ALIKE < smaller / ratio < ALIKE:  # not a number where the first does not move
+    if not 1.0 / ALIKE < smaller / ratio < ALIKE:
         return None
     return min(1.0, ratio)
 
 
 def _walk(optimizer: torch.optim.Optimizer, steps: int, scale: float) -> float:
-    """Return the mean length of so many steps, in lengths of the first, along a gradient."""
+    """Return the RMS length of so many steps, in lengths of the first, along a gradient."""
     generator = torch.Generator().manual_seed(0)
     matrices, gradients, groups = [], [], []
     kinds = {_settings(group): group for group in optimizer.param_groups}
@@ -74,22 +74,16 @@ def _walk(optimizer: torch.optim.Optimizer, steps: int, scale: float) -> float:
     if hasattr(walker, "train"):
         walker.train()  # schedule-free optimizers have two modes
     base_lr.skip_warmup(walker)
-    start = [matrix.detach().clone() for matrix in matrices]
-
-    def gone() -> float:
-        return sum(
-            float((matrix.detach() - before).norm())
-            for matrix, before in zip(matrices, start, strict=True)
-        )
-
-    first = 0.0
-    for step in range(steps):
+    squares = []
+    for _ in range(steps):
+        before = [matrix.detach().clone() for matrix in matrices]
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.grad = gradient.clone()  # some optimizers change it in place
         walker.step()
-        if step == 0:
-            first = gone()
-    return gone() / steps / first if first else math.nan
+        moved = [matrix.detach() - old for matrix, old in zip(matrices, before, strict=True)]
+        squares.append(torch.stack(moved).square().sum())
+    ratio = torch.stack(squares).mean() / squares[0]  # not a number where the first does not move
+    return math.sqrt(float(ratio))
 
 
 def _settings(group: dict[str, Any]) -> str:
