@@ -158,10 +158,13 @@ def trials_plot(
         limit.mark_text(align="left", dx=4, dy=-8).encode(x=alt.value(0), text="label:N"),
         marked.mark_rule(strokeDash=[5, 4], strokeWidth=1.5),
         *(
-            marked.transform_filter(side)
-            .mark_text(align=align, dx=dx, fontWeight="bold", lineBreak="\n")
-            .encode(y=top, text="label:N")
-            for side, align, dx in (("datum.left", "right", -5), ("!datum.left", "left", 5))
+            charts["rates"]
+            .transform_filter(f"datum.left === {str(left).lower()}")
+            .mark_text(align=align, dx=dx, fontWeight="bold", lineBreak="\n", style=style)
+            .encode(x=x, y=top, text="label:N")
+            for style in ("halo", "label")
+            for left, align, dx in ((True, "right", -5), (False, "left", 5))
+            if any(row["left"] is left for row in data["rates"])  # Vega warns of a view without
         ),
         charts["trials"]
         .mark_point(filled=True, size=70, opacity=0.85)

@@ -44,9 +44,32 @@ COVERED = """() => {
     .map((mark) => mark.getBoundingClientRect());
   const meet = (a, b) =>
     a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
-  const labels = boxes(".role-mark.mark-text text");
+  const labels = boxes(".role-mark.mark-text text:not([stroke-width])");
   const marks = boxes(".trials_marks path");
   return [labels.length, marks.length, labels.filter((a) => marks.some((b) => meet(a, b))).length];
+}"""
+
+
+# The texts that stand out too little from what is behind them, by WCAG's ratio.
+FAINT = """() => {
+  const linear = (part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+  const light = (color) => {
+    const [red, green, blue] = color.match(/\\d+/g).map((part) => linear(Number(part)));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const behind = (element) => {
+    const color = getComputedStyle(element).backgroundColor;
+    return color === "rgba(0, 0, 0, 0)" ? behind(element.parentElement) : color;
+  };
+  const ratio = (element) => {
+    const style = getComputedStyle(element);
+    const ink = element.tagName === "text" ? style.fill : style.color;
+    const [low, high] = [light(ink), light(behind(element))].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const texts = "text:not([stroke-width]), h1, h3, p, dt, dd, button, label, figcaption, summary";
+  const all = [...document.querySelectorAll(texts)];
+  return [all.length, all.filter((one) => ratio(one) < 4.5).map((one) => one.textContent)];
 }"""
 
 
@@ -231,6 +254,9 @@ def test_several_runs_fit_a_phone(
     table = page.locator("section[aria-label=Comparison] .scroll")
     assert table.evaluate("element => element.scrollWidth > element.clientWidth"), "is wider"
     assert table.bounding_box()["width"] <= width
+    table.evaluate("element => element.scrollBy(200, 0)")
+    name = table.locator("tbody td").first.bounding_box()
+    assert name["x"] == pytest.approx(table.bounding_box()["x"], abs=1), "names stay in sight"
 
 
 def test_the_training_loss_can_be_smoothed_and_its_axis_be_logarithmic(
@@ -240,13 +266,13 @@ def test_the_training_loss_can_be_smoothed_and_its_axis_be_logarithmic(
     opened = open_page(page_of(one_arm))
     page = opened.page
     assert page.locator("[data-control]").count() == 2, "of the loss, and of nothing else"
-    faint = page.locator("#run1-loss .mark-line path[opacity='0.3']")
+    faint = page.locator("#run1-loss .mark-line path[stroke-opacity='0.3']")
     assert faint.count() == 0
     view = "document.getElementById('run1-loss').drawn.view"
     page.get_by_label("Smoothing").evaluate(
         "(slider) => { slider.value = 0.9; slider.dispatchEvent(new Event('change')); }"
     )
-    until(page, f"{view}.data('panel-0').length > 0 && {view}.getState().data.smoothed")
+    until(page, f"'smoothed' in {view}.getState({{ data: () => true }}).data")
     rows = page.evaluate(f"{view}.data('smoothed')")
     expected, mean, weight = [], 0.0, 0.0
     for loss in losses:
@@ -263,6 +289,15 @@ def test_the_training_loss_can_be_smoothed_and_its_axis_be_logarithmic(
     until(page, f"{view}.scale('concat_0_y').type === 'log'")
     assert page.evaluate(f"{view}.data('smoothed').length") == len(rows), "both hold at once"
     assert opened.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_what_is_behind_it(
+    calibrated: Path, page_of: Any, open_page: Open, scheme: str
+) -> None:
+    count, faint = open_page(page_of(calibrated), color_scheme=scheme).page.evaluate(FAINT)
+    assert count > 100
+    assert faint == []
 
 
 @pytest.mark.parametrize(("button", "magic"), [("PNG", b"\x89PNG"), ("SVG", b"<svg")])

@@ -24,15 +24,17 @@
     const [{ layer: layers }] = spec.vconcat ?? [spec];
     const control = (name) => figure.querySelector(`[data-control=${name}]`);
     if (control("log")?.checked) {
-      for (const { encoding } of layers) if (encoding.y) encoding.y.scale = { type: "log", nice: false };
+      for (const y of layers.map((layer) => layer.encoding.y).filter(Boolean)) {
+        Object.assign(y, { scale: { type: "log", nice: false, padding: 10 }, axis: { tickCount: 4 } });
+      }
     }
     const factor = Number(control("smooth").value);
     if (factor > 0) {
       const index = layers.findIndex((layer) => layer.name === "curves-0");
-      const { name, ...curves } = layers[index];
-      layers.splice(index, 0, { ...curves, mark: { ...curves.mark, opacity: 0.3 } });
+      const { name, ...logged } = layers[index];
+      layers[index].data = { name: "smoothed" };
       spec.datasets.smoothed = smoothed(spec.datasets["panel-0"], factor);
-      layers[index + 1].data = { name: "smoothed" };
+      layers.splice(index, 0, { ...logged, mark: { ...logged.mark, strokeOpacity: 0.3 } });
     }
   };
 
@@ -43,6 +45,7 @@
     const theme = structuredClone(themes[dark.matches && !print.matches ? 1 : 0]);
     const width = inner(element.clientWidth);
     const entries = Math.max(1, Math.min(columns, Math.round((columns * width) / 720)));
+    theme.axisX.tickCount = Math.ceil(width / 80);
     Object.assign(theme.legend, { columns: entries, labelLimit: width / entries - 24 });
     for (const part of spec.vconcat ?? [spec]) part.width = width;
     const figure = element.closest("figure");
