@@ -16,17 +16,16 @@ def knobs_page() -> str:
     watch = [field for field in fields if field.name in OPERATIONAL_KNOBS]
     blocks = [
         "# Knobs",
-        "Each knob is a field of `PulseOptConfig`. `PulseOptTrainingArguments` has them too, "
-        "beside Trainer's own arguments and with Trainer's `seed`. A recipe takes them as keys, "
-        "and `pulseopt-hf train` as flags. Bad values raise `ValueError`, all of them in one "
-        "message.",
-        "`PulseOptConfig.published()` is the method of `pulseopt` 0.3.0. Where its default "
-        "differs, it is given beside the recommended one.",
-        "## What the method does",
-        "A resumed run must have the values of the run that it continues.",
+        "Each knob is a field of `PulseOptConfig` and of `PulseOptTrainingArguments`, which uses "
+        "Trainer's own `seed`. Recipes take the knobs as keys, and `pulseopt-hf train` takes them "
+        "as flags. Bad values raise one `ValueError` that names all of them.",
+        "`PulseOptConfig.published()` is the method of `pulseopt` 0.3.0. If its default differs "
+        "from the recommended one, both are given.",
+        "## Settings of the method",
+        "A resumed run must have the same values as the run that it continues.",
         *map(_knob, method),
-        "## How a run is watched over",
-        "A run may be resumed with other values of these.",
+        "## Safeguards and measurements",
+        "A resumed run may have other values of these.",
         *map(_knob, watch),
     ]
     return "\n\n".join(blocks) + "\n"

@@ -39,9 +39,9 @@ def library() -> str:
     """Return the page of recipes and launch profiles."""
     blocks = [
         "# The recipes",
-        "What the package ships, as each file introduces itself. `pulseopt-hf show NAME` prints a "
-        "file, and `pulseopt-hf cp NAME FILE` makes a copy to change. "
-        "[Running a recipe](recipes.md) has the format and the run folder.",
+        "These recipes and launch profiles ship with the package. `pulseopt-hf show NAME` prints "
+        "one, and `pulseopt-hf cp NAME FILE` makes a copy to change. See [Recipes](recipes.md) for "
+        "the format and the run folder.",
     ]
     group = ""
     for name in [*catalogue.names(), *catalogue.profiles()]:
@@ -72,7 +72,7 @@ def opening(text: str) -> tuple[str, str]:
 
 def examples() -> str:
     """Return the page of example scripts."""
-    blocks = ["# Examples", "Short scripts to copy. All of them run offline, on a CPU."]
+    blocks = ["# Examples", "Short scripts to copy. All of them run offline on a CPU."]
     for file in sorted((ROOT / "examples").glob("*.py")):
         code = file.read_text(encoding="utf-8")
         summary = ast.get_docstring(ast.parse(code))

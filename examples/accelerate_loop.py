@@ -1,4 +1,4 @@
-"""A loop of one's own under Accelerate, with `AEES` and gradient accumulation. Runs offline."""
+"""Your own Accelerate loop, with `AEES` and gradient accumulation. Runs offline."""
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +40,7 @@ model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, sche
 aees = AEES(
     optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=10, lr_scheduler=scheduler, seed=0
 )
-accelerator.register_for_checkpointing(aees)  # in `save_state` and `load_state` from here on
+accelerator.register_for_checkpointing(aees)  # so that `save_state` saves it too
 
 step = 0
 while step < STEPS:
@@ -51,7 +51,7 @@ while step < STEPS:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            aees.step_end(loss)  # steps the optimizer and the scheduler when gradients are whole
+            aees.step_end(loss)  # steps optimizer and scheduler after the last micro-batch
             optimizer.zero_grad()
         step += accelerator.sync_gradients
         if step == STEPS:

@@ -1,4 +1,4 @@
-"""A Trainer as it is, with AEES attached. Runs offline in half a minute."""
+"""A plain Trainer with AEES attached. Runs offline in half a minute."""
 
 from transformers import (
     DataCollatorForLanguageModeling,

@@ -1,4 +1,4 @@
-"""Just the learning rate: for a Trainer, and for a loop of one's own. Runs offline."""
+"""Find only the learning rate, for a Trainer and for your own loop. Runs offline."""
 
 import torch
 from torch.utils.data import DataLoader

@@ -1,10 +1,10 @@
-"""One script for every way to launch. Runs offline; every Trainer argument and knob is a flag.
+"""One script for every launcher. Runs offline; every Trainer argument and knob is a flag.
 
 python examples/launch_anywhere.py
 torchrun --nproc_per_node 2 examples/launch_anywhere.py --use_cpu true
 accelerate launch --config_file recipes/launch/fsdp2.yaml examples/launch_anywhere.py
 
-The page docs/launching.md shows the others: bf16, DeepSpeed, two machines.
+See docs/launching.md for bf16, DeepSpeed and several machines.
 """
 
 import json
@@ -55,9 +55,9 @@ def main() -> None:
         "arms": trainer.aees.get_logs()["selected_lr_values"],
         "loss": trainer.aees.get_logs()["episode_end_losses"][-1],
     }
-    # In one piece, or the lines of several ranks would mix.
+    # In one call, so that the lines of several ranks do not mix.
     print(json.dumps(summary) + "\n", end="", flush=True)
-    # Leaves the process group: without, a rank can abort while the interpreter exits.
+    # Leaves the process group. Without this, a rank can abort when the interpreter exits.
     trainer.accelerator.end_training()
 
 

@@ -17,9 +17,9 @@ COMMANDS = {
     "train": "run a recipe",
     "find-lr": "find the learning rate for a recipe without training",
     "compare": "compare methods over base LRs and seeds at equal cost",
-    "report": "make a page about one run, or about several side by side",
+    "report": "make a page about one run, or about several",
     "plot": "save the page's plots as SVG or PNG files",
-    "watch": "follow a run live; prints plain lines if the output is not a terminal",
+    "watch": "follow a run until it ends; print plain lines if the output is not a terminal",
 }
 
 # Our options begin with two dashes, so a word with one is a value, such as `-3e-4`. Left alone,

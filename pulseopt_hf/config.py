@@ -36,12 +36,12 @@ class PulseOptKnobs:
 
     lr_candidates: list[float] = knob(
         [1.0],
-        "Learning-rate multipliers to choose from; each > 0. One value is a constant.",
+        "Learning-rate multipliers to choose from, each > 0. A single value is constant.",
     )
     noise_candidates: list[float] = knob(
         [0.0],
-        "Gradient-noise levels to choose from; each >= 0, in the unit that `noise_mode` sets. "
-        "One value is a constant.",
+        "Gradient-noise levels to choose from, each >= 0, in the unit of `noise_mode`. A single "
+        "value is constant.",
     )
     noise_mode: Literal["absolute", "relative"] = knob(
         "absolute",
@@ -50,22 +50,22 @@ class PulseOptKnobs:
     )
     episode_length: int | None = knob(
         None,
-        "Optimizer steps in an episode, >= 1. Unset, Trainer derives it from the length of the "
-        "run: 10 episodes for every arm, within 5 to 100 steps.",
+        "Optimizer steps in an episode, >= 1. If unset, Trainer derives it from the length of the "
+        "run: 10 episodes per arm, of 5 to 100 steps.",
     )
     calibration: Literal["auto", "trust_region", "off"] = knob(
         "auto",
-        "`trust_region` finds the LR in the first steps of training: single trial steps, each put "
-        "back, show how large a step may be before what the model computes or the weights move "
-        "too far. It needs 50 optimizer steps and, in host memory while it lasts, a copy of the "
-        "trained parameters. `auto` does the same but for optimizers that find their own LR, "
-        "searches over `learning_rate`, and Trainers that optimise a preference or a reward; the "
-        "log says why. `off` takes the LR that was set.",
+        "`trust_region` finds the LR in the first steps of training. Trial steps, each undone, "
+        "show how large a step may be before it moves what the model computes or the weights too "
+        "far. The run must have at least 50 optimizer steps. While calibration lasts, a copy of "
+        "the trained parameters is in host memory. `auto` does the same, but leaves out optimizers "
+        "that find their own LR, searches over `learning_rate`, and Trainers that optimise a "
+        "preference or a reward; the log says why. `off` keeps the LR that was set.",
     )
     control_mode: Literal["adaptive", "random"] = knob(
         "adaptive",
-        "`adaptive` learns which arms to play; `random` plays them all alike, as the control for "
-        "a comparison.",
+        "`adaptive` learns which arms to play. `random` plays them at random, as the control of a "
+        "comparison.",
     )
     bandit: Literal["scaled_ucb", "conservative_ucb", "discounted_ucb"] = knob(
         "scaled_ucb",
@@ -77,29 +77,30 @@ class PulseOptKnobs:
     )
     reward: Literal["slope", "smoothed"] = knob(
         "slope",
-        "By how much of itself the loss fell in an episode. `slope`: along the straight line that "
-        "fits all its losses best. `smoothed`: from its first loss to the smoothed last one, by "
-        "logarithms (published).",
+        "How the share by which the loss fell in an episode is measured. `slope`: along the "
+        "straight line that fits all losses of the episode best. `smoothed`: from its first loss "
+        "to its smoothed last loss, by logarithms (published).",
     )
     structured_control_mode: Literal["independent", "conditional"] = knob(
         "independent",
-        "`independent`: one bandit for noise. `conditional`: one for each LR multiplier.",
+        "`independent`: one bandit chooses the noise. `conditional`: there is one for each LR "
+        "multiplier.",
     )
     context_mode: Literal["none", "trend"] = knob(
         "none",
-        "`trend` keeps separate bandits for a loss that is improving, stable or worsening.",
+        "`trend` uses separate bandits while the loss is improving, stable or worsening.",
     )
     context_trend_window: int = knob(
-        3, "Episode-end losses that the trend is read from, 1 to 1024."
+        3, "Number of episode-end losses that give the trend, 1 to 1024."
     )
     context_trend_epsilon: float = knob(
-        1e-3, "Mean step of the loss from episode to episode that still counts as stable, >= 0."
+        1e-3, "Mean change of the loss per episode that still counts as stable, >= 0."
     )
     reward_instability_lambda: float = knob(
-        0.0, "Weight of the penalty for losses that vary within an episode, >= 0."
+        0.0, "Weight of the penalty on losses that vary within an episode, >= 0."
     )
     reward_epsilon: float = knob(
-        1e-8, "Added to a loss before anything is divided by it, or its logarithm taken, > 0."
+        1e-8, "Added to a loss before a division by it or its logarithm, > 0."
     )
     reward_clip_min: float = knob(-1.0, "Lowest reward; below `reward_clip_max`.")
     reward_clip_max: float = knob(1.0, "Highest reward; above `reward_clip_min`.")
@@ -108,42 +109,47 @@ class PulseOptKnobs:
     )
     nonfinite: Literal["skip", "raise"] = knob(
         "skip",
-        "What a NaN or infinite loss or gradient does: `skip` leaves out the optimizer step, "
+        "What happens at a NaN or infinite loss or gradient: `skip` skips the optimizer step, "
         "`raise` ends the run with a ValueError.",
     )
     max_consecutive_skips: int = knob(
-        50, "Optimizer steps skipped in a row that end the run with an error, >= 1."
+        50, "Number of skipped steps in a row that ends the run with an error, >= 1."
     )
     divergence: Literal["off", "cut", "rollback"] = knob(
         "off",
-        "What happens to an episode whose loss explodes or is not finite any more: `cut` ends it "
-        "with the lowest reward; `rollback` also puts parameters and optimizer state back to its "
-        "start, from a copy in host memory. Such episodes say so under `episode_outcomes`.",
+        "What happens to an episode whose loss explodes or is no longer finite: `cut` ends it with "
+        "the lowest reward; `rollback` also restores parameters and optimizer state from the start "
+        "of the episode, of which it keeps a copy in host memory. The log key `episode_outcomes` "
+        "marks such episodes.",
     )
     divergence_factor: float = knob(
         2.0,
-        "How many times the loss that the last sound episode ended with counts as an explosion, "
-        "> 1.",
+        "An explosion is a loss this many times as high as that at the end of the last sound "
+        "episode, > 1.",
     )
     log_update_norm: bool = knob(
         False,
-        "Measure how far each step moves the parameters, for the log key `mean_update_norms`. "
-        "Exact up to 4 million parameters, estimated from as many beyond.",
+        "Measure how far each step moves the parameters, for the log key `mean_update_norms`. It "
+        "is exact up to 4 million parameters; larger models are estimated from a sample of that "
+        "size.",
     )
 
 
 @dataclass
 class PulseOptConfig(PulseOptKnobs):
-    """The settings of one AEES controller. Bad values raise `ValueError`, all of them at once.
+    """The settings of calibration and arms.
 
-    `PulseOptConfig()` holds the recommended settings, `PulseOptConfig.published()` those of the
-    PyPI package `pulseopt`.
+    `PulseOptConfig()` has the recommended settings, `PulseOptConfig.published()` those of the PyPI
+    package `pulseopt`.
+
+    Raises:
+        ValueError: one or more values are out of range; the message has a line for each.
     """
 
     seed: int | None = knob(
         None,
-        "Seed of the bandits and of the gradient noise, >= 0. Unset, Trainer uses its own `seed`, "
-        "and `AEES` draws one from the operating system.",
+        "Seed of the bandits and of the gradient noise, >= 0. If unset, Trainer uses its own "
+        "`seed`, and `AEES` draws one from the operating system.",
     )
 
     def __post_init__(self) -> None:
@@ -156,9 +162,13 @@ class PulseOptConfig(PulseOptKnobs):
 
     @classmethod
     def published(cls, **overrides: Any) -> PulseOptConfig:
-        """Return the method as `pulseopt` 0.3.0 runs it, bit for bit, with its defaults.
+        """Return the settings with which the method equals `pulseopt` 0.3.0, bit for bit.
 
-        Those defaults hold both axes constant: name `lr_candidates` or `noise_candidates`.
+        These have a single arm, as `pulseopt` does by default. Pass `lr_candidates` or
+        `noise_candidates` to have several.
+
+        Args:
+            **overrides: knobs that differ from those of `pulseopt`.
         """
         defaults: dict[str, Any] = {
             "calibration": "off",
@@ -170,13 +180,13 @@ class PulseOptConfig(PulseOptKnobs):
 
     @classmethod
     def of_knobs(cls, knobs: PulseOptKnobs) -> PulseOptConfig:
-        """Take the knobs out of a set of training arguments; their seed stays theirs."""
+        """Return the knobs of training arguments as a config, without their seed."""
         names = [field.name for field in dataclasses.fields(PulseOptKnobs)]
         return cls(**{name: getattr(knobs, name) for name in names})
 
     @property
     def arms(self) -> int:
-        """Number of arms that the bandits can tell apart: LR multipliers times noise levels."""
+        """Number of arms: LR multipliers times noise levels."""
         return len(self.lr_candidates) * len(self.noise_candidates)
 
     def idle_knobs(self) -> list[str]:
@@ -188,11 +198,11 @@ class PulseOptConfig(PulseOptKnobs):
         return [name for name in names if getattr(self, name) != getattr(default, name)]
 
     def for_run(self, max_steps: int, seed: int) -> PulseOptConfig:
-        """Return these settings with all that depends on the run filled in.
+        """Return these settings with what depends on the run filled in: episode length and seed.
 
         Args:
             max_steps: optimizer steps of the run, >= 1.
-            seed: the run's seed, for settings without their own.
+            seed: the run's seed, used where these settings have none.
 
         Raises:
             ValueError: an episode is longer than the run.

@@ -1,10 +1,9 @@
-"""A first run with nothing to download: `python -m pulseopt_hf.quickstart`.
+"""A first run that downloads nothing: `python -m pulseopt_hf.quickstart`.
 
-Runs a recipe on the text that ships with CPython, with a calibrated learning rate and three arms,
-and then once more at the learning rate that was set. `quickstart/lm` trains a small GPT from
-scratch. With the extras `[demo]` and `[recipes]`, `quickstart/order` fine-tunes the pretrained
-MiniLM to spot sentences whose words were displaced. Either takes about two minutes on two idle CPU
-cores.
+It runs a recipe on text that ships with CPython, with a calibrated learning rate and three arms,
+and then again at the learning rate that was set. `quickstart/lm` trains a small GPT from scratch.
+With the extras `[demo]` and `[recipes]`, `quickstart/order` fine-tunes the pretrained MiniLM to
+spot sentences whose words were displaced. Either takes about two minutes on two idle CPU cores.
 """
 
 from __future__ import annotations

@@ -43,16 +43,16 @@ NOT_FINITE = 1e9  # stands for a movement that is NaN or infinite
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: an optimizer step that was measured and put back.
+    """One trial: an optimizer step that was measured and undone.
 
     Attributes:
-        learning_rate: its LR, of the parameter group whose LR is highest.
-        movement: how far it moved what the model computes, in units of what dropout of a tenth
+        learning_rate: its LR, in the parameter group with the highest LR.
+        movement: how far it moved what the model computes, as a multiple of what 10 % dropout
             does; see `pulseopt_hf.optim.movement`. At most `NOT_FINITE`, which stands for NaN and
             infinity.
-        weight_movement: norm of the change of the weight matrices over their norm; 0 where unknown.
-        own_batch: whether the outputs are those of the batch that the step was taken on. Such a
-            trial overstates the movement, and only guides the search.
+        weight_movement: norm of the change of the weight matrices over their norm; 0 if unknown.
+        own_batch: whether the movement was measured on the batch of the step itself. Such a trial
+            overstates the movement and only guides the search.
         step: global step.
     """
 
@@ -75,16 +75,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a calibration. The latest one counts: a net may take back what was found.
+    """The result of a calibration. The latest one counts: the safety net may revoke an LR.
 
     Attributes:
         set_lr: the LR that was set: the highest peak of all parameter groups.
-        learning_rate: the one that is used instead, or `set_lr` again.
-        limited_by: what keeps it from being higher: `outputs` or `weights`; `None` for `set_lr`.
-        reason: why it is `set_lr`, or `None`.
-        step: global step in which that was decided.
-        divisor: of what moves a model to its radius, for repeated passes over the data; below one
-            for the layers of a new model.
+        learning_rate: the LR that is used; `set_lr` if none was found.
+        limited_by: why the LR is not higher: `outputs` or `weights`; `None` if none was found.
+        reason: why none was found, or `None`.
+        step: global step of the decision.
+        divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
+            below 1 for a new model with many layers.
     """
 
     set_lr: float

@@ -25,15 +25,15 @@ class EpisodeRecord:
         end_loss: last step loss.
         ema_start: first smoothed loss.
         ema_end: last smoothed loss.
-        reward_base: how far the loss fell, as a share of itself.
+        reward_base: the share by which the loss fell.
         reward_instability: squared coefficient of variation of the step losses.
         reward_penalty: what the instability cost.
-        reward_unclipped: base less penalty.
+        reward_unclipped: `reward_base` minus `reward_penalty`.
         reward: what the bandits received.
-        update_norm: mean L2 norm of the parameters' change in a step, or `None` where not measured.
-        context: trend of the loss in which the arm was chosen, or `None` without a context.
-        outcome: what the divergence guard did to it, or `None` for a sound episode.
-        learning_rate: effective LR of its last step, or `None` where it is not known.
+        update_norm: mean L2 norm of the parameters' change in a step; `None` if not measured.
+        context: trend of the loss when the arm was chosen; `None` without a context.
+        outcome: what the divergence guard did to it; `None` for a sound episode.
+        learning_rate: effective LR of its last step; `None` if unknown.
     """
 
     lr_index: int

@@ -49,13 +49,13 @@ def kept_numbers(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ArmTotals:
-    """How often an arm was played, for how many steps, and how its rewards were.
+    """How often an arm was played, for how many steps, and its rewards.
 
     Attributes:
         lr_multiplier: the LR multiplier.
         noise_std: the noise level.
-        plays: episodes.
-        steps: optimizer steps.
+        plays: number of episodes.
+        steps: number of optimizer steps.
         mean: mean reward.
         squares: sum of the squared distances of the rewards from their mean.
         lowest: lowest reward.

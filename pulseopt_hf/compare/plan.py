@@ -95,27 +95,27 @@ def plan_of(words: Sequence[str]) -> Plan:
     parser = Parser("compare", takes_recipe=True)
     parser.add_argument(
         "--methods",
-        help=f"some of those below, separated by commas; by default {SHORT['methods']}",
+        help=f"methods from the list below, separated by commas; by default {SHORT['methods']}",
     )
     parser.add_argument(
         "--learning_rates",
-        help="base LRs, separated by commas; by default the recipe's, times "
+        help="base LRs, separated by commas; by default the recipe's LR times "
         + ", ".join(f"{factor:g}" for factor in FACTORS),
     )
-    parser.add_argument("--seeds", help=f"separated by commas; by default {SHORT['seeds']}")
+    parser.add_argument("--seeds", help=f"seeds, separated by commas; by default {SHORT['seeds']}")
     parser.add_argument(
-        "--steps", type=int, help=f"optimizer steps of a run; by default {SHORT['steps']}"
+        "--steps", type=int, help=f"optimizer steps per run; by default {SHORT['steps']}"
     )
     parser.add_argument(
         "--thorough",
         action="store_true",
-        help=f"takes hours: by default the methods {THOROUGH['methods']}, half decades of base LRs "
-        f"from 1e-5 to 1e-2, the seeds {THOROUGH['seeds']}, and {THOROUGH['steps']} steps",
+        help=f"longer runs, for hours: the methods {THOROUGH['methods']}, half decades of "
+        f"base LRs from 1e-5 to 1e-2, the seeds {THOROUGH['seeds']}, and {THOROUGH['steps']} steps",
     )
     parser.add_argument(
         "--out",
-        help="folder of the results, by default runs/compare-RECIPE; a run whose result is there "
-        "is not repeated",
+        help="folder for the results, by default runs/compare-RECIPE; runs with a result there are "
+        "not repeated",
     )
     shown = "".join(f"\n  {name:<15}{method.about}" for name, method in METHODS.items())
     parser.epilog = f"methods:{shown}\n\n{parser.epilog}"

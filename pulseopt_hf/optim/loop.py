@@ -31,12 +31,12 @@ _DEFAULTS = PulseOptConfig.published(nonfinite="raise")
 
 @takes_knobs(_DEFAULTS)
 class AEES(EpisodicSteps):
-    """Adaptive Episodic Exploration Scheduling round a torch optimizer.
+    """Adaptive Episodic Exploration Scheduling for a torch optimizer.
 
-    Training is cut into episodes of `episode_length` optimizer steps. Each runs with one arm, a
-    learning-rate multiplier and a gradient-noise level, and is rewarded by how far the loss fell;
-    a bandit chooses the next. The method and the defaults are those of the PyPI package
-    `pulseopt`, whose `AEES` this replaces without a change to the loop:
+    Training is cut into episodes of `episode_length` optimizer steps. Each episode runs with one
+    arm: a learning-rate multiplier and a gradient-noise level. Its reward is how far the loss fell,
+    and a bandit chooses the next arm. The method and the defaults are those of the PyPI package
+    `pulseopt`, and its loops run without a change:
 
         aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], lr_scheduler=scheduler, seed=0)
         for step, batch in enumerate(batches):
@@ -47,26 +47,27 @@ class AEES(EpisodicSteps):
             aees.step_end(loss)  # steps the optimizer and the scheduler
         aees.finalize()
 
-    Under Accelerate, pass the prepared optimizer and scheduler: while gradients accumulate,
-    `step_end` only notes the loss, and an optimizer step counts the mean of its micro-batches.
-    Under `torch.distributed` all ranks run the arms that rank 0 chooses by the mean loss.
+    Under Accelerate, pass the prepared optimizer and scheduler. While gradients accumulate,
+    `step_end` only records the loss; an optimizer step has the mean loss of its micro-batches.
+    Under `torch.distributed`, rank 0 chooses each arm from the mean loss, and all ranks run it.
 
     Args:
         optimizer: the optimizer, wrapped by Accelerate or not.
         lr_scheduler: stepped after every optimizer step, if given.
-        model: the model as the loop calls it, for the calibration, which replays its first calls.
-        passes: of the loop over its data, for the calibration, > 0. Several lower the LR of a
-            pretrained model.
-        distributed: whether ranks agree, where `torch.distributed` runs; `False` leaves each to
-            itself.
+        model: the model as the loop calls it. Calibration needs it, and replays its first calls.
+        passes: number of passes of the loop over its data, > 0. With several, calibration lowers
+            the LR of a pretrained model with a new head.
+        distributed: whether ranks agree on arms under `torch.distributed`. `False` lets each rank
+            decide by itself.
         **knobs: those of `PulseOptConfig`, with the defaults of `PulseOptConfig.published()` and
-            `nonfinite="raise"`. `calibration` needs `model`. `nonfinite` reads each loss from the
-            device, whatever it is set to. Resumed amid an episode, `divergence="rollback"` goes
-            back to where it was resumed, since `state_dict` holds no parameters.
+            `nonfinite="raise"`. `calibration` needs `model`. Whatever `nonfinite` is, each loss is
+            read from the device. If you resume in the middle of an episode,
+            `divergence="rollback"` goes back to where you resumed, because `state_dict` holds no
+            parameters.
 
     Attributes:
-        listeners: each is called with a `NumberedTrial`, an `Outcome` or a `NumberedEpisode` of
-            `pulseopt_hf.aees.record_format`, as soon as there is one.
+        listeners: functions that are called with each new `NumberedTrial`, `Outcome` or
+            `NumberedEpisode` of `pulseopt_hf.aees.record_format`.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or there is no such knob.
@@ -113,7 +114,7 @@ class AEES(EpisodicSteps):
     ) -> AEES:
         """Create from a config instead of single knobs; its `episode_length` must be set.
 
-        `engine` are further arguments of `EpisodicSteps`, for a loop round an engine.
+        `engine` holds further arguments of `EpisodicSteps`, for a loop around an engine.
         """
         self = cls.__new__(cls)
         self._set_up(optimizer, config, lr_scheduler, **engine)
@@ -131,15 +132,14 @@ class AEES(EpisodicSteps):
         self._forget_micro_batches()
 
     def step_end(self, loss: float | Tensor) -> None:
-        """End a step: step the optimizer under the arm and the scheduler after it.
+        """End a step: step the optimizer with the arm, then the scheduler.
 
         Args:
-            loss: the loss that was back-propagated, shape (), before any division for gradient
+            loss: the loss of the backward pass, shape (), before any division for gradient
                 accumulation.
 
         Raises:
-            RuntimeError: `step_start` was not called before, or too many steps were skipped in a
-                row.
+            RuntimeError: `step_start` was not called, or too many steps were skipped in a row.
             ValueError: the loss is not finite and `nonfinite` is `raise`. The step stays open.
         """
         self._require_open_step()
@@ -165,12 +165,12 @@ class AEES(EpisodicSteps):
             self._scheduler.step()
 
     def get_logs(self) -> dict[str, list[Any]]:
-        """Return the closed episodes, one item each under the log keys of `pulseopt`.
+        """Return the closed episodes: under each log key of `pulseopt`, one item per episode.
 
-        `mean_update_norms` holds `None` unless `log_update_norm` is on; `context_buckets` is there
-        where a context is in use, and `calibration_trials` where the LR is calibrated (as `Trial`
-        describes them). Losses are means over ranks. Of more than 5,119 episodes it has the newest
-        1,024 at least, and some of those before.
+        `mean_update_norms` holds `None` unless `log_update_norm` is on. `context_buckets` is only
+        there with `context_mode`, and `calibration_trials` only with calibration; `Trial` describes
+        its items. Losses are means over ranks. Beyond 5,119 episodes, the logs hold at least the
+        newest 1,024 and a selection of the older ones.
         """
         logs = self.controller.logs()
         if self.calibrator is not None:
@@ -179,7 +179,7 @@ class AEES(EpisodicSteps):
         return logs
 
     def abandon(self) -> None:
-        """Forget the open step, which will not be taken, and the micro-batches it had."""
+        """Drop the open step, which will not be taken, and its micro-batches."""
         super().abandon()
         self._forget_micro_batches()
 

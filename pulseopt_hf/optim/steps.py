@@ -125,17 +125,17 @@ class EpisodicSteps:
         return self._episodes.controller
 
     def step_start(self, global_step: int) -> Arm:
-        """Begin an optimizer step, or a micro-batch of one; opens an episode where none is open.
+        """Begin an optimizer step or one of its micro-batches; open an episode if none is open.
 
         Args:
-            global_step: number of the step in the run, >= 0; it only goes into the record.
+            global_step: number of the step in the run, >= 0; only the record uses it.
 
         Returns:
-            The arm that the step will run under, which is `current_candidate` until `step_end`.
+            The arm of the step; it is also `current_candidate` until `step_end`.
 
         Raises:
             ValueError: `global_step` is not a whole number >= 0.
-            RuntimeError: the step before was not ended.
+            RuntimeError: the previous step was not ended.
         """
         if isinstance(global_step, bool) or not isinstance(global_step, int) or global_step < 0:
             raise ValueError(f"`global_step` must be a whole number >= 0, got {global_step!r}.")
@@ -294,9 +294,9 @@ class EpisodicSteps:
 
     @property
     def learning_rate(self) -> float | None:
-        """Effective LR of the first parameter group in the last step, or `None` before it.
+        """Effective LR of the first parameter group in the last step; `None` before any step.
 
-        Reads the device where the LR is a tensor.
+        Reads the device if the LR is a tensor.
         """
         return self._hooks.learning_rate
 
@@ -332,7 +332,7 @@ class EpisodicSteps:
             self._episodes.load(folder / _episode_file(rank))
 
     def state_dict(self) -> StateDict:
-        """Return everything that later arms depend on, as JSON, also amid an episode.
+        """Return all that later arms depend on, as JSON, also in the middle of an episode.
 
         Under `torch.distributed` every rank must call it, unless `agree` was called before.
         """
@@ -352,8 +352,8 @@ class EpisodicSteps:
         """Continue from `state_dict()`; nothing is changed if this raises.
 
         Raises:
-            StateError: the state is damaged, of another version, or of other settings, which the
-                message names with both values.
+            StateError: the state is damaged, or of another version, or of other settings. The
+                message names settings that differ, with both values.
         """
         steps = field(state, "optimizer_steps", integer)
         skipped = field(state, "skipped_steps", integer)

@@ -23,15 +23,15 @@ class Suggestion:
     """What `find_learning_rate` found.
 
     Attributes:
-        learning_rate: what to train with; the LR that was set where nothing was found.
-        limited_by: what keeps it from being higher: `outputs` (one step would change too much of
-            what the model computes) or `weights`; `None` where nothing was found.
-        trials: the steps that were tried, see `Trial`.
+        learning_rate: the LR to train with, or the LR that was set if nothing was found.
+        limited_by: why it is not higher: one step would move the `outputs`, which are what the
+            model computes, or the `weights` too far. `None` if nothing was found.
+        trials: the trial steps, see `Trial`.
         set_lr: the LR that was set.
         reason: why nothing was found, or `None`.
-        divisor: of what moves the model to its radius, for repeated passes over the data; below
-            one for the layers of a new model.
-        replayed_rows: rows that went forward, without gradient, to measure the trials.
+        divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
+            below 1 for a new model with many layers.
+        replayed_rows: rows of the forward passes without gradient that measured the trials.
     """
 
     learning_rate: float
@@ -54,7 +54,7 @@ class Suggestion:
         return cls(found, limit, search.trials, search.set_lr, outcome.reason, divisor, rows)
 
     def plot(self) -> Any:
-        """Return the picture of the trials, as in the report: an Altair chart.
+        """Return the report's chart of the trials, an Altair chart.
 
         Raises:
             ImportError: the extra `report` is not installed.

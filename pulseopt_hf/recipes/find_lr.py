@@ -128,7 +128,7 @@ def _advice(suggestion: Suggestion, shown: str) -> list[str]:
     return [
         "A step may move the outputs, which are what the model computes, at most "
         f"{OUTPUT_RADIUS:g} times as far as",
-        f"dropout of a tenth does, and the weights by at most {WEIGHT_RADIUS:.0%}. "
+        f"10% dropout does, and the weights by at most {WEIGHT_RADIUS:.0%}. "
         f"The {suggestion.limited_by} are what limits it.{divided}",
         "",
         f"To train with it, set `learning_rate: {shown}` and `calibration: off`. Without these",

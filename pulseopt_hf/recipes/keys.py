@@ -80,19 +80,20 @@ class RecipeArguments:
         None, "Pretrained model: a hub name, a folder, or `embedded:minilm` (extra [demo])."
     )
     model_revision: str = knob("main", "Branch, tag or commit of the model on the hub.")
-    model_type: str | None = knob(None, "Type of a new model to train from scratch, as `gpt2`.")
+    model_type: str | None = knob(None, "Type of a new model to train from scratch, e.g. `gpt2`.")
     model_config: dict | str | None = knob(  # type: ignore[type-arg]
-        None, "Settings of a new model that differ from its type's defaults; JSON on command lines."
+        None,
+        "Settings of a new model that differ from its type's defaults; on a command line, JSON.",
     )
     tokenizer_name: str | None = knob(
-        None, "Tokenizer, if not the model's: a hub name, a folder, or `embedded:bpe`."
+        None, "Tokenizer, if it is not the model's: a hub name, a folder, or `embedded:bpe`."
     )
     pad_token: str | None = knob(None, "Token to pad with, for a tokenizer without a pad token.")
     trust_remote_code: bool = knob(
-        False, "Run code from the model's repository; on command lines only."
+        False, "Run code from the model's repository; only on the command line."
     )
 
-    lora_r: int | None = knob(None, "Rank of LoRA matrices, >= 1; if set, only those are trained.")
+    lora_r: int | None = knob(None, "Rank of LoRA matrices, >= 1; if set, only these are trained.")
     lora_alpha: int = knob(16, "LoRA's scale, divided by the rank, >= 1.")
     lora_dropout: float = knob(0.1, "LoRA's dropout, in [0, 1).")
     lora_target_modules: list[str] = knob([], "Modules with LoRA matrices; if empty, peft chooses.")
@@ -141,7 +142,7 @@ class RecipeArguments:
 
     reward_funcs: list[str] = knob(
         [],
-        f"What `grpo` is rewarded by: {', '.join(REWARDS)}, a function as `package.module.name`, "
+        f"Reward functions of `grpo`: {', '.join(REWARDS)}, a function as `package.module.name`, "
         "or one in a local file as `rewards.py:name`.",
     )
 
@@ -150,7 +151,7 @@ class RecipeArguments:
         "Classes: accuracy, f1, matthews; regression: pearson, spearman; language models: "
         "perplexity; seq2seq: rouge.",
     )
-    prediction_files: list[str] = knob([], "Prediction files, one per test set, as `CoLA.tsv`.")
+    prediction_files: list[str] = knob([], "Prediction files, one per test set, e.g. `CoLA.tsv`.")
     predict_class_names: bool = knob(False, "Write class names, not indices, as predictions.")
 
     def __post_init__(self) -> None:
@@ -174,7 +175,7 @@ class RecipeTrainingArguments(PulseOptTrainingArguments, Seq2SeqTrainingArgument
     report_to: list[str] = knob(["none"], "Trackers that get the logs, such as tensorboard.")
     save_total_limit: int | None = knob(2, "Number of checkpoints to keep, >= 1.")
     dataloader_pin_memory: bool | None = knob(  # type: ignore[assignment]
-        None, "Pin batches in memory; if unset, where there is an accelerator."
+        None, "Pin batches in memory; if unset, this follows from whether there is an accelerator."
     )
 
     def __post_init__(self) -> None:

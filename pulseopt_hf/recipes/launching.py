@@ -15,9 +15,9 @@ from pulseopt_hf.recipes import catalogue
 _MARK = "PULSEOPT_HF_LAUNCHED"  # set in the processes that a command has started
 _GRACE = 600  # seconds for the processes to end after a signal
 _OPTIONS = {  # of `accelerate launch`, each with its help
-    "num_processes": "processes on all machines; without a profile, that of `ddp` is used",
-    "num_machines": "machines; the same command is run on each",
-    "machine_rank": "number of this machine, from 0",
+    "num_processes": "number of processes on all machines; the default profile is `ddp`",
+    "num_machines": "number of machines; run the same command on each",
+    "machine_rank": "rank of this machine, from 0",
     "main_process_ip": "address of machine 0",
     "main_process_port": "free port of machine 0",
 }
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate_config",
         metavar="PROFILE",
-        help="launch with a profile: a name from `list`, such as `fsdp2`, or a YAML of Accelerate",
+        help="launch with a profile: a name from `list`, e.g. `fsdp2`, or an Accelerate YAML file",
     )
     for name, about in _OPTIONS.items():
         parser.add_argument(f"--{name}", metavar="X", help=about)

@@ -33,6 +33,7 @@ class Plot:
     wide: bool = True  # whether it takes the whole width of a page
     legend: Sequence[str] = ()  # what stands in it
     zoomed: Sequence[str] = ()  # names of the views in which dragging and the wheel move the steps
+    controls: Sequence[str] = ()  # what a page lets a reader do to the first panel: smooth, log
 
     @property
     def columns(self) -> int:
@@ -68,13 +69,18 @@ class Plot:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over steps that share an axis, by name; `dots` marks their points."""
+    """Curves over steps that share an axis, by name.
+
+    `dots` marks the points of some. A reader of a page may smooth the others of a panel that is
+    `adjustable`.
+    """
 
     title: str
     curves: Mapping[str, Series]
     height: int = 120
     log: bool = False
     dots: Sequence[str] = ()
+    adjustable: bool = False
 
 
 def curves(
@@ -125,8 +131,12 @@ def curves(
         width = WIDE if wide else NARROW
         charts.append(alt.layer(*layers).properties(width=width, height=panel.height))
     zoomed = [f"curves-{index}" for index in range(len(panels))]
+    controls = []
+    if panels[0].adjustable:
+        is_positive = all(row["value"] > 0 for row in rows["panel-0"])
+        controls = ["smooth", "log"] if is_positive else ["smooth"]
     shown = [*([] if behind is None else behind.legend), *names]
-    return Plot(name, title, text, charts, rows, wide, shown, zoomed)
+    return Plot(name, title, text, charts, rows, wide, shown, zoomed, controls)
 
 
 def _rows(panel: Panel) -> list[dict[str, Any]]:

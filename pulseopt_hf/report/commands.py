@@ -13,7 +13,7 @@ from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_data import RunData
 
 PAGE, PICTURES = "report.html", "plots"
-_PLACE = "; by default {} in the run's folder, or in the working folder for several runs"
+_PLACE = "; by default {} in the run's folder, or in the current folder for several runs"
 
 
 def report(words: Sequence[str]) -> Path:

@@ -64,6 +64,8 @@ def theme(*, dark: bool = False) -> dict[str, Any]:
         | {"layout": {"top": {"direction": "vertical", "anchor": "start", "margin": 4}}},
         "title": {"color": page["ink"], "anchor": "start", "fontSize": 14},
         "text": {"color": page["ink"]},
+        # Behind a label, so that no line runs through it.
+        "style": {"halo": {"stroke": page["card"], "strokeWidth": 5, "strokeJoin": "round"}},
         "rule": {"color": page["soft"]},
         "range": {"category": CURVES_ON_DARK if dark else CURVES},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ _STAR = (
 )
 _MARKS = ("triangle-up", "square", "cross", "diamond")
 _LONGEST_TICKS = 30  # letters that stand side by side below a narrow chart
+_HEIGHT, _ROOM, _FOUND_AT, _SET_AT = 300, 60, 258, 290  # pixels; labels of LRs are in the room
 
 
 def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
@@ -44,7 +46,8 @@ def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
     def panel(title: str, height: int, series: Callable[[RunData], Series]) -> Panel:
         own = {title if one else n: series(r) for n, r in zip(names, runs, strict=True)}
         dots = own if title in metrics.values() else ()
-        return Panel(title, own, height, title == "learning rate", tuple(dots))
+        is_lr, is_loss = title == "learning rate", title == "training loss"
+        return Panel(title, own, height, is_lr, tuple(dots), adjustable=is_loss)
 
     def logged(key: str, title: str, height: int) -> Panel:
         return panel(title, height, lambda run: run.series(key))
@@ -122,10 +125,10 @@ def trials_plot(
     data: dict[str, Rows] = {"trials": points, "limit": [{"share": 1.0, "label": "the limit"}]}
     rates: list[dict[str, Any]] = []
     if set_lr > 0:
-        rates.append({"rate": rounded(set_lr), "label": f"set: {set_lr:.3g}", "top": 268})
+        rates.append({"rate": rounded(set_lr), "label": f"set: {set_lr:.3g}", "top": _SET_AT})
     if found is not None and limited_by is not None:
-        label = f"found: {found:.3g}, limited by the {limited_by}"
-        rates.append({"rate": rounded(found), "label": label, "top": 250, "found": True})
+        label = f"found: {found:.3g}\nlimited by the {limited_by}"
+        rates.append({"rate": rounded(found), "label": label, "top": _FOUND_AT, "found": True})
         lowest = min([found, *(trial.learning_rate for trial in trials)])
         highest = found * divisor
         data["star"] = [{"rate": rounded(found), "share": rounded(1.0 / divisor)}]
@@ -133,11 +136,15 @@ def trials_plot(
             {"rate": rounded(r), "share": rounded(r / highest), "measure": f"{limited_by} moved"}
             for r in (lowest, max(found, highest))  # movements grow in proportion to the LR
         ]
-    data["rates"] = rates
+    all_rates = [row["rate"] for row in [*points, *rates, *data.get("line", [])]]
+    middle = math.sqrt(min(all_rates) * max(all_rates)) if all_rates else 1.0
+    data["rates"] = [{**row, "left": row["rate"] > middle} for row in rates]
     labels = [f"{measure} moved" for measure in _MEASURES]
     shapes = alt.Scale(domain=labels, range=[shape for _, _, shape in _MEASURES.values()])
-    x_axis = log_axis([row["rate"] for row in [*points, *rates, *data.get("line", [])]])
-    y_axis = log_axis([1.0, *(row["share"] for row in points)], "~%")
+    x_axis = log_axis(all_rates)
+    shares = [row["share"] for name in ("limit", "trials", "line") for row in data.get(name, [])]
+    y_axis = log_axis(shares, "~%")
+    y_axis["scale"] = alt.Scale(type="log", nice=False, domain=_with_room(min(shares), max(shares)))
     x = alt.X("rate:Q", title="learning rate of the trial", **x_axis)
     y = alt.Y("share:Q", title="share of what one step may move", **y_axis)
     color = alt.Color("measure:N", scale=alt.Scale(domain=labels))
@@ -150,7 +157,15 @@ def trials_plot(
         limit.mark_rule(),
         limit.mark_text(align="left", dx=4, dy=-8).encode(x=alt.value(0), text="label:N"),
         marked.mark_rule(strokeDash=[5, 4], strokeWidth=1.5),
-        marked.mark_text(align="right", dx=-5, fontWeight="bold").encode(y=top, text="label:N"),
+        *(
+            charts["rates"]
+            .transform_filter(f"datum.left === {str(left).lower()}")
+            .mark_text(align=align, dx=dx, fontWeight="bold", lineBreak="\n", style=style)
+            .encode(x=x, y=top, text="label:N")
+            for style in ("halo", "label")
+            for left, align, dx in ((True, "right", -5), (False, "left", 5))
+            if any(row["left"] is left for row in data["rates"])  # Vega warns of a view without
+        ),
         charts["trials"]
         .mark_point(filled=True, size=70, opacity=0.85)
         .encode(x=x, y=y, color=color, shape=shape, tooltip=_tips(trial_rows(trials)))
@@ -162,8 +177,15 @@ def trials_plot(
         tip.append(alt.Tooltip("share:Q", title="share of the limit", format=".0%"))
         layers.append(charts["line"].mark_line(strokeWidth=1.2).encode(x=x, y=y, color=color))
         layers.append(star.encode(x=x, y=y, tooltip=tip).properties(name="found"))
-    chart = alt.layer(*layers).properties(width=WIDE, height=280)
+    chart = alt.layer(*layers).properties(width=WIDE, height=_HEIGHT)
     return Plot("calibration", title, text, [chart], data, legend=labels)
+
+
+def _with_room(lowest: float, highest: float) -> list[float]:
+    """Return the domain of shares that leaves room for labels below the lowest."""
+    decades = max(0.5, math.log10(highest / lowest))
+    pixel = decades / (_HEIGHT - _ROOM - 12)
+    return [lowest / 10 ** (_ROOM * pixel), highest * 10 ** (12 * pixel)]
 
 
 def _movements(trials: Sequence[Trial], measure: str) -> Iterator[dict[str, Any]]:
@@ -201,7 +223,7 @@ def loss_plot(run: RunData) -> Plot | None:
         shade = _episodes(run).mark_rect(opacity=0.3).encode(x=x, x2="end:Q", fill=fill)
         behind = Plot("", "", "", [shade], {"episodes": _placed(run)}, legend=_arm_legend(run))
     panels = [
-        Panel("loss", losses, 240, dots=["evaluation loss"]),
+        Panel("loss", losses, 240, dots=["evaluation loss"], adjustable=True),
         Panel("learning rate", lrs, 120, log=True),
     ]
     return curves("loss", "Loss and learning rate", " ".join(text), panels, behind=behind)

@@ -162,7 +162,7 @@ def finding(run: RunData) -> str:
         return str(run.outcome)
     limit = f"the weights by at most {WEIGHT_RADIUS:.0%}"
     if run.outcome.limited_by == "outputs":
-        limit = f"the outputs at most {OUTPUT_RADIUS:.3g} times as far as dropout of a tenth does"
+        limit = f"the outputs at most {OUTPUT_RADIUS:.3g} times as far as 10% dropout does"
     trials = ", ".join(str(index + 1) for index in deciding_trials(run.trials))
     return (
         f"{run.outcome} One step may move {limit}. The LR follows from trials {trials} of "

@@ -11,9 +11,9 @@ from pulseopt_hf.config import PulseOptKnobs, check_knobs
 
 @dataclass
 class PulseOptTrainingArguments(PulseOptKnobs, TrainingArguments):
-    """`TrainingArguments` plus every knob of `PulseOptConfig`, flat, for YAML and command lines.
+    """`TrainingArguments` with every knob of `PulseOptConfig`, for YAML files and command lines.
 
-    The seed of the bandits and of the noise is `seed`, as for everything else in a run.
+    `seed` also seeds the bandits and the gradient noise.
     """
 
     def __post_init__(self) -> None:

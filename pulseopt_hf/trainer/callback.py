@@ -23,20 +23,21 @@ from pulseopt_hf.trainer.session import PulseSession, session_in_training
 
 
 class PulseOptCallback(TrainerCallback, ExportableState):
-    """Runs AEES in any Trainer instance, with the same steps as `PulseOptTrainer`.
+    """Makes any Trainer instance do what `PulseOptTrainer` does.
+
+    To calibrate the learning rate, pass `callbacks=[PulseOptCallback()]`. For arms, attach it:
 
         trainer = Trainer(model, args, train_dataset=data)
         PulseOptCallback(PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0])).attach(trainer)
         trainer.train()
         trainer.aees.get_logs()
 
-    To calibrate the learning rate, `callbacks=[PulseOptCallback()]` is enough. Arms need the loss
-    of each step, which no event carries: `attach` gives the instance the class that `with_pulseopt`
-    makes of its own.
+    Arms need the loss of each step, which no event of Trainer carries. So `attach` changes the
+    class of the instance to the one that `with_pulseopt` makes from it.
 
     Args:
-        config: the knobs; `None` takes them from the training arguments where those are
-            `PulseOptTrainingArguments`, and else the recommended ones.
+        config: the knobs. With `None` they come from the training arguments if these are
+            `PulseOptTrainingArguments`; otherwise they are the recommended ones.
     """
 
     def __init__(self, config: PulseOptConfig | None = None) -> None:
@@ -47,12 +48,12 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         self.saved_state: StateDict | None = None
 
     def attach(self, trainer: Trainer) -> PulseOptCallback:
-        """Connect to a Trainer, before its `train()`; adds the callback where it is not yet.
+        """Connect to a Trainer before its `train()`, and add this callback if it is missing.
 
         Raises:
             TypeError: `trainer` is not a Trainer.
             RuntimeError: it has AEES already, or it is training.
-            ValueError: its optimizer or engine cannot be adapted.
+            ValueError: its optimizer or engine is not supported.
         """
         from pulseopt_hf.trainer.mixin import PulseOptMixin, connect, with_pulseopt
 
@@ -68,7 +69,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
 
     @property
     def aees(self) -> AEES | None:
-        """The AEES of the current or latest run, or `None` before the first."""
+        """The AEES of the current or latest run, or `None` before the first run."""
         return None if self.session is None else self.session.latest
 
     def on_train_begin(

@@ -27,7 +27,7 @@ def checkpoints(folder: str | PathLike[str]) -> list[Path]:
 
 
 def newest_whole_checkpoint(folder: str | PathLike[str]) -> tuple[Path | None, list[str]]:
-    """Find what a run can go on from that was killed, filled its disk or lost files.
+    """Find the newest checkpoint that a run can resume from after a kill or a damaged save.
 
         checkpoint, passed_over = newest_whole_checkpoint(args.output_dir)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -36,8 +36,8 @@ def newest_whole_checkpoint(folder: str | PathLike[str]) -> tuple[Path | None, l
         folder: the run's `output_dir`.
 
     Returns:
-        The checkpoint of the latest step that is whole, or `None`, and a line for each later one
-        that was passed over, which says what is wrong with it.
+        The newest whole checkpoint, or `None`; and for each newer one that was passed over, a line
+        that says what is wrong with it.
     """
     passed_over: list[str] = []
     for checkpoint in checkpoints(folder):

@@ -32,7 +32,7 @@ def find_learning_rate(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     passes: float = 1.0,
 ) -> Suggestion:
-    """Find the learning rate without training: take some trial steps, and put everything back.
+    """Find the learning rate without training: take a few trial steps and undo each.
 
         suggestion = find_learning_rate(trainer)
         suggestion = find_learning_rate(
@@ -40,22 +40,27 @@ def find_learning_rate(
         )
         suggestion.learning_rate
 
-    Parameters, optimizer, scheduler, global random states and the order of the data are as before,
-    bit for bit. Batches are taken as training would take them, at most twenty. A stream that cannot
-    be begun again loses those.
+    Afterwards, parameters, optimizer, scheduler, global random states and the order of the data are
+    as before, bit for bit. The search takes at most twenty batches, in the order of training. A
+    stream that cannot restart loses them.
 
     Args:
-        trainer: any Trainer, ours or not, before or after training; its callbacks rest meanwhile.
-        model: for a loop of one's own, the model as the loop calls it.
-        optimizer: its optimizer, with the LR to begin from.
-        batches: what the loop iterates over.
-        loss: returns the loss of a batch, shape (); it calls the model.
-        passes: of the loop over its data. A Trainer's arguments say it.
+        trainer: any Trainer, before or after training. Its callbacks are not called.
+        model: for your own loop: the model as the loop calls it.
+        optimizer: for your own loop: the optimizer, with the LR to start from.
+        batches: for your own loop: what it iterates over.
+        loss: for your own loop: calls the model with a batch and returns the loss, shape ().
+        passes: for your own loop: its number of passes over the data. A Trainer's arguments
+            already say it.
+
+    Returns:
+        The learning rate, what limits it, and the trials.
 
     Raises:
-        TypeError: neither a Trainer nor all four of the others were given.
-        ValueError: the LR that is set is zero, or DeepSpeed's engine is used, which changes a model
-            for good.
+        TypeError: neither a Trainer nor all of `model`, `optimizer`, `batches` and `loss` are
+            given.
+        ValueError: the LR that is set is zero, the optimizer cannot be calibrated, or the Trainer
+            uses DeepSpeed, whose engine changes a model for good.
     """
     if trainer is None:
         if model is None or optimizer is None or batches is None or loss is None:

@@ -16,11 +16,13 @@ from pulseopt_hf.trainer.session import PulseSession
 
 
 class PulseOptMixin:
-    """Stands before a Trainer class in the bases; calibrates the LR and trains in episodes.
+    """Makes a Trainer calibrate its LR and train in episodes; put it before the Trainer class.
+
+        class MyPulseOptTrainer(PulseOptMixin, MyTrainer): ...
 
     Attributes:
-        aees: the AEES of the current or latest run, or `None` before the first; its `get_logs()`
-            is the record of episodes.
+        aees: the AEES of the current or latest run, or `None` before the first run. Its
+            `get_logs()` returns the episodes.
     """
 
     aees: AEES | None = None
@@ -29,14 +31,14 @@ class PulseOptMixin:
         """Create the Trainer.
 
         Args:
-            *args: the Trainer's.
-            pulse: the knobs. `None` takes them from the training arguments where those are
-                `PulseOptTrainingArguments`, and else the recommended ones.
-            **kwargs: the Trainer's.
+            *args: arguments of the Trainer.
+            pulse: the knobs. With `None` they come from the training arguments if these are
+                `PulseOptTrainingArguments`; otherwise they are the recommended ones.
+            **kwargs: arguments of the Trainer.
 
         Raises:
             TypeError: `pulse` is not a `PulseOptConfig`.
-            ValueError: the knobs were given twice, or the optimizer or engine cannot be adapted.
+            ValueError: the knobs were given twice, or the optimizer or engine is not supported.
         """
         if pulse is not None and not isinstance(pulse, PulseOptConfig):
             raise TypeError(f"`pulse` must be a PulseOptConfig, got {type(pulse).__name__}.")
@@ -44,10 +46,10 @@ class PulseOptMixin:
         connect(self, PulseOptCallback(pulse))
 
     def optimizer_step(self) -> None:
-        """Step the optimizer: the seam that Trainer lacks, called where it calls the bare step.
+        """Step the optimizer with the arm, or skip the step if it is not finite.
 
-        Override it to do something before or after, and call `super().optimizer_step()` between:
-        it skips the step if it is not finite, and else runs it under the arm.
+        Trainer has no such method. Override it to do something before or after a step, and call
+        `super().optimizer_step()` in between.
         """
         self._pulse.optimizer_step()
 
@@ -65,9 +67,9 @@ class PulseOptMixin:
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Get the batches of an optimizer step, or none once the run has taken its last step.
+        """Get the batches of an optimizer step, or none after the last step of the run.
 
-        Resumed from the checkpoint of the last step, Trainer would take another one, unless an
+        Resumed from the checkpoint of its last step, Trainer would take one more step, unless an
         epoch ends there.
         """
         trainer: Any = self
@@ -116,15 +118,17 @@ class PulseOptMixin:
 
 
 class PulseOptTrainer(PulseOptMixin, Trainer):
-    """A Trainer whose LR is calibrated and adapted in episodes; see `PulseOptMixin`."""
+    """A Trainer that finds its LR in the first steps and can play arms; see `PulseOptMixin`."""
 
 
 class PulseOptSeq2SeqTrainer(PulseOptMixin, Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose LR is calibrated and adapted in episodes; see `PulseOptMixin`."""
+    """`PulseOptTrainer` for `Seq2SeqTrainer`; see `PulseOptMixin`."""
 
 
 def with_pulseopt(trainer_class: type[Trainer]) -> type[Trainer]:
-    """Return a subclass of any Trainer class that runs AEES, the same one at every call.
+    """Return a subclass of any Trainer class that calibrates its LR and can play arms.
+
+    The same class gives the same subclass at every call:
 
         trainer = with_pulseopt(SFTTrainer)(model, pulse=PulseOptConfig(), ...)
 

@@ -87,7 +87,9 @@ def test_the_picture_is_all_that_is_written(
     lines = capsys.readouterr().out.splitlines()
     assert f"The picture is in {name}." in lines
     if name.endswith("svg"):
-        assert f"found: {lines[-1]}, limited by the" in (work / name).read_text()
+        picture = (work / name).read_text()
+        assert f"found: {lines[-1]}<" in picture
+        assert "limited by the " in picture
 
 
 def test_where_nothing_is_found_it_says_why_and_gives_the_lr_that_is_set(

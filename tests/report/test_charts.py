@@ -297,7 +297,7 @@ def test_the_lr_that_was_found_is_marked_where_its_movement_reaches_what_is_allo
     plot = found["calibration"]
     assert run.outcome is not None
     assert run.calibrated_lr is not None
-    label = f"found: {run.calibrated_lr:.3g}, limited by the {run.outcome.limited_by}"
+    label = f"found: {run.calibrated_lr:.3g}\nlimited by the {run.outcome.limited_by}"
     assert [row["label"] for row in plot.data["rates"]] == ["set: 0.0001", label]
     (star,), (first, last) = stars(plot), plot.data["line"]
     assert star["rate"] == pytest.approx(run.calibrated_lr, rel=1e-7)

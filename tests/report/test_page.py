@@ -27,7 +27,49 @@ DRAWN = """(element) => {
   walk(element.drawn.view.scenegraph().root);
   const box = element.querySelector("svg, canvas").getBoundingClientRect();
   const buttons = element.parentElement.querySelector("header").getBoundingClientRect();
-  return { marks, right: box.right, width: box.width, below: box.top - buttons.bottom };
+  const isCutOff = (text) => {
+    const { left, right, top, bottom } = text.getBoundingClientRect();
+    return left < box.left || right > box.right || top < box.top || bottom > box.bottom;
+  };
+  const cutOff = [...element.querySelectorAll("text")].filter(isCutOff);
+  return {
+    marks, right: box.right, width: box.width, below: box.top - buttons.bottom,
+    cutOff: cutOff.map((text) => text.textContent),
+  };
+}"""
+
+# Which labels of learning rates lie on a trial's mark.
+COVERED = """() => {
+  const boxes = (marks) => [...document.querySelectorAll(`#run1-calibration ${marks}`)]
+    .map((mark) => mark.getBoundingClientRect());
+  const meet = (a, b) =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const labels = boxes(".role-mark.mark-text text:not([stroke-width])");
+  const marks = boxes(".trials_marks path");
+  return [labels.length, marks.length, labels.filter((a) => marks.some((b) => meet(a, b))).length];
+}"""
+
+
+# The texts that stand out too little from what is behind them, by WCAG's ratio.
+FAINT = """() => {
+  const linear = (part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+  const light = (color) => {
+    const [red, green, blue] = color.match(/\\d+/g).map((part) => linear(Number(part)));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const behind = (element) => {
+    const color = getComputedStyle(element).backgroundColor;
+    return color === "rgba(0, 0, 0, 0)" ? behind(element.parentElement) : color;
+  };
+  const ratio = (element) => {
+    const style = getComputedStyle(element);
+    const ink = element.tagName === "text" ? style.fill : style.color;
+    const [low, high] = [light(ink), light(behind(element))].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const texts = "text:not([stroke-width]), h1, h3, p, dt, dd, button, label, figcaption, summary";
+  const all = [...document.querySelectorAll(texts)];
+  return [all.length, all.filter((one) => ratio(one) < 4.5).map((one) => one.textContent)];
 }"""
 
 
@@ -97,12 +139,15 @@ def test_every_plot_is_drawn_and_nothing_leaves_the_page(
         assert plot["right"] <= width, name
         assert plot["width"] > 250, name
         assert plot["below"] >= 0, name  # so that no legend meets the buttons
+        assert plot["cutOff"] == [], name
     assert plots["run1-loss"]["marks"]["episodes_marks"] == len(run.episodes) > 10
     assert plots["run1-reward"]["marks"]["episodes_marks"] == len(run.episodes)
     for index in (0, 1):  # training and evaluation loss, base and effective LR
         assert plots["run1-loss"]["marks"][f"curves_{index}_marks"] == 2
     assert plots["run1-calibration"]["marks"]["trials_marks"] == 2 * len(run.trials)
     assert plots["run1-calibration"]["marks"]["found_marks"] == 1
+    # The limit, the LR that was set and the one that was found, on none of the trials.
+    assert opened.page.evaluate(COVERED) == [3, 2 * len(run.trials), 0]
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     tiles = [tile.bounding_box() for tile in opened.page.query_selector_all(".facts > div")]
     right = max(tile["x"] + tile["width"] for tile in tiles)
@@ -194,6 +239,65 @@ def test_several_runs_are_compared_in_a_table_that_can_be_sorted(
     opened.page.set_viewport_size({"width": 700, "height": 1000})
     opened.page.emulate_media(media="print")
     until(opened.page, "document.documentElement.scrollWidth <= 700")
+
+
+def test_several_runs_fit_a_phone(
+    eventful: Path, calibrated: Path, page_of: Any, open_page: Open
+) -> None:
+    opened = open_page(page_of(eventful, calibrated), **PHONE)
+    page, width = opened.page, PHONE["viewport"]["width"]
+    for name, plot in drawn(opened).items():
+        assert plot["right"] <= width, name
+        assert plot["below"] >= 0, name
+        assert plot["cutOff"] == [], name
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    table = page.locator("section[aria-label=Comparison] .scroll")
+    assert table.evaluate("element => element.scrollWidth > element.clientWidth"), "is wider"
+    assert table.bounding_box()["width"] <= width
+    table.evaluate("element => element.scrollBy(200, 0)")
+    name = table.locator("tbody td").first.bounding_box()
+    assert name["x"] == pytest.approx(table.bounding_box()["x"], abs=1), "names stay in sight"
+
+
+def test_the_training_loss_can_be_smoothed_and_its_axis_be_logarithmic(
+    one_arm: Path, page_of: Any, open_page: Open
+) -> None:
+    losses = [loss for _, loss in read_run(one_arm).loss]
+    opened = open_page(page_of(one_arm))
+    page = opened.page
+    assert page.locator("[data-control]").count() == 2, "of the loss, and of nothing else"
+    faint = page.locator("#run1-loss .mark-line path[stroke-opacity='0.3']")
+    assert faint.count() == 0
+    view = "document.getElementById('run1-loss').drawn.view"
+    page.get_by_label("Smoothing").evaluate(
+        "(slider) => { slider.value = 0.9; slider.dispatchEvent(new Event('change')); }"
+    )
+    until(page, f"'smoothed' in {view}.getState({{ data: () => true }}).data")
+    rows = page.evaluate(f"{view}.data('smoothed')")
+    expected, mean, weight = [], 0.0, 0.0
+    for loss in losses:
+        mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
+        expected.append(mean / weight)
+    drawn_losses = [row["value"] for row in rows if row["name"] == "training loss"]
+    assert drawn_losses == pytest.approx(expected, rel=1e-6)
+    evaluated = [row["value"] for row in rows if row["name"] == "evaluation loss"]
+    logged = [loss for _, loss in read_run(one_arm).series("eval_loss")]
+    assert evaluated == pytest.approx(logged, rel=1e-6), "few points stay as they are"
+    assert faint.count() > 0, "what was logged is there too"
+    assert page.evaluate(f"{view}.scale('concat_0_y').type") == "linear"
+    page.get_by_label("Logarithmic axis").check()
+    until(page, f"{view}.scale('concat_0_y').type === 'log'")
+    assert page.evaluate(f"{view}.data('smoothed').length") == len(rows), "both hold at once"
+    assert opened.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_what_is_behind_it(
+    calibrated: Path, page_of: Any, open_page: Open, scheme: str
+) -> None:
+    count, faint = open_page(page_of(calibrated), color_scheme=scheme).page.evaluate(FAINT)
+    assert count > 100
+    assert faint == []
 
 
 @pytest.mark.parametrize(("button", "magic"), [("PNG", b"\x89PNG"), ("SVG", b"<svg")])

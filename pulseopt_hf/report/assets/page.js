@@ -7,23 +7,54 @@
   // What is left of a plot's width beside its axes.
   const inner = (width) => Math.max(120, width - 96);
 
+  // The running means of curves. Points that are drawn as dots are few, and stay.
+  const smoothed = (rows, factor) => {
+    const sums = {};
+    return rows.map((row) => {
+      if (row.dot) return row;
+      const sum = (sums[row.name] ??= { value: 0, weight: 0 });
+      sum.value = factor * sum.value + (1 - factor) * row.value;
+      sum.weight = factor * sum.weight + (1 - factor);
+      return { ...row, value: sum.value / sum.weight };
+    });
+  };
+
+  // Do to the first panel of a plot what the controls above it say.
+  const adjust = (figure, spec) => {
+    const [{ layer: layers }] = spec.vconcat ?? [spec];
+    const control = (name) => figure.querySelector(`[data-control=${name}]`);
+    if (control("log")?.checked) {
+      for (const y of layers.map((layer) => layer.encoding.y).filter(Boolean)) {
+        Object.assign(y, { scale: { type: "log", nice: false, padding: 10 }, axis: { tickCount: 4 } });
+      }
+    }
+    const factor = Number(control("smooth").value);
+    if (factor > 0) {
+      const index = layers.findIndex((layer) => layer.name === "curves-0");
+      const { name, ...logged } = layers[index];
+      layers[index].data = { name: "smoothed" };
+      spec.datasets.smoothed = smoothed(spec.datasets["panel-0"], factor);
+      layers.splice(index, 0, { ...logged, mark: { ...logged.mark, strokeOpacity: 0.3 } });
+    }
+  };
+
   const draw = async (name) => {
     const element = document.getElementById(name);
-    const { spec: { datasets, ...spec }, columns } = plots[name];
+    // A copy: Vega marks the rows that it takes, and controls change what is drawn.
+    const { spec, columns } = structuredClone(plots[name]);
     const theme = structuredClone(themes[dark.matches && !print.matches ? 1 : 0]);
     const width = inner(element.clientWidth);
     const entries = Math.max(1, Math.min(columns, Math.round((columns * width) / 720)));
+    theme.axisX.tickCount = Math.ceil(width / 80);
     Object.assign(theme.legend, { columns: entries, labelLimit: width / entries - 24 });
-    const fitted = spec.vconcat
-      ? { ...spec, vconcat: spec.vconcat.map((part) => ({ ...part, width })) }
-      : { ...spec, width };
-    // Vega marks the rows that it takes, so that each drawing needs its own.
-    fitted.datasets = structuredClone(datasets);
+    for (const part of spec.vconcat ?? [spec]) part.width = width;
+    const figure = element.closest("figure");
+    if (figure.querySelector("[data-control]")) adjust(figure, spec);
     element.drawn?.finalize();
-    element.drawn = await vegaEmbed(element, fitted, {
+    element.drawn = await vegaEmbed(element, spec, {
       config: theme,
       actions: false,
-      renderer: Math.max(...Object.values(datasets).map((rows) => rows.length)) > 2000 ? "canvas" : "svg",
+      renderer: Math.max(...Object.values(spec.datasets).map((rows) => rows.length)) > 2000 ? "canvas" : "svg",
       ast: true, // evaluates nothing, which the page forbids
       tooltip: { disableDefaultStyle: true },
     });
@@ -53,6 +84,11 @@
   for (const button of document.querySelectorAll("[data-save]")) {
     const name = button.closest("figure").querySelector(".canvas").id;
     button.addEventListener("click", () => save(name, button.dataset.save));
+  }
+
+  for (const control of document.querySelectorAll("[data-control]")) {
+    const name = control.closest("figure").querySelector(".canvas").id;
+    control.addEventListener("change", () => draw(name));
   }
 
   // Long tables are filled when they are opened.
