@@ -44,17 +44,11 @@ ROLES = {
 
 @dataclass(eq=False)
 class Split:
-    """The rows of one split.
-
-    Attributes:
-        rows: the rows.
-        role: `train`, `validation` or `test`.
-        origin: what an error message calls it.
-    """
+    """The rows of one split."""
 
     rows: Dataset
-    role: str
-    origin: str
+    role: str  # `train`, `validation` or `test`
+    origin: str  # what an error message calls it
 
     def values(self, column: str, convert: Callable[[Any], _Value], allowed: str) -> list[_Value]:
         """Return a column, each value converted.
@@ -76,6 +70,16 @@ class Split:
                     f"{self.origin}: row {row}: `{column}` must be {allowed}, got {value!r}."
                 ) from None
         return result
+
+    def texts(self, column: str) -> list[str]:
+        """Return a column of texts, as `values` does."""
+
+        def text(value: Any) -> str:
+            if value is None or isinstance(value, dict | list):
+                raise ValueError
+            return str(value)
+
+        return self.values(column, text, "a text")
 
 
 def need(splits: Sequence[Split], *columns: str, target: str | None = None) -> None:

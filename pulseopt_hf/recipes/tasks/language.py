@@ -13,7 +13,7 @@ from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split, need
-from pulseopt_hf.recipes.tasks.task import Task
+from pulseopt_hf.recipes.tasks import Task
 
 LONGEST_BLOCK = 1024  # tokens, unless the recipe sets `block_size`
 

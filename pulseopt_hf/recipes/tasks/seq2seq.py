@@ -9,10 +9,10 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
 from pulseopt_hf import PulseOptSeq2SeqTrainer
-from pulseopt_hf.recipes import labels, metrics, models
+from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split, need
-from pulseopt_hf.recipes.tasks.task import Task
+from pulseopt_hf.recipes.tasks import Task
 
 
 def prepare(
@@ -45,9 +45,9 @@ def prepare(
         return made
 
     def examples(split: Split) -> Dataset:
-        rows = {"text": labels.texts(split, recipe.text_column)}
+        rows = {"text": split.texts(recipe.text_column)}
         if split.role != "test":
-            rows["target"] = labels.texts(split, target)
+            rows["target"] = split.texts(target)
         return Dataset.from_dict(rows).map(tokenize, batched=True, remove_columns=list(rows))
 
     def decode(ids: Any) -> list[str]:

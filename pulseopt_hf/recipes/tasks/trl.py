@@ -20,7 +20,7 @@ from pulseopt_hf.recipes.keys import (
     RecipeTrainingArguments,
 )
 from pulseopt_hf.recipes.splits import Split, listed
-from pulseopt_hf.recipes.tasks.task import Task
+from pulseopt_hf.recipes.tasks import Task
 
 # The columns that each task reads, of which a split needs one set.
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
