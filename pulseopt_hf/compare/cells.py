@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -124,29 +123,17 @@ def _leave_the_terminal() -> None:
 @contextlib.contextmanager
 def trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
     """Make the Trainer of a cell, in a folder that goes with it, and name the recipe's metric."""
-    from pulseopt_hf.recipes.lines import Lines, quiet_libraries
+    from pulseopt_hf.recipes import running
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import make_trainer, prepare
 
     method = METHODS[cell.method]
-    settings = {
-        "learning_rate": repr(cell.learning_rate),
-        "seed": str(cell.seed),
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "load_best_model_at_end": "false",
-        "eval_on_start": "false",
-    }
-    own = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    with tempfile.TemporaryDirectory() as folder:
-        options = [*cell.options, *method.words, *own, *words, "--output_dir", folder]
-        resolved = resolve(cell.recipe, options)
-        resolved.training.max_steps = cell.steps
-        quiet_libraries(resolved, quiet=True)
-        prepared = prepare(resolved)
-        trainer: Any = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
-        assert trainer.model is not None
+    own = "--save_strategy no --logging_strategy no --load_best_model_at_end false "
+    own += f"--eval_on_start false --learning_rate {cell.learning_rate!r} --seed {cell.seed}"
+    options = [*cell.options, *method.words.split(), *own.split(), *words]
+    resolved = resolve(cell.recipe, options)
+    resolved.training.max_steps = cell.steps
+    with running.trainer_of(resolved, quiet=True) as made:
+        trainer: Any = made
         if method.trainer is not None:
             trainer = method.trainer(trainer)
         if method.optimizer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,10 +67,9 @@ def _check_picture(file: Path) -> None:
 
 
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
-    """Build the Trainer of a recipe as `train` does; return what it finds, and if it is rank 0."""
-    from pulseopt_hf.recipes.lines import Lines, quiet_libraries
+    """Ask the Trainer of a recipe; return what it finds, and whether this is rank 0."""
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import check, make_trainer, prepare
+    from pulseopt_hf.recipes.running import check, trainer_of
 
     resolved = resolve(name, keys)
     check(resolved)
@@ -82,13 +80,8 @@ def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
         raise UsageError("`resume_from_checkpoint`: `find-lr` starts where a new run does.")
     if training.learning_rate <= 0.0:
         raise UsageError("`learning_rate` must be > 0: the search starts from it.")
-    training.report_to, training.push_to_hub = [], False
-    quiet_libraries(resolved)
-    with tempfile.TemporaryDirectory() as folder:
-        training.output_dir = folder  # Trainer makes it
-        trainer = make_trainer(resolved, prepare(resolved), Lines(quiet=True, silent=True))
-        with usage_error("`find-lr`", ValueError):
-            return trainer.find_learning_rate(), trainer.is_world_process_zero()
+    with trainer_of(resolved, quiet=False) as trainer, usage_error("`find-lr`", ValueError):
+        return trainer.find_learning_rate(), trainer.is_world_process_zero()
 
 
 def _save(suggestion: Suggestion, file: Path) -> None:

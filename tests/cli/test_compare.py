@@ -18,8 +18,8 @@ import pytest
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.compare.cells import EVALUATIONS, steps_after_calibration
+from pulseopt_hf.compare.compare import plan_of
 from pulseopt_hf.compare.drawing import draw
-from pulseopt_hf.compare.plan import plan_of
 from pulseopt_hf.compare.scores import DIVERGED, score, tuned_lr
 from pulseopt_hf.compare.summary import table, verdict
 from tests.recipes.tiny import files_of
