@@ -1,14 +1,17 @@
-"""Chat data, preferences and rewards, with TRL's Trainers. TRL is imported when it is needed."""
+"""Chat data, preferences and rewards, with TRL's Trainers. Importing it needs TRL."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import trl
 
 from pulseopt_hf import PulseOptTrainer, with_pulseopt
 from pulseopt_hf.errors import UsageError, call_all, usage_error
@@ -31,17 +34,12 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class TrlTask(Task):
-    """A task whose Trainer loads the model and makes the examples itself.
-
-    Attributes:
-        name: the task.
-        settings: further arguments of the Trainer.
-    """
+    """A task whose Trainer loads the model and makes the examples itself."""
 
     name: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Trainer, besides
 
     def make_trainer(self, training: RecipeTrainingArguments) -> PulseOptTrainer:
         """Build TRL's Trainer, and keep the examples that it makes of the rows."""
@@ -65,8 +63,6 @@ def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
 ) -> Task:
     """Prepare supervised fine-tuning, DPO, a reward model or GRPO."""
-    import trl
-
     call_all(partial(_need_columns, recipe.task, training, split) for split in splits)
     settings = {"peft_config": models.lora_config(recipe)}
     if recipe.task == "grpo":
@@ -116,3 +112,22 @@ def _reward_function(name: str) -> Callable[..., Any]:
         raise UsageError(f"`reward_funcs`: `{name}` is not a function.")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+def _config(name: str) -> type:
+    """Return a config of TRL's with the knobs, and with the defaults of a run from a recipe."""
+    config = getattr(trl, name)
+    kinds = get_type_hints(config)
+    fields = [
+        (field.name, kinds[field.name], copy.copy(field))
+        for field in dataclasses.fields(config)
+        if field.name not in RecipeTrainingArguments.__annotations__
+    ]
+    made = dataclasses.make_dataclass(name, fields, bases=(RecipeTrainingArguments, config))
+    made.__module__ = __name__
+    return made
+
+
+# Trainer pickles its arguments, so their classes must be found in a module.
+CONFIGS = {task: _config(f"{name}Config") for task, name in TRL_TASKS.items()}
+globals().update({config.__name__: config for config in CONFIGS.values()})
