@@ -80,9 +80,7 @@ def result_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
 def expected_seconds(cell: Cell) -> float:
     """Return about how long a cell will take, from a few static steps and one evaluation.
 
-    Raises:
-        UsageError: the recipe cannot be run.
-        RuntimeError: the subprocess died.
+    It raises what `run_in_subprocess` does.
     """
     took = _in_subprocess(_time, replace(cell, method="static"))
     evaluations = EVALUATIONS + 2  # before training and after it
@@ -97,14 +95,11 @@ def _in_subprocess(work: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[s
     start = "spawn" if torch.cuda.is_available() else "fork"
     context = multiprocessing.get_context(start)
     with ProcessPoolExecutor(1, context, initializer=_leave_the_terminal) as pool:
-        # While it forks Python drops exceptions, and so a Ctrl-C of that moment.
-        interrupts: list[int] = []
-        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        # While it forks Python drops exceptions, so a Ctrl-C of that moment has to wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         future = pool.submit(work, cell)
         try:
-            signal.signal(signal.SIGINT, before)
-            if interrupts:
-                raise KeyboardInterrupt
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             return future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"the subprocess of the run {cell.name} died") from error
@@ -168,7 +163,7 @@ def _train(cell: Cell) -> dict[str, Any]:
     with trainer_of(cell, *evaluating) as (trainer, metric):
         training = trainer.args
         batch = training.train_batch_size * training.gradient_accumulation_steps
-        before = _evaluated(trainer, "")[1]
+        before = _values({**trainer.evaluate(), "step": 0}, metric)[1]
         if method.calibrates and training.calibration != "off" and cell.learning_rate > 0.0:
             training.max_steps = steps_after_calibration(trainer, cell.steps, batch)
         start = time.perf_counter()
@@ -179,22 +174,20 @@ def _train(cell: Cell) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
-        finished = trainer.state.global_step == training.max_steps
-        aees = getattr(trainer, "aees", None)
-        calibrator = None if aees is None else aees.calibrator
-        outcome = None if calibrator is None else calibrator.outcome
-        history = [
-            _values(entry, metric) for entry in trainer.state.log_history if "eval_loss" in entry
-        ]
+        steps, log = trainer.state.global_step, trainer.state.log_history
+        history = [_values(entry, metric) for entry in log if "eval_loss" in entry]
+        finished = steps == training.max_steps
         if finished:
-            history.append(_evaluated(trainer, metric))
+            history.append(_values({**trainer.evaluate(), "step": steps}, metric))
+        calibrator = getattr(getattr(trainer, "aees", None), "calibrator", None)
+        outcome = getattr(calibrator, "outcome", None)
         return {
             "cell": asdict(cell),
             "loss_before": before,
             "loss_after": history[-1][1] if finished else None,
             "metric": metric or None,
             "evaluations": history,
-            "steps": trainer.state.global_step,
+            "steps": steps,
             "paid_steps": cell.steps - training.max_steps,
             "lr_scale": None if outcome is None else outcome.learning_rate / outcome.set_lr,
             "seconds": round(seconds, 3),
@@ -216,10 +209,6 @@ def steps_after_calibration(trainer: Any, steps: int, batch: int) -> int:
         return steps  # too short to be calibrated
     rows: int = trainer.find_learning_rate().replayed_rows
     return max(SHORTEST_RUN, steps - math.ceil(rows / 3 / batch))
-
-
-def _evaluated(trainer: Any, metric: str) -> tuple[int, float | None, float | None]:
-    return _values({**trainer.evaluate(), "step": trainer.state.global_step}, metric)
 
 
 def _values(entry: dict[str, Any], metric: str) -> tuple[int, float | None, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -85,14 +85,14 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
                 worst=max(map(fmean, by_lr.values())),
                 harm=fmean(by_lr[best]),
                 best=fmean(excess(loss, loss_before, losses[best]) for loss, _ in bests),
-                metric=mean_of_known([last_metric(result) for result in near]),
-                best_metric=mean_of_known([metric for _, metric in bests]),
+                metric=last_metric(near),
+                best_metric=mean_of_known(metric for _, metric in bests),
                 # Against the steps of a static run: what is paid for in steps is not charged twice.
                 seconds=fmean(r["seconds"] / r["cell"]["steps"] for r in own) / seconds,
                 peak_mib=max(r["peak_mib"] for r in own),
             )
         )
-    metric = mean_of_known([last_metric(r) for r in runs_of(results, "static", best)])
+    metric = last_metric(runs_of(results, "static", best))
     return Scores(**scale, metric=results[0].get("metric"), metric_tuned=metric, scores=scores)
 
 
@@ -185,23 +185,19 @@ def counts(learning_rate: float, tuned: float) -> bool:
     return 0.99 / SPAN <= learning_rate / tuned <= SPAN * 1.01
 
 
-def mean_of_known(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not `None`, or `None` where all are."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def last_metric(result: dict[str, Any]) -> float | None:
-    """Return the recipe's metric at the end of a run, or `None` where there is none."""
-    evaluations = _evaluations(result)
-    return evaluations[-1][2] if evaluations else None
+def last_metric(results: Sequence[dict[str, Any]]) -> float | None:
+    """Return the mean of the recipe's metric at the end of runs, or `None` where there is none."""
+    return mean_of_known(r["evaluations"][-1][2] for r in results if r.get("evaluations"))
 
 
 def _best(result: dict[str, Any]) -> tuple[float | None, float | None]:
     """Return loss and metric of a run's evaluation with the lowest loss; both may be `None`."""
-    known = [(loss, metric) for _, loss, metric in _evaluations(result) if loss is not None]
+    evaluations = result.get("evaluations") or []  # runs of earlier releases have none
+    known = [(loss, metric) for _, loss, metric in evaluations if loss is not None]
     return min(known, key=lambda pair: pair[0], default=(result["loss_after"], None))
-
-
-def _evaluations(result: dict[str, Any]) -> Sequence[tuple[int, float | None, float | None]]:
-    return result.get("evaluations") or []  # runs of earlier releases have none
