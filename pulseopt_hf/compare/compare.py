@@ -118,34 +118,29 @@ class Plan:
 def plan_of(words: Sequence[str]) -> Plan:
     """Return what the command's words ask for; see `compare`."""
     parser = Parser("compare", takes_recipe=True)
+    parser.set_defaults(**(THOROUGH if "--thorough" in words else SHORT))
     listed = "separated by commas; by default"
-    rates = ", ".join(f"{factor:g}" for factor in FACTORS)
-    for flag, about_it in (
-        ("--methods", f"some of those below, {listed} {SHORT['methods']}"),
-        ("--learning_rates", f"base LRs, {listed} the recipe's, times {rates}"),
-        ("--seeds", f"{listed} {SHORT['seeds']}"),
-        (
-            "--out",
-            "folder of the results, by default runs/compare-RECIPE; a run whose result is "
-            "there is not repeated",
-        ),
-    ):
-        parser.add_argument(flag, help=about_it)
-    steps = f"optimizer steps of a run; by default {SHORT['steps']}"
-    parser.add_argument("--steps", type=int, help=steps)
+    times = ", ".join(f"{factor:g}" for factor in FACTORS)
+    parser.add_argument("--methods", help=f"some of those below, {listed} %(default)s")
+    about_lrs = f"base LRs, {listed} the recipe's, times {times}"
+    parser.add_argument("--learning_rates", help=about_lrs)
+    parser.add_argument("--seeds", help=f"{listed} %(default)s")
+    about_steps = "optimizer steps of a run; by default %(default)s"
+    parser.add_argument("--steps", type=int, help=about_steps)
+    about_thorough = (
+        f"takes hours: by default the methods {THOROUGH['methods']}, half decades of base LRs "
+        f"from 1e-5 to 1e-2, the seeds {THOROUGH['seeds']}, and {THOROUGH['steps']} steps"
+    )
+    parser.add_argument("--thorough", action="store_true", help=about_thorough)
     parser.add_argument(
-        "--thorough",
-        action="store_true",
-        help=f"takes hours: by default the methods {THOROUGH['methods']}, half decades of base LRs "
-        f"from 1e-5 to 1e-2, the seeds {THOROUGH['seeds']}, and {THOROUGH['steps']} steps",
+        "--out",
+        help="folder of the results, by default runs/compare-RECIPE; a run whose result is there "
+        "is not repeated",
     )
     shown = "".join(f"\n  {name:<15}{method.about}" for name, method in METHODS.items())
     parser.epilog = f"methods:{shown}\n\n{parser.epilog}"
     options, rest = parser.parse_recipe(words)
     catalogue.find(options.recipe)
-    for name, value in (THOROUGH if options.thorough else SHORT).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
     methods = list(dict.fromkeys(name.strip() for name in options.methods.split(",")))
     for name in methods:
         if name not in METHODS:
@@ -158,9 +153,8 @@ def plan_of(words: Sequence[str]) -> Plan:
     seeds = _numbers("--seeds", options.seeds, int, "whole numbers")
     if options.steps < 1:
         raise UsageError(f"`--steps` must be at least 1, got {options.steps}.")
-    rates: list[float] = []
-    if options.learning_rates is not None:
-        rates = _numbers("--learning_rates", options.learning_rates, float, "numbers")
+    named = options.learning_rates
+    rates = [] if named is None else _numbers("--learning_rates", named, float, "numbers")
     from pulseopt_hf.recipes.parsing import resolve
     from pulseopt_hf.recipes.running import check
 
