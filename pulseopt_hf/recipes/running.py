@@ -17,7 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.record_format import FILE_NAME
-from pulseopt_hf.errors import UsageError, call_all
+from pulseopt_hf.errors import UsageError, call_all, usage_error
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
 from pulseopt_hf.recipes.lines import (
@@ -63,7 +63,8 @@ def make_trainer(
         write: takes lines on its progress, if that is to be reported.
         outcomes: whether what came of a calibration is among them.
     """
-    trainer = task.make_trainer(resolved.training)
+    with usage_error(f"`task: {resolved.recipe.task}`", ValueError):
+        trainer = task.make_trainer(resolved.training)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not resolved.training.disable_tqdm:

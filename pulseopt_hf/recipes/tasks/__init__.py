@@ -21,29 +21,31 @@ class Task:
     config: Any  # of the model
     processing_class: Any  # the tokenizer or image processor, which is saved with the model
     examples: Callable[[Split], Dataset]  # makes examples of a split's rows
-    collator: Callable[[Any], Any]  # makes, for a model, what makes a batch of examples
-    compute_metrics: Callable[[Any], dict[str, float]] | None  # Trainer's
-    preprocess_logits: Callable[[Any, Any], Any] | None = None  # Trainer's, `..._for_metrics`
+    settings: dict[str, Any]  # of the Trainer, besides these
     # Turns the predictions for a test set into lines, one per example, if the task predicts.
     to_lines: Callable[[Any], list[str]] | None = None
-    trainer_class: Any = PulseOptTrainer
-    model: Any = None  # with its weights, once it is loaded
+    trainer_class: Callable[..., Any] = PulseOptTrainer
+    model: Any = None  # with its weights, once it is loaded; TRL's Trainers load it by themselves
     # The sets of examples of each role, once they are made.
     sets: dict[str, list[Dataset]] = field(default_factory=lambda: {role: [] for role in ROLES})
 
     def make_trainer(self, training: RecipeTrainingArguments) -> PulseOptTrainer:
-        """Build the Trainer of the model, which evaluates on the first validation set."""
-        trainer: PulseOptTrainer = self.trainer_class(
+        """Build the Trainer of the model, which evaluates on the first validation set.
+
+        TRL's Trainers make examples of the rows that they are given: these are kept.
+        """
+        trainer = self.trainer_class(
             self.model,
-            training,
-            data_collator=self.collator(self.model),
+            args=training,
             train_dataset=next(iter(self.sets["train"]), None),
-            eval_dataset=next(iter(self.sets["validation"]), None),
+            eval_dataset={str(i): rows for i, rows in enumerate(self.sets["validation"])} or None,
             processing_class=self.processing_class,
-            compute_metrics=self.compute_metrics,
-            preprocess_logits_for_metrics=self.preprocess_logits,
+            **self.settings,
         )
-        return trainer
+        self.sets["validation"] = list((trainer.eval_dataset or {}).values())
+        trainer.eval_dataset = next(iter(self.sets["validation"]), None)
+        made: PulseOptTrainer = trainer
+        return made
 
 
 def prepare(

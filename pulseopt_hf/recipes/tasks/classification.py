@@ -48,7 +48,9 @@ def prepare(
         config=config,
         processing_class=tokenizer,
         examples=examples,
-        collator=lambda model: DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
-        compute_metrics=metrics.computing(recipe.metrics, labels.predicted),
+        settings={
+            "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
+            "compute_metrics": metrics.computing(recipe.metrics, labels.predicted),
+        },
         to_lines=labels.to_lines,
     )

@@ -57,8 +57,10 @@ def prepare(
         config=config,
         processing_class=processor,
         examples=examples,
-        collator=lambda model: default_data_collator,
-        compute_metrics=metrics.computing(recipe.metrics, labels.predicted),
+        settings={
+            "data_collator": default_data_collator,
+            "compute_metrics": metrics.computing(recipe.metrics, labels.predicted),
+        },
         to_lines=labels.to_lines,
     )
 

@@ -55,13 +55,16 @@ def prepare(
         filled = np.where(ids < 0, tokenizer.pad_token_id, ids)
         return [text.strip() for text in tokenizer.batch_decode(filled, skip_special_tokens=True)]
 
+    def trainer(model: Any, **settings: Any) -> PulseOptSeq2SeqTrainer:
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+        return PulseOptSeq2SeqTrainer(model, data_collator=collator, **settings)
+
     return Task(
         config=config,
         processing_class=tokenizer,
         examples=examples,
-        collator=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_metrics=metrics.computing(recipe.metrics, decode, decode),
-        trainer_class=PulseOptSeq2SeqTrainer,
+        settings={"compute_metrics": metrics.computing(recipe.metrics, decode, decode)},
+        trainer_class=trainer,
         # One line per example: a newline would make two.
         to_lines=lambda ids: [" ".join(text.split()) for text in decode(ids)],
     )

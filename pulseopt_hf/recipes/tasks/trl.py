@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import trl
 
-from pulseopt_hf import PulseOptTrainer, with_pulseopt
+from pulseopt_hf import with_pulseopt
 from pulseopt_hf.errors import UsageError, call_all, usage_error
 from pulseopt_hf.recipes import models
 from pulseopt_hf.recipes.keys import (
@@ -34,31 +34,6 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-@dataclasses.dataclass
-class TrlTask(Task):
-    """A task whose Trainer loads the model and makes the examples itself."""
-
-    name: str = ""
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Trainer, besides
-
-    def make_trainer(self, training: RecipeTrainingArguments) -> PulseOptTrainer:
-        """Build TRL's Trainer, and keep the examples that it makes of the rows."""
-        with usage_error(f"`task: {self.name}`", ValueError):
-            trainer: Any = self.trainer_class(
-                self.model,
-                args=training,
-                train_dataset=self.sets["train"][0],
-                eval_dataset={str(i): rows for i, rows in enumerate(self.sets["validation"])},
-                processing_class=self.processing_class,
-                **self.settings,
-            )
-        self.sets["train"] = [trainer.train_dataset]
-        self.sets["validation"] = list(trainer.eval_dataset.values())
-        trainer.eval_dataset = next(iter(self.sets["validation"]), None)
-        made: PulseOptTrainer = trainer
-        return made
-
-
 def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
 ) -> Task:
@@ -69,16 +44,13 @@ def prepare(
         settings["reward_funcs"] = [_reward_function(name) for name in recipe.reward_funcs]
     arguments: Any = training
     arguments.model_init_kwargs = {**models.source(recipe), **(arguments.model_init_kwargs or {})}
-    return TrlTask(
+    return Task(
         config=models.load_config(recipe),
         processing_class=models.load_tokenizer(recipe),
         examples=lambda split: split.rows,
-        collator=lambda model: None,
-        compute_metrics=None,
+        settings=settings,
         trainer_class=with_pulseopt(getattr(trl, f"{TRL_TASKS[recipe.task]}Trainer")),
         model=models.model_folder(recipe),
-        name=recipe.task,
-        settings=settings,
     )
 
 
