@@ -156,11 +156,8 @@ def plan_of(words: Sequence[str]) -> Plan:
     named = options.learning_rates
     rates = [] if named is None else _numbers("--learning_rates", named, float, "numbers")
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import check
 
-    resolved = resolve(options.recipe, rest)
-    check(resolved)
-    own_lr = resolved.training.learning_rate
+    own_lr = resolve(options.recipe, rest).training.learning_rate
     if not rates and own_lr == 0.0:
         raise UsageError("The recipe's `learning_rate` is 0: name some with `--learning_rates`.")
     if not rates and options.thorough:

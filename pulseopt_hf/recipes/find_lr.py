@@ -79,10 +79,9 @@ def _check_picture(file: Path) -> None:
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
     """Ask the Trainer of a recipe; return what it finds, and whether this is rank 0."""
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import check, trainer_of
+    from pulseopt_hf.recipes.running import trainer_of
 
     resolved = resolve(name, keys)
-    check(resolved)
     training = resolved.training
     if not training.do_train:
         raise UsageError("`do_train` is off; `find-lr` tries training steps.")

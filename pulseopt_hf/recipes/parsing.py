@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,8 +16,8 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
-from pulseopt_hf.errors import UsageError, nearest, one_line, usage_error
-from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.errors import UsageError, call_all, nearest, one_line, usage_error
+from pulseopt_hf.recipes import catalogue, models, splits
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
     TASKS,
@@ -88,6 +88,8 @@ class Resolved:
 def resolve(name: str, options: Sequence[str]) -> Resolved:
     """Read a recipe, override it by the command line, and check the result.
 
+    All is checked that can be found wrong without the hub, rows or weights.
+
     Args:
         name: a shipped recipe's name or a file's path.
         options: the command line's `--key value` words.
@@ -122,6 +124,7 @@ def resolve(name: str, options: Sequence[str]) -> Resolved:
     if wrong:
         raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(wrong)))
     recipe, training = built
+    call_all([partial(splits.check, recipe, training), partial(models.check, recipe)])
     if "output_dir" not in given:
         training.output_dir = None
     return Resolved(name, path, recipe, training, given, frozenset(overrides))

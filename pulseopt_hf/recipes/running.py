@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.record_format import FILE_NAME
-from pulseopt_hf.errors import UsageError, call_all, usage_error
+from pulseopt_hf.errors import UsageError, usage_error
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
 from pulseopt_hf.recipes.lines import (
@@ -32,12 +31,6 @@ from pulseopt_hf.recipes.model_card import write_card
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.report.wording import described
 from pulseopt_hf.trainer.card import section
-
-
-def check(resolved: Resolved) -> None:
-    """Refuse what can be found wrong without the hub, rows or weights."""
-    recipe, training = resolved.recipe, resolved.training
-    call_all([partial(splits.check, recipe, training), partial(models.check, recipe)])
 
 
 def prepare(resolved: Resolved) -> tasks.Task:

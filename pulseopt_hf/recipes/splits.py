@@ -130,7 +130,6 @@ def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Spl
 
     Local files replace the data set as a whole: a run never mixes the two.
     """
-    check(recipe, training)
     splits = (_from_files if _is_local(recipe) else _from_data_set)(recipe, training)
     share = recipe.validation_percentage
     if share and training.do_train and training.do_eval:
@@ -172,7 +171,7 @@ def _problems_of_files(recipe: RecipeArguments, training: RecipeTrainingArgument
                 f"`{ROLES[role][0]}`."
             )
         for path in map(Path, names):
-            if not path.exists():
+            if not os.path.exists(path):  # which a name that is too long does not break
                 yield f"{key} {path}: there is no such file."
             elif not path.is_dir() and path.suffix.lower() not in _FORMATS:
                 known = ", ".join(suffix[1:] for suffix in _FORMATS)

@@ -46,7 +46,10 @@ def test_a_recipe_is_valid_and_opens_with_how_to_run_it_on_what_and_what_to_expe
     file: Path, tmp_path: Path
 ) -> None:
     # TRL's configs ask for bf16, which a machine without a GPU has only where it may use the CPU.
-    run = resolve(str(file), ["--output_dir", str(tmp_path), "--use_cpu"])
+    options = ["--output_dir", str(tmp_path), "--use_cpu"]
+    if name_of(file) == "lm/text_file":
+        options += ["--train_file", str(ROOT / "constraints.txt")]
+    run = resolve(str(file), options)
     assert run.recipe.expected_time
     assert run.recipe.expected_score
     assert run.recipe.metrics or run.recipe.task in TRL_TASKS  # where TRL measures
