@@ -95,11 +95,15 @@ def _in_subprocess(work: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[s
     start = "spawn" if torch.cuda.is_available() else "fork"
     context = multiprocessing.get_context(start)
     with ProcessPoolExecutor(1, context, initializer=_leave_the_terminal) as pool:
-        # While it forks Python drops exceptions, so a Ctrl-C of that moment has to wait.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # While it forks Python drops exceptions, and so a Ctrl-C of that moment. Blocking the
+        # signal would not help: another thread would take it.
+        interrupts: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         future = pool.submit(work, cell)
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.signal(signal.SIGINT, before)
+            if interrupts:
+                raise KeyboardInterrupt
             return future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"the subprocess of the run {cell.name} died") from error
