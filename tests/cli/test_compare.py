@@ -303,7 +303,7 @@ def test_it_says_what_was_found_and_what_there_is_without_another_method() -> No
         (["glue/cola", "--steps", "x"], "invalid int value"),
         (["glue/colla"], "colla"),
         (
-            ["glue/cola", "--train_file", "gone.csv", "--no_do_eval"],
+            ["glue/cola", "--train_file", "gone.csv", "--validation_percentage=5"],
             "gone.csv: there is no such file",
         ),
         (["glue/cola", "--lerning_rate", "1"], "unknown option `--lerning_rate`"),
