@@ -56,7 +56,7 @@ def recipe_parser(task: str | None = None) -> HfArgumentParser:
             from pulseopt_hf.recipes.tasks import trl
         arguments = trl.CONFIGS[task]
     parser = HfArgumentParser(
-        (RecipeArguments, arguments),
+        [RecipeArguments, arguments],
         conflict_handler="resolve",  # a key of both is TRL's
         usage=argparse.SUPPRESS,  # it would list every key
         add_help=False,
