@@ -50,13 +50,13 @@ def recipe_parser(task: str | None = None) -> HfArgumentParser:
     Raises:
         UsageError: the task needs TRL, which is not installed.
     """
-    arguments: Any = RecipeTrainingArguments
+    classes: Any = [RecipeArguments, RecipeTrainingArguments]
     if task in TRL_TASKS:
         with usage_error(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`", ImportError):
             from pulseopt_hf.recipes.tasks import trl
-        arguments = trl.CONFIGS[task]
+        classes[1] = trl.CONFIGS[task]
     parser = HfArgumentParser(
-        [RecipeArguments, arguments],
+        classes,
         conflict_handler="resolve",  # a key of both is TRL's
         usage=argparse.SUPPRESS,  # it would list every key
         add_help=False,
