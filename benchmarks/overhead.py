@@ -45,7 +45,7 @@ from transformers import (
 from benchmarks import common
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
-from pulseopt_hf.compare.published import PublishedTrainer
+from pulseopt_hf.compare.methods import PublishedTrainer
 from pulseopt_hf.compare.summary import markdown
 
 RESULT = common.RESULTS / "overhead.json"

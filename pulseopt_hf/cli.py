@@ -13,7 +13,6 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -80,10 +79,11 @@ def _is_first_process() -> bool:
 
 def _run(words: list[str]) -> int:
     first = words[0] if words else "--help"
-    own = {"list": _list, "show": _show, "cp": _cp, "validate": _validate}
-    own |= {"train": _train, "find-lr": _find_lr}
+    own = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
+    if first in own:
+        return own[first](words[1:])
     if first in COMMANDS:
-        return own.get(first, partial(_show_runs, first))(words[1:])
+        return _run_elsewhere(first, words[1:])
     if first not in ("-h", "--help", "--version"):
         raise UsageError(
             f"Unknown {'option' if first.startswith('-') else 'command'} `{first}`"
@@ -148,11 +148,8 @@ def _validate(words: list[str]) -> int:
     options, keys = Parser("validate", takes_recipe=True).parse_recipe(words)
     catalogue.find(options.recipe)  # before the slow imports, for a misspelt name
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import check
 
-    resolved = resolve(options.recipe, keys)
-    check(resolved)
-    print(f"`{resolved.path}`: valid.")
+    print(f"`{resolve(options.recipe, keys).path}`: valid.")
     return DONE
 
 
@@ -187,17 +184,12 @@ def _train(words: list[str]) -> int:
     return DONE if stopped is None else FAILED
 
 
-def _find_lr(words: list[str]) -> int:
-    from pulseopt_hf.recipes.find_lr import find_lr
+def _run_elsewhere(command: str, words: list[str]) -> int:
+    """Run a command that has a module of its own."""
+    if command == "find-lr":
+        from pulseopt_hf.recipes.find_lr import find_lr
 
-    lines, found = find_lr(words)
-    if _is_first_process():
-        print("\n".join(lines))
-    return DONE if found else FAILED
-
-
-def _show_runs(command: str, words: list[str]) -> int:
-    """Run one of the commands that make or show runs side by side."""
+        return DONE if find_lr(words) else FAILED
     if command == "compare":
         from pulseopt_hf.compare.compare import compare
 

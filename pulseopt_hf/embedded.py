@@ -53,8 +53,7 @@ def language_modelling() -> DatasetDict:
     """Return the sentences, with the column `text`; the splits share none."""
     from datasets import Dataset, DatasetDict
 
-    parts = _parts()
-    return DatasetDict({name: Dataset.from_dict({"text": parts[name]}) for name in parts})
+    return DatasetDict({name: Dataset.from_dict({"text": part}) for name, part in _parts().items()})
 
 
 def word_order() -> DatasetDict:
@@ -66,17 +65,16 @@ def word_order() -> DatasetDict:
 
     label = ClassLabel(names=["displaced", "as_written"])
     features = Features({"sentence": Value("string"), "label": label})
-    splits = {}
+    splits = DatasetDict()
     for name, part in _parts().items():
         rows = []
         for sentence in part:
             displaced = _displace(sentence)
             if displaced is not None:
-                rows += [(sentence, 1), (displaced, 0)]
+                rows += [{"sentence": sentence, "label": 1}, {"sentence": displaced, "label": 0}]
         random.Random(0).shuffle(rows)
-        columns = {"sentence": [row[0] for row in rows], "label": [row[1] for row in rows]}
-        splits[name] = Dataset.from_dict(columns, features=features)
-    return DatasetDict(splits)
+        splits[name] = Dataset.from_list(rows, features=features)
+    return splits
 
 
 def digits() -> DatasetDict:

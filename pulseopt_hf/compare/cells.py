@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -81,9 +80,7 @@ def result_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
 def expected_seconds(cell: Cell) -> float:
     """Return about how long a cell will take, from a few static steps and one evaluation.
 
-    Raises:
-        UsageError: the recipe cannot be run.
-        RuntimeError: the subprocess died.
+    It raises what `run_in_subprocess` does.
     """
     took = _in_subprocess(_time, replace(cell, method="static"))
     evaluations = EVALUATIONS + 2  # before training and after it
@@ -98,7 +95,8 @@ def _in_subprocess(work: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[s
     start = "spawn" if torch.cuda.is_available() else "fork"
     context = multiprocessing.get_context(start)
     with ProcessPoolExecutor(1, context, initializer=_leave_the_terminal) as pool:
-        # While it forks Python drops exceptions, and so a Ctrl-C of that moment.
+        # While it forks Python drops exceptions, and so a Ctrl-C of that moment. Blocking the
+        # signal would not help: another thread would take it.
         interrupts: list[int] = []
         before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         future = pool.submit(work, cell)
@@ -124,29 +122,17 @@ def _leave_the_terminal() -> None:
 @contextlib.contextmanager
 def trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
     """Make the Trainer of a cell, in a folder that goes with it, and name the recipe's metric."""
-    from pulseopt_hf.recipes.lines import Lines, quiet_libraries
+    from pulseopt_hf.recipes import running
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import make_trainer, prepare
 
     method = METHODS[cell.method]
-    settings = {
-        "learning_rate": repr(cell.learning_rate),
-        "seed": str(cell.seed),
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "load_best_model_at_end": "false",
-        "eval_on_start": "false",
-    }
-    own = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    with tempfile.TemporaryDirectory() as folder:
-        options = [*cell.options, *method.words, *own, *words, "--output_dir", folder]
-        resolved = resolve(cell.recipe, options)
-        resolved.training.max_steps = cell.steps
-        quiet_libraries(resolved, quiet=True)
-        prepared = prepare(resolved)
-        trainer: Any = make_trainer(resolved, prepared, Lines(quiet=True, silent=True))
-        assert trainer.model is not None
+    own = "--save_strategy no --logging_strategy no --load_best_model_at_end false "
+    own += f"--eval_on_start false --learning_rate {cell.learning_rate!r} --seed {cell.seed}"
+    options = [*cell.options, *method.words.split(), *own.split(), *words]
+    resolved = resolve(cell.recipe, options)
+    resolved.training.max_steps = cell.steps
+    with running.trainer_of(resolved, quiet=True) as made:
+        trainer: Any = made
         if method.trainer is not None:
             trainer = method.trainer(trainer)
         if method.optimizer is not None:
@@ -181,7 +167,7 @@ def _train(cell: Cell) -> dict[str, Any]:
     with trainer_of(cell, *evaluating) as (trainer, metric):
         training = trainer.args
         batch = training.train_batch_size * training.gradient_accumulation_steps
-        before = _evaluated(trainer, "")[1]
+        before = _values({**trainer.evaluate(), "step": 0}, metric)[1]
         if method.calibrates and training.calibration != "off" and cell.learning_rate > 0.0:
             training.max_steps = steps_after_calibration(trainer, cell.steps, batch)
         start = time.perf_counter()
@@ -192,22 +178,20 @@ def _train(cell: Cell) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
-        finished = trainer.state.global_step == training.max_steps
-        aees = getattr(trainer, "aees", None)
-        calibrator = None if aees is None else aees.calibrator
-        outcome = None if calibrator is None else calibrator.outcome
-        history = [
-            _values(entry, metric) for entry in trainer.state.log_history if "eval_loss" in entry
-        ]
+        steps, log = trainer.state.global_step, trainer.state.log_history
+        history = [_values(entry, metric) for entry in log if "eval_loss" in entry]
+        finished = steps == training.max_steps
         if finished:
-            history.append(_evaluated(trainer, metric))
+            history.append(_values({**trainer.evaluate(), "step": steps}, metric))
+        calibrator = getattr(getattr(trainer, "aees", None), "calibrator", None)
+        outcome = getattr(calibrator, "outcome", None)
         return {
             "cell": asdict(cell),
             "loss_before": before,
             "loss_after": history[-1][1] if finished else None,
             "metric": metric or None,
             "evaluations": history,
-            "steps": trainer.state.global_step,
+            "steps": steps,
             "paid_steps": cell.steps - training.max_steps,
             "lr_scale": None if outcome is None else outcome.learning_rate / outcome.set_lr,
             "seconds": round(seconds, 3),
@@ -229,10 +213,6 @@ def steps_after_calibration(trainer: Any, steps: int, batch: int) -> int:
         return steps  # too short to be calibrated
     rows: int = trainer.find_learning_rate().replayed_rows
     return max(SHORTEST_RUN, steps - math.ceil(rows / 3 / batch))
-
-
-def _evaluated(trainer: Any, metric: str) -> tuple[int, float | None, float | None]:
-    return _values({**trainer.evaluate(), "step": trainer.state.global_step}, metric)
 
 
 def _values(entry: dict[str, Any], metric: str) -> tuple[int, float | None, float | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
+
+from pulseopt_hf.errors import UsageError
 
 DIVERGED = 1.5  # excess of a run whose loss is not finite, and the most that any run counts
 COARSEST = 4.0  # factor between neighbours of a grid that a parabola is put through
@@ -17,54 +19,30 @@ _RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Score:
-    """A method's scores. An excess of 0 is as good as tuned, 1 is nothing learned.
-
-    Attributes:
-        method: its name.
-        robustness: mean excess over base LRs within `SPAN` of the tuned one.
-        low: lower end of its 95 % interval over seeds, by bootstrap; equal to it with one seed.
-        high: upper end.
-        worst: the largest mean over seeds among those base LRs.
-        harm: excess at the tuned LR.
-        best: as `robustness`, at each run's best evaluation instead of its last.
-        metric: mean of the recipe's metric over the same runs, at their last evaluation; `None`
-            where there is none.
-        best_metric: the same at their best evaluation, which is that of the lowest loss.
-        seconds: mean training time relative to static runs.
-        peak_mib: highest peak memory, MiB.
-    """
+    """A method's scores. An excess of 0 is as good as tuned, 1 is nothing learned."""
 
     method: str
-    robustness: float
-    low: float
-    high: float
-    worst: float
-    harm: float
-    best: float
-    metric: float | None
-    best_metric: float | None
-    seconds: float
-    peak_mib: float
+    robustness: float  # mean excess over base LRs within `SPAN` of the tuned one
+    low: float  # end of its 95 % interval over seeds, by bootstrap; with one seed equal to it
+    high: float  # the other end
+    worst: float  # the largest mean over seeds among those base LRs
+    harm: float  # excess at the tuned LR
+    best: float  # as `robustness`, at each run's best evaluation instead of its last
+    metric: float | None  # mean of the recipe's over the same runs, at their last evaluation
+    best_metric: float | None  # the same at their best evaluation: that of the lowest loss
+    seconds: float  # mean training time relative to static runs
+    peak_mib: float  # highest peak memory
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one task: what was tuned, and a score for each method.
+    """Of one task: what was tuned, and a score for each method."""
 
-    Attributes:
-        tuned: the best static LR, see `tuned_lr`.
-        loss_before: loss before training, L0.
-        loss_tuned: lowest loss of a static LR, L*.
-        metric: what the metric is called.
-        metric_tuned: its value there.
-        scores: one a method.
-    """
-
-    tuned: float
-    loss_before: float
-    loss_tuned: float
-    metric: str | None
-    metric_tuned: float | None
+    tuned: float  # the best static LR, see `tuned_lr`
+    loss_before: float  # loss before training, L0
+    loss_tuned: float  # lowest loss of a static LR, L*
+    metric: str | None  # what the metric is called
+    metric_tuned: float | None  # its value there
     scores: list[Score]
 
 
@@ -78,16 +56,16 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
         results: what `run_in_subprocess` returned, for every cell.
 
     Raises:
-        ValueError: there is no static run, or none that learned anything.
+        UsageError: there is no static run, or none that learned anything.
     """
     loss_before = fmean(result["loss_before"] for result in results)
     losses = losses_by_lr(results, "static")
     if not losses:
-        raise ValueError("A comparison needs static runs to be measured against.")
+        raise UsageError("A comparison needs static runs to be measured against.")
     best = min(losses, key=losses.__getitem__)
     scale = {"tuned": tuned_lr(losses), "loss_before": loss_before, "loss_tuned": losses[best]}
     if not losses[best] < loss_before:
-        raise ValueError("No static run learned anything: try other learning rates, or more steps.")
+        raise UsageError("No static run learned anything: try other learning rates, or more steps.")
     static = runs_of(results, "static")
     seconds = fmean(r["seconds"] / r["steps"] for r in static if r["steps"])
     scores = []
@@ -107,14 +85,14 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
                 worst=max(map(fmean, by_lr.values())),
                 harm=fmean(by_lr[best]),
                 best=fmean(excess(loss, loss_before, losses[best]) for loss, _ in bests),
-                metric=mean_of_known([last_metric(result) for result in near]),
-                best_metric=mean_of_known([metric for _, metric in bests]),
+                metric=last_metric(near),
+                best_metric=mean_of_known(metric for _, metric in bests),
                 # Against the steps of a static run: what is paid for in steps is not charged twice.
                 seconds=fmean(r["seconds"] / r["cell"]["steps"] for r in own) / seconds,
                 peak_mib=max(r["peak_mib"] for r in own),
             )
         )
-    metric = mean_of_known([last_metric(r) for r in runs_of(results, "static", best)])
+    metric = last_metric(runs_of(results, "static", best))
     return Scores(**scale, metric=results[0].get("metric"), metric_tuned=metric, scores=scores)
 
 
@@ -207,23 +185,19 @@ def counts(learning_rate: float, tuned: float) -> bool:
     return 0.99 / SPAN <= learning_rate / tuned <= SPAN * 1.01
 
 
-def mean_of_known(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not `None`, or `None` where all are."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def last_metric(result: dict[str, Any]) -> float | None:
-    """Return the recipe's metric at the end of a run, or `None` where there is none."""
-    evaluations = _evaluations(result)
-    return evaluations[-1][2] if evaluations else None
+def last_metric(results: Sequence[dict[str, Any]]) -> float | None:
+    """Return the mean of the recipe's metric at the end of runs, or `None` where there is none."""
+    return mean_of_known(r["evaluations"][-1][2] for r in results if r.get("evaluations"))
 
 
 def _best(result: dict[str, Any]) -> tuple[float | None, float | None]:
     """Return loss and metric of a run's evaluation with the lowest loss; both may be `None`."""
-    known = [(loss, metric) for _, loss, metric in _evaluations(result) if loss is not None]
+    evaluations = result.get("evaluations") or []  # runs of earlier releases have none
+    known = [(loss, metric) for _, loss, metric in evaluations if loss is not None]
     return min(known, key=lambda pair: pair[0], default=(result["loss_after"], None))
-
-
-def _evaluations(result: dict[str, Any]) -> Sequence[tuple[int, float | None, float | None]]:
-    return result.get("evaluations") or []  # runs of earlier releases have none

@@ -44,7 +44,7 @@ def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) ->
     else:
         difference = f"{abs(loss - static_loss):.3f}".rstrip("0")
         ends = f"ends {difference} {'lower' if loss < static_loss else 'higher'} than static"
-    scale = mean_of_known([result["lr_scale"] for result in runs_of(results, other, own_lr)])
+    scale = mean_of_known(run["lr_scale"] for run in runs_of(results, other, own_lr))
     found = "" if scale is None else f"{scale * own_lr:.2g}"
     trained = f": it trained at {found}, which it found, and " if found else "; "
     name = "the default" if other == "default" else f"`{other}`"
@@ -54,12 +54,9 @@ def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) ->
 def table(
     results: Sequence[dict[str, Any]], scores: Scores, own_lr: float
 ) -> list[tuple[str, ...]]:
-    """Return the rows of a table whose heads say what its figures are; means over seeds.
+    """Return the rows of a table whose heads say what its figures are; arguments as `verdict`'s.
 
-    Args:
-        results: as `run_in_subprocess` returned them, for every cell.
-        scores: theirs.
-        own_lr: the user's base LR, of those that were run.
+    Figures are means over seeds.
     """
     metric = () if scores.metric is None else (f"{scores.metric} from {own_lr:g}",)
     head = (f"final eval loss from {own_lr:g}", "from its best LR", "from its worst LR")
@@ -72,8 +69,7 @@ def table(
         shown = [_loss(losses[own_lr])]
         shown += [f"{_loss(losses[rate])} ({rate:g})" for rate in (best, worst)]
         if metric:
-            own = mean_of_known([last_metric(r) for r in runs_of(results, row.method, own_lr)])
-            shown.append(_shown(own))
+            shown.append(_shown(last_metric(runs_of(results, row.method, own_lr))))
         rows.append((row.method, *shown, f"{row.seconds:.2f} x", METHODS[row.method].about))
     return rows
 

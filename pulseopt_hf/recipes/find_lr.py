@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,15 +25,16 @@ if TYPE_CHECKING:
 _ENDINGS = (".svg", ".png")
 
 
-def find_lr(words: Sequence[str]) -> tuple[list[str], bool]:
-    """Find the learning rate of a recipe. Nothing is written but the picture that is asked for.
+def find_lr(words: Sequence[str]) -> bool:
+    """Print the learning rate of a recipe. Nothing is written but the picture that is asked for.
+
+    The last line is the number alone: the one that was found, or else the one that is set.
 
     Args:
         words: the recipe, the option `--plot` and the recipe's keys.
 
     Returns:
-        What to print, and whether a learning rate was found. The last line is the number alone:
-        the one that was found, or else the one that is set.
+        Whether a learning rate was found.
     """
     parser = Parser("find-lr", takes_recipe=True)
     about = "save the picture of the trials, as .svg or .png"
@@ -44,15 +44,24 @@ def find_lr(words: Sequence[str]) -> tuple[list[str], bool]:
     if options.plot is not None:
         _check_picture(options.plot)
     suggestion, is_first = _ask(options.recipe, keys)
-    lines = [*_table(suggestion.trials), ""] if suggestion.trials else []
-    if options.plot is not None and not suggestion.trials:
+    if not is_first:
+        return suggestion.reason is None
+    trials = suggestion.trials
+    rows = [("trial", "LR", "outputs moved", "weights moved", "one such step")]
+    for number, trial in enumerate(trials, 1):
+        rows.append((str(number), f"{trial.learning_rate:.2e}", *moved(trial), _verdict(trial)))
+    lines = [*aligned(rows, right=True), ""] if trials else []
+    if options.plot is not None and not trials:
         lines.append("No trial was taken, so there is no picture.")
     elif options.plot is not None:
-        if is_first:
-            _save(suggestion, options.plot)
+        from pulseopt_hf.report.chart_files import write_chart
+
+        with usage_error(f"`--plot`: {options.plot} cannot be written", OSError):
+            write_chart(suggestion.plot().to_dict(), options.plot)
         lines.append(f"The picture is in {options.plot}.")
     shown = f"{suggestion.learning_rate:.3g}"
-    return [*lines, *_advice(suggestion, shown), shown], suggestion.reason is None
+    print(*lines, *_advice(suggestion, shown), shown, sep="\n")
+    return suggestion.reason is None
 
 
 def _check_picture(file: Path) -> None:
@@ -68,13 +77,11 @@ def _check_picture(file: Path) -> None:
 
 
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
-    """Build the Trainer of a recipe as `train` does; return what it finds, and if it is rank 0."""
-    from pulseopt_hf.recipes.lines import Lines, quiet_libraries
+    """Ask the Trainer of a recipe; return what it finds, and whether this is rank 0."""
     from pulseopt_hf.recipes.parsing import resolve
-    from pulseopt_hf.recipes.running import check, make_trainer, prepare
+    from pulseopt_hf.recipes.running import trainer_of
 
     resolved = resolve(name, keys)
-    check(resolved)
     training = resolved.training
     if not training.do_train:
         raise UsageError("`do_train` is off; `find-lr` tries training steps.")
@@ -82,28 +89,8 @@ def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:
         raise UsageError("`resume_from_checkpoint`: `find-lr` starts where a new run does.")
     if training.learning_rate <= 0.0:
         raise UsageError("`learning_rate` must be > 0: the search starts from it.")
-    training.report_to, training.push_to_hub = [], False
-    quiet_libraries(resolved)
-    with tempfile.TemporaryDirectory() as folder:
-        training.output_dir = folder  # Trainer makes it
-        trainer = make_trainer(resolved, prepare(resolved), Lines(quiet=True, silent=True))
-        with usage_error("`find-lr`", ValueError):
-            return trainer.find_learning_rate(), trainer.is_world_process_zero()
-
-
-def _save(suggestion: Suggestion, file: Path) -> None:
-    from pulseopt_hf.report.chart_files import write_chart
-
-    with usage_error(f"`--plot`: {file} cannot be written", OSError):
-        write_chart(suggestion.plot().to_dict(), file)
-
-
-def _table(trials: Sequence[Trial]) -> list[str]:
-    """Return a row for each trial, aligned, with a head."""
-    rows = [("trial", "LR", "outputs moved", "weights moved", "one such step")]
-    for number, trial in enumerate(trials, 1):
-        rows.append((str(number), f"{trial.learning_rate:.2e}", *moved(trial), _verdict(trial)))
-    return aligned(rows, right=True)
+    with trainer_of(resolved, quiet=False) as trainer, usage_error("`find-lr`", ValueError):
+        return trainer.find_learning_rate(), trainer.is_world_process_zero()
 
 
 def _verdict(trial: Trial) -> str:

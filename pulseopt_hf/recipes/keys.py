@@ -22,25 +22,15 @@ from pulseopt_hf.trainer import PulseOptTrainingArguments
 
 
 class TaskFacts(NamedTuple):
-    """What is known of a task without loading what does it.
+    """What is known of a task without loading what does it."""
 
-    Attributes:
-        module: of `recipes.tasks`, whose `prepare` does it.
-        pipeline: what the hub calls it, if it has a name for it.
-        model: Transformers' class of its models.
-        fitting: Transformers' list of the model types that fit.
-        peft: what peft calls it; nothing where LoRA cannot be used.
-        metrics: what it may be measured by.
-        trl: the first part of the names of TRL's classes, for a task that TRL's Trainers do.
-    """
-
-    module: str
-    pipeline: str | None
-    model: str
-    fitting: str
-    peft: str = ""
-    metrics: tuple[str, ...] = ()
-    trl: str = ""
+    module: str  # of `recipes.tasks`, whose `prepare` does it
+    pipeline: str | None  # what the hub calls it, if it has a name for it
+    model: str  # Transformers' class of its models
+    fitting: str  # Transformers' list of the model types that fit
+    peft: str = ""  # what peft calls it; nothing where LoRA cannot be used
+    metrics: tuple[str, ...] = ()  # what it may be measured by
+    trl: str = ""  # first part of the names of TRL's classes, where TRL's Trainers do it
 
 
 _CLASSES = ("accuracy", "f1", "matthews")
@@ -212,9 +202,8 @@ def _check_config_file(key: str, value: Any) -> None:
 
 # What a value must be, how that is tested, and of which keys: a recipe's, and those of Trainer that
 # Trainer does not check.
-_BOUNDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
-    (
-        "at least 1",
+_BOUNDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "at least 1": (
         lambda v: v >= 1,
         (
             *("lora_r", "lora_alpha", "image_size", "max_length", "max_target_length"),
@@ -223,20 +212,19 @@ _BOUNDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "gradient_accumulation_steps",
         ),
     ),
-    ("at least 2", lambda v: v >= 2, ("block_size",)),
-    ("at least 1, or -1 for none", lambda v: v >= 1 or v == -1, ("max_steps",)),
-    (
-        "a number >= 0",
+    "at least 2": (lambda v: v >= 2, ("block_size",)),
+    "at least 1, or -1 for none": (lambda v: v >= 1 or v == -1, ("max_steps",)),
+    "a number >= 0": (
         lambda v: math.isfinite(v) and v >= 0,
         ("learning_rate", "weight_decay", "seed"),
     ),
-    ("a number > 0", lambda v: math.isfinite(v) and v > 0, ("num_train_epochs",)),
-    ("in [0, 1)", lambda v: 0 <= v < 1, ("lora_dropout",)),
-    ("in (0, 1)", lambda v: 0 < v < 1, ("mlm_probability",)),
-    ("in (0, 50]", lambda v: 0 < v <= 50, ("validation_percentage",)),
-    ("two numbers", lambda v: len(v) in (0, 2), ("label_range",)),
-    ("different names", lambda v: len(set(v)) == len(v), ("class_names",)),
-)
+    "a number > 0": (lambda v: math.isfinite(v) and v > 0, ("num_train_epochs",)),
+    "in [0, 1)": (lambda v: 0 <= v < 1, ("lora_dropout",)),
+    "in (0, 1)": (lambda v: 0 < v < 1, ("mlm_probability",)),
+    "in (0, 50]": (lambda v: 0 < v <= 50, ("validation_percentage",)),
+    "two numbers": (lambda v: len(v) in (0, 2), ("label_range",)),
+    "different names": (lambda v: len(set(v)) == len(v), ("class_names",)),
+}
 
 
 def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]:
@@ -249,7 +237,7 @@ def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]
     Yields:
         A line for each problem.
     """
-    for bound, holds, keys in _BOUNDS:
+    for bound, (holds, keys) in _BOUNDS.items():
         for key in keys:
             if (value := given.get(key)) is not None and not holds(value):
                 yield f"`{key}` must be {bound}, got {value!r}."

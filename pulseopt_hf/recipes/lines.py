@@ -32,17 +32,14 @@ class Lines:
 
     Args:
         quiet: keep the screen empty.
-        silent: write nowhere, as every rank but the first does.
     """
 
-    def __init__(self, *, quiet: bool, silent: bool) -> None:
-        self._quiet, self._silent = quiet, silent
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
         self.file: Path | None = None
 
     def __call__(self, line: str) -> None:
         """Write one line."""
-        if self._silent:
-            return
         if not self._quiet:
             tqdm.write(line)
         if self.file is not None:

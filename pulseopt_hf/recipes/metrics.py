@@ -1,7 +1,7 @@
 """The tasks' metrics as `evaluate` modules that need no hub.
 
-`evaluate.load` downloads a script for each metric. `load` returns the same metrics, computed by
-scikit-learn, scipy and rouge-score, which the extra `[recipes]` installs.
+`evaluate.load` downloads a script for each metric. These are computed by scikit-learn, scipy and
+rouge-score, which the extra `[recipes]` installs.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ METRICS: dict[str, tuple[_Compute, str]] = {
 }
 
 
-class _Offline(evaluate.Metric):  # type: ignore[misc]
-    """A metric that keeps its inputs in memory."""
+class Offline(evaluate.Metric):  # type: ignore[misc]
+    """One of `METRICS`, to use like what `evaluate.load` returns; it keeps its inputs in memory."""
 
     def __init__(self, name: str) -> None:
         self._compute, self._kind = METRICS[name]  # which `evaluate` calls
@@ -82,16 +82,11 @@ class _Offline(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(str(self._compute.__doc__), citation="", features=features)
 
 
-def load(name: str) -> evaluate.Metric:
-    """Return one of `METRICS`, to use like what `evaluate.load` returns."""
-    return _Offline(name)
-
-
 def compute(names: list[str], predictions: Any, references: Any) -> dict[str, float]:
     """Compute several metrics of the same predictions; one that is undefined is NaN."""
     result: dict[str, float] = {}
     for name in names:
-        result |= load(name).compute(predictions=predictions, references=references)
+        result |= Offline(name).compute(predictions=predictions, references=references)
     return result
 
 

@@ -5,7 +5,7 @@ What is missing or does not fit is named in a `UsageError`.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import transformers
@@ -32,7 +32,7 @@ def model_folder(recipe: RecipeArguments) -> str | None:
 def check(recipe: RecipeArguments) -> None:
     """Check a model that is not on the hub, without loading its weights."""
     folder = model_folder(recipe)
-    if folder is None or Path(folder).is_dir():
+    if folder is None or os.path.isdir(folder):
         load_config(recipe)
 
 

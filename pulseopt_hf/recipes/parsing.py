@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,8 +16,8 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
-from pulseopt_hf.errors import UsageError, nearest, one_line, usage_error
-from pulseopt_hf.recipes import catalogue
+from pulseopt_hf.errors import UsageError, call_all, nearest, one_line, usage_error
+from pulseopt_hf.recipes import catalogue, models, splits
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
     TASKS,
@@ -50,13 +50,14 @@ def recipe_parser(task: str | None = None) -> HfArgumentParser:
     Raises:
         UsageError: the task needs TRL, which is not installed.
     """
-    classes: Any = (RecipeArguments, RecipeTrainingArguments)
+    classes: Any = [RecipeArguments, RecipeTrainingArguments]
     if task in TRL_TASKS:
         with usage_error(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`", ImportError):
-            from pulseopt_hf.recipes import trl_keys
-        classes = trl_keys.CLASSES[task]
+            from pulseopt_hf.recipes.tasks import trl
+        classes[1] = trl.CONFIGS[task]
     parser = HfArgumentParser(
         classes,
+        conflict_handler="resolve",  # a key of both is TRL's
         usage=argparse.SUPPRESS,  # it would list every key
         add_help=False,
         allow_abbrev=False,
@@ -74,27 +75,20 @@ def keys_of(parser: HfArgumentParser) -> set[str]:
 
 @dataclass
 class Resolved:
-    """A recipe ready to run.
+    """A recipe ready to run."""
 
-    Attributes:
-        name: how the user named it.
-        path: its file.
-        recipe: the task, the model and the data.
-        training: Trainer's arguments and the knobs; `output_dir` is `None` if the user named none.
-        given: what the YAML file and the command line set, converted.
-        overrides: the keys of these that the command line set.
-    """
-
-    name: str
-    path: Path
-    recipe: RecipeArguments
-    training: RecipeTrainingArguments
-    given: dict[str, Any]
-    overrides: frozenset[str]
+    name: str  # as the user named it
+    path: Path  # its file
+    recipe: RecipeArguments  # the task, the model and the data
+    training: RecipeTrainingArguments  # and the knobs; no `output_dir` if the user named none
+    given: dict[str, Any]  # what the YAML file and the command line set, converted
+    overrides: frozenset[str]  # the keys of these that the command line set
 
 
 def resolve(name: str, options: Sequence[str]) -> Resolved:
     """Read a recipe, override it by the command line, and check the result.
+
+    All is checked that can be found wrong without the hub, rows or weights.
 
     Args:
         name: a shipped recipe's name or a file's path.
@@ -130,9 +124,7 @@ def resolve(name: str, options: Sequence[str]) -> Resolved:
     if wrong:
         raise UsageError(*(f"{path}: {problem}" for problem in dict.fromkeys(wrong)))
     recipe, training = built
-    for field in dataclasses.fields(recipe):
-        if not field.init:  # a key of both, which is TRL's
-            setattr(recipe, field.name, getattr(training, field.name))
+    call_all([partial(splits.check, recipe, training), partial(models.check, recipe)])
     if "output_dir" not in given:
         training.output_dir = None
     return Resolved(name, path, recipe, training, given, frozenset(overrides))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.record_format import FILE_NAME
-from pulseopt_hf.errors import UsageError, call_all
+from pulseopt_hf.errors import UsageError, usage_error
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
 from pulseopt_hf.recipes.lines import (
@@ -32,12 +33,6 @@ from pulseopt_hf.report.wording import described
 from pulseopt_hf.trainer.card import section
 
 
-def check(resolved: Resolved) -> None:
-    """Refuse what can be found wrong without the hub, rows or weights."""
-    recipe, training = resolved.recipe, resolved.training
-    call_all([partial(splits.check, recipe, training), partial(models.check, recipe)])
-
-
 def prepare(resolved: Resolved) -> tasks.Task:
     """Load the data, the tokenizer and the model of a recipe, with the random state of its seed."""
     recipe, training = resolved.recipe, resolved.training
@@ -51,20 +46,39 @@ def prepare(resolved: Resolved) -> tasks.Task:
 
 
 def make_trainer(
-    resolved: Resolved, task: tasks.Task, write: Lines, *, outcomes: bool = True
+    resolved: Resolved, task: tasks.Task, write: Lines | None = None, *, outcomes: bool = True
 ) -> PulseOptTrainer:
-    """Build the Trainer of a recipe, with callbacks that report its progress.
+    """Build the Trainer of a recipe.
 
-    `outcomes` says whether to report what came of a calibration too.
+    Args:
+        resolved: the recipe.
+        task: what `prepare` made of it.
+        write: takes lines on its progress, if that is to be reported.
+        outcomes: whether what came of a calibration is among them.
     """
-    trainer = task.make_trainer(resolved.training)
+    with usage_error(f"`task: {resolved.recipe.task}`", ValueError):
+        trainer = task.make_trainer(resolved.training)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not resolved.training.disable_tqdm:
         trainer.add_callback(Bar())
-    trainer.add_callback(EpisodeLines(trainer, write, outcomes=outcomes))
-    trainer.add_callback(EpochLines(write))
+    if write is not None:
+        trainer.add_callback(EpisodeLines(trainer, write, outcomes=outcomes))
+        trainer.add_callback(EpochLines(write))
     return trainer
+
+
+@contextmanager
+def trainer_of(resolved: Resolved, *, quiet: bool) -> Iterator[PulseOptTrainer]:
+    """Build a Trainer that leaves nothing behind: its folder goes with it, no tracker hears of it.
+
+    `quiet` shows no progress bar.
+    """
+    quiet_libraries(resolved, quiet=quiet)
+    resolved.training.report_to, resolved.training.push_to_hub = [], False
+    with tempfile.TemporaryDirectory() as temporary:
+        resolved.training.output_dir = temporary  # Trainer makes it
+        yield make_trainer(resolved, prepare(resolved))
 
 
 def run(
@@ -92,7 +106,7 @@ def run(
         If Ctrl-C or SIGTERM ended the run: how to continue it from its checkpoint.
     """
     training = resolved.training
-    write = Lines(quiet=quiet, silent=training.process_index != 0)
+    write = Lines(quiet=quiet or training.process_index != 0)
     quiet_libraries(resolved, quiet=quiet)
     chosen: list[Any] = [None]
     if training.process_index == 0:
@@ -100,8 +114,7 @@ def run(
             chosen = [folder.choose(resolved, resume=resume, overwrite=overwrite)]
         except UsageError as error:
             chosen = [error]
-    if training.world_size > 1:
-        broadcast_object_list(chosen)
+    broadcast_object_list(chosen)
     if isinstance(chosen[0], UsageError):
         raise chosen[0]
     path, checkpoint, passed_over = chosen[0]
@@ -166,7 +179,6 @@ def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> b
     trainer.save_model()
     trainer.save_metrics("train", {**result.metrics, "train_samples": len(data)})
     trainer.save_state()
-    assert trainer.aees is not None
     return True
 
 

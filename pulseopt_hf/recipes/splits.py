@@ -44,17 +44,11 @@ ROLES = {
 
 @dataclass(eq=False)
 class Split:
-    """The rows of one split.
-
-    Attributes:
-        rows: the rows.
-        role: `train`, `validation` or `test`.
-        origin: what an error message calls it.
-    """
+    """The rows of one split."""
 
     rows: Dataset
-    role: str
-    origin: str
+    role: str  # `train`, `validation` or `test`
+    origin: str  # what an error message calls it
 
     def values(self, column: str, convert: Callable[[Any], _Value], allowed: str) -> list[_Value]:
         """Return a column, each value converted.
@@ -76,6 +70,16 @@ class Split:
                     f"{self.origin}: row {row}: `{column}` must be {allowed}, got {value!r}."
                 ) from None
         return result
+
+    def texts(self, column: str) -> list[str]:
+        """Return a column of texts, as `values` does."""
+
+        def text(value: Any) -> str:
+            if value is None or isinstance(value, dict | list):
+                raise ValueError
+            return str(value)
+
+        return self.values(column, text, "a text")
 
 
 def need(splits: Sequence[Split], *columns: str, target: str | None = None) -> None:
@@ -126,7 +130,6 @@ def load(recipe: RecipeArguments, training: RecipeTrainingArguments) -> list[Spl
 
     Local files replace the data set as a whole: a run never mixes the two.
     """
-    check(recipe, training)
     splits = (_from_files if _is_local(recipe) else _from_data_set)(recipe, training)
     share = recipe.validation_percentage
     if share and training.do_train and training.do_eval:
@@ -168,7 +171,7 @@ def _problems_of_files(recipe: RecipeArguments, training: RecipeTrainingArgument
                 f"`{ROLES[role][0]}`."
             )
         for path in map(Path, names):
-            if not path.exists():
+            if not os.path.exists(path):  # which a name that is too long does not break
                 yield f"{key} {path}: there is no such file."
             elif not path.is_dir() and path.suffix.lower() not in _FORMATS:
                 known = ", ".join(suffix[1:] for suffix in _FORMATS)

@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from pulseopt_hf import cli
 from pulseopt_hf.command_line import Parser
-from pulseopt_hf.compare.plan import plan_of
+from pulseopt_hf.compare.compare import plan_of
 from pulseopt_hf.recipes import catalogue, launching
 
 ROOT = Path(__file__).parents[2]

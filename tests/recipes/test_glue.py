@@ -13,17 +13,6 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from tests.recipes.tiny import GLUE, SHARED, files_of, train, write_glue
 
-SUBMISSION = {
-    "cola": ["CoLA.tsv"],
-    "sst2": ["SST-2.tsv"],
-    "mrpc": ["MRPC.tsv"],
-    "stsb": ["STS-B.tsv"],
-    "qqp": ["QQP.tsv"],
-    "mnli": ["MNLI-m.tsv", "MNLI-mm.tsv"],
-    "qnli": ["QNLI.tsv"],
-    "rte": ["RTE.tsv"],
-    "wnli": ["WNLI.tsv"],
-}
 NAMES = {
     "mnli": {"entailment", "neutral", "contradiction"},
     "qnli": {"entailment", "not_entailment"},
@@ -38,13 +27,14 @@ def test_a_glue_recipe_trains_evaluates_and_predicts_from_local_files(
     run = tmp_path / "run"
     options = ["--model_name_or_path", bert, "--do_predict", *files_of(name, tmp_path)]
     scores = train(f"glue/{name}", run, *options)
+    _, _, score, _, submission = GLUE[name]
     assert scores["train_samples"] == scores["eval_samples"] == 32
-    assert -1 <= scores[f"eval_{GLUE[name][2]}"] <= 1
+    assert -1 <= scores[f"eval_{score}"] <= 1
     assert math.isfinite(scores["eval_loss"])
     assert ("eval_accuracy_mm" in scores) == (name == "mnli")
     assert set(json.loads((run / "train_results.json").read_text())) <= set(scores)
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 15
-    for file in SUBMISSION[name]:
+    for file in submission:
         head, *lines = (line.split("\t") for line in (run / file).read_text().splitlines())
         assert head == ["index", "prediction"]
         assert [index for index, _ in lines] == [str(i) for i in range(32)]

@@ -11,8 +11,9 @@ import yaml
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.parsing import Resolved, keys_of, recipe_parser, resolve, to_yaml_values
 
-BASE = "task: text-classification\nmodel_name_or_path: some/model\n"
-NEW = "model_type: gpt2\ntokenizer_name: embedded:bpe\n"
+DATA = "dataset_name: some/data\n"
+BASE = f"task: text-classification\nmodel_name_or_path: some/model\n{DATA}"
+NEW = f"task: causal-lm\nmodel_type: gpt2\ntokenizer_name: embedded:bpe\n{DATA}"
 
 
 def resolved(tmp_path: Path, text: str, *options: str, base: str = BASE) -> Resolved:
@@ -128,6 +129,7 @@ def test_a_value_with_a_minus_sign_is_a_value(value: str, tmp_path: Path) -> Non
 def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,0\n")
     text = "lr_scheduler_kwargs: {}\nreport_to: none\nclass_names: ['no', '1']\n"
+    text += "validation_percentage: 5\n"
     options = ["--learning_rate", "3e-5", "--train_file", str(tmp_path / "train.csv")]
     first = resolved(tmp_path, text, *options, "--output_dir", "x", "--trust_remote_code")
     values = to_yaml_values(first)

@@ -233,8 +233,8 @@ def test_without_trl_its_tasks_name_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "pulseopt_hf.recipes.trl_keys", raising=False)
-    monkeypatch.delattr("pulseopt_hf.recipes.trl_keys", raising=False)
+    monkeypatch.delitem(sys.modules, "pulseopt_hf.recipes.tasks.trl", raising=False)
+    monkeypatch.delattr("pulseopt_hf.recipes.tasks.trl", raising=False)
     recipe_parser.cache_clear()
     assert main(["validate", "trl/sft"]) == 2
     assert "`task: sft` needs `pip install 'pulseopt-hf[trl]'`" in capsys.readouterr().err

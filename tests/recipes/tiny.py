@@ -33,17 +33,18 @@ GOOD = ["fine", "bright", "warm", "clever"]
 BAD = ["dull", "cold", "stale", "clumsy"]
 PLAIN = ["the", "film", "was", "a", "story", "and", "this", "scene", "looks", "very"]
 
-# Columns of each GLUE task's texts, its number of classes (0 for a regression), and the score.
+# Of each GLUE task: columns of its texts, number of classes (0 for a regression), the score and
+# its published value, and the files of a submission.
 GLUE = {
-    "cola": (["sentence"], 2, "matthews_correlation"),
-    "sst2": (["sentence"], 2, "accuracy"),
-    "mrpc": (["sentence1", "sentence2"], 2, "f1"),
-    "stsb": (["sentence1", "sentence2"], 0, "spearmanr"),
-    "qqp": (["question1", "question2"], 2, "f1"),
-    "mnli": (["premise", "hypothesis"], 3, "accuracy"),
-    "qnli": (["question", "sentence"], 2, "accuracy"),
-    "rte": (["sentence1", "sentence2"], 2, "accuracy"),
-    "wnli": (["sentence1", "sentence2"], 2, "accuracy"),
+    "cola": (["sentence"], 2, "matthews_correlation", "56.5", ["CoLA.tsv"]),
+    "sst2": (["sentence"], 2, "accuracy", "92.3", ["SST-2.tsv"]),
+    "mrpc": (["sentence1", "sentence2"], 2, "f1", "88.9/84.1", ["MRPC.tsv"]),
+    "stsb": (["sentence1", "sentence2"], 0, "spearmanr", "88.6/88.5", ["STS-B.tsv"]),
+    "qqp": (["question1", "question2"], 2, "f1", "90.7/87.5", ["QQP.tsv"]),
+    "mnli": (["premise", "hypothesis"], 3, "accuracy", "83.9/84.1", ["MNLI-m.tsv", "MNLI-mm.tsv"]),
+    "qnli": (["question", "sentence"], 2, "accuracy", "90.7", ["QNLI.tsv"]),
+    "rte": (["sentence1", "sentence2"], 2, "accuracy", "65.7", ["RTE.tsv"]),
+    "wnli": (["sentence1", "sentence2"], 2, "accuracy", "56.3", ["WNLI.tsv"]),
 }
 FAST = ["--use_cpu", "--quiet", "--per_device_train_batch_size", "8", "--max_steps", "15"]
 
@@ -51,7 +52,7 @@ FAST = ["--use_cpu", "--quiet", "--per_device_train_batch_size", "8", "--max_ste
 def write_glue(folder: Path, name: str) -> dict[str, Path]:
     """Write `train`, `validation`, `validation2`, `test` and `test2` of a task's schema."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns, classes, _ = GLUE[name]
+    columns, classes, *_ = GLUE[name]
     rng = random.Random(name)
     files = {}
     for split in ("train", "validation", "validation2", "test", "test2"):

@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import AutoImageProcessor, default_data_collator
 
 from pulseopt_hf.errors import usage_error
-from pulseopt_hf.recipes import labels, metrics, models
+from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
+from pulseopt_hf.recipes.labels import Labels
 from pulseopt_hf.recipes.splits import Split, need
-from pulseopt_hf.recipes.tasks.task import Task, class_lines, head_settings
+from pulseopt_hf.recipes.tasks import Task
 
 _SHIFT = 1 / 8  # of the image's side, that a training image moves at most
 
@@ -24,8 +25,8 @@ def prepare(
     """Prepare an image classification."""
     column = recipe.image_column
     need(splits, column, target=recipe.label_column)
-    names = labels.class_names(recipe, splits)
-    config = models.load_config(recipe, **head_settings(recipe, names))
+    labels = Labels(recipe, splits)
+    config = labels.load_config()
     processor: Any = None
     if recipe.model_type is None:
         folder = models.model_folder(recipe)
@@ -38,8 +39,8 @@ def prepare(
 
     def examples(split: Split) -> Dataset:
         rows = split.rows.select_columns([column])
-        if split.role != "test":
-            rows = rows.add_column("labels", labels.class_indices(recipe, split, names))
+        if split in labels.of:
+            rows = rows.add_column("labels", labels.of[split])
         augment = recipe.image_augmentation and split.role == "train"
 
         def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -50,18 +51,17 @@ def prepare(
             convert(rows[0][column], augment=False)
         return rows.with_transform(transform)
 
-    def predicted(logits: Any) -> Any:
-        return np.argmax(logits, -1)
-
     # The columns are made by the transform, where Trainer does not see them.
     training.remove_unused_columns = False
     return Task(
         config=config,
         processing_class=processor,
         examples=examples,
-        collator=lambda model: default_data_collator,
-        compute_metrics=metrics.computing(recipe.metrics, predicted),
-        to_lines=lambda logits: class_lines(recipe, names, predicted(logits)),
+        settings={
+            "data_collator": default_data_collator,
+            "compute_metrics": metrics.computing(recipe.metrics, labels.predicted),
+        },
+        to_lines=labels.to_lines,
     )
 
 

@@ -13,7 +13,7 @@ from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split, need
-from pulseopt_hf.recipes.tasks.task import Task
+from pulseopt_hf.recipes.tasks import Task
 
 LONGEST_BLOCK = 1024  # tokens, unless the recipe sets `block_size`
 
@@ -58,22 +58,23 @@ def prepare(
             )
         return result
 
-    def collator(model: Any) -> Any:
-        if not masked:
-            return default_data_collator
-        return DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mlm_probability)
-
     def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
         logits = logits[0] if isinstance(logits, tuple) else logits
         return _losses(logits, labels) if masked else _losses(logits[:, :-1], labels[:, 1:])
 
+    collator: Any = default_data_collator
+    if masked:
+        share = recipe.mlm_probability
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
     return Task(
         config=config,
         processing_class=tokenizer,
         examples=examples,
-        collator=collator,
-        compute_metrics=_perplexity if recipe.metrics else None,
-        preprocess_logits=token_losses,
+        settings={
+            "data_collator": collator,
+            "compute_metrics": _perplexity if recipe.metrics else None,
+            "preprocess_logits_for_metrics": token_losses,
+        },
     )
 
 

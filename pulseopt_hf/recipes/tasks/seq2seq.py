@@ -9,10 +9,10 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
 from pulseopt_hf import PulseOptSeq2SeqTrainer
-from pulseopt_hf.recipes import labels, metrics, models
+from pulseopt_hf.recipes import metrics, models
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 from pulseopt_hf.recipes.splits import Split, need
-from pulseopt_hf.recipes.tasks.task import Task
+from pulseopt_hf.recipes.tasks import Task
 
 
 def prepare(
@@ -45,9 +45,9 @@ def prepare(
         return made
 
     def examples(split: Split) -> Dataset:
-        rows = {"text": labels.texts(split, recipe.text_column)}
+        rows = {"text": split.texts(recipe.text_column)}
         if split.role != "test":
-            rows["target"] = labels.texts(split, target)
+            rows["target"] = split.texts(target)
         return Dataset.from_dict(rows).map(tokenize, batched=True, remove_columns=list(rows))
 
     def decode(ids: Any) -> list[str]:
@@ -55,13 +55,16 @@ def prepare(
         filled = np.where(ids < 0, tokenizer.pad_token_id, ids)
         return [text.strip() for text in tokenizer.batch_decode(filled, skip_special_tokens=True)]
 
+    def trainer(model: Any, **settings: Any) -> PulseOptSeq2SeqTrainer:
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+        return PulseOptSeq2SeqTrainer(model, data_collator=collator, **settings)
+
     return Task(
         config=config,
         processing_class=tokenizer,
         examples=examples,
-        collator=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_metrics=metrics.computing(recipe.metrics, decode, decode),
-        trainer_class=PulseOptSeq2SeqTrainer,
+        settings={"compute_metrics": metrics.computing(recipe.metrics, decode, decode)},
+        trainer_class=trainer,
         # One line per example: a newline would make two.
         to_lines=lambda ids: [" ".join(text.split()) for text in decode(ids)],
     )

@@ -1,16 +1,19 @@
-"""Chat data, preferences and rewards, with TRL's Trainers. TRL is imported when it is needed."""
+"""Chat data, preferences and rewards, with TRL's Trainers. Importing it needs TRL."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from pulseopt_hf import PulseOptTrainer, with_pulseopt
+import trl
+
+from pulseopt_hf import with_pulseopt
 from pulseopt_hf.errors import UsageError, call_all, usage_error
 from pulseopt_hf.recipes import models
 from pulseopt_hf.recipes.keys import (
@@ -20,7 +23,7 @@ from pulseopt_hf.recipes.keys import (
     RecipeTrainingArguments,
 )
 from pulseopt_hf.recipes.splits import Split, listed
-from pulseopt_hf.recipes.tasks.task import Task
+from pulseopt_hf.recipes.tasks import Task
 
 # The columns that each task reads, of which a split needs one set.
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -31,58 +34,23 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-@dataclass
-class TrlTask(Task):
-    """A task whose Trainer loads the model and makes the examples itself.
-
-    Attributes:
-        name: the task.
-        settings: further arguments of the Trainer.
-    """
-
-    name: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def make_trainer(self, training: RecipeTrainingArguments) -> PulseOptTrainer:
-        """Build TRL's Trainer, and keep the examples that it makes of the rows."""
-        with usage_error(f"`task: {self.name}`", ValueError):
-            trainer: Any = self.trainer_class(
-                self.model,
-                args=training,
-                train_dataset=self.sets["train"][0],
-                eval_dataset={str(i): rows for i, rows in enumerate(self.sets["validation"])},
-                processing_class=self.processing_class,
-                **self.settings,
-            )
-        self.sets["train"] = [trainer.train_dataset]
-        self.sets["validation"] = list(trainer.eval_dataset.values())
-        trainer.eval_dataset = next(iter(self.sets["validation"]), None)
-        made: PulseOptTrainer = trainer
-        return made
-
-
 def prepare(
     recipe: RecipeArguments, training: RecipeTrainingArguments, splits: list[Split]
 ) -> Task:
     """Prepare supervised fine-tuning, DPO, a reward model or GRPO."""
-    import trl
-
     call_all(partial(_need_columns, recipe.task, training, split) for split in splits)
     settings = {"peft_config": models.lora_config(recipe)}
     if recipe.task == "grpo":
         settings["reward_funcs"] = [_reward_function(name) for name in recipe.reward_funcs]
     arguments: Any = training
     arguments.model_init_kwargs = {**models.source(recipe), **(arguments.model_init_kwargs or {})}
-    return TrlTask(
+    return Task(
         config=models.load_config(recipe),
         processing_class=models.load_tokenizer(recipe),
         examples=lambda split: split.rows,
-        collator=lambda model: None,
-        compute_metrics=None,
+        settings=settings,
         trainer_class=with_pulseopt(getattr(trl, f"{TRL_TASKS[recipe.task]}Trainer")),
         model=models.model_folder(recipe),
-        name=recipe.task,
-        settings=settings,
     )
 
 
@@ -116,3 +84,22 @@ def _reward_function(name: str) -> Callable[..., Any]:
         raise UsageError(f"`reward_funcs`: `{name}` is not a function.")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+def _config(name: str) -> type:
+    """Return a config of TRL's with the knobs, and with the defaults of a run from a recipe."""
+    config = getattr(trl, name)
+    kinds = get_type_hints(config)
+    fields = [
+        (field.name, kinds[field.name], copy.copy(field))
+        for field in dataclasses.fields(config)
+        if field.name not in RecipeTrainingArguments.__annotations__
+    ]
+    made = dataclasses.make_dataclass(name, fields, bases=(RecipeTrainingArguments, config))
+    made.__module__ = __name__
+    return made
+
+
+# Trainer pickles its arguments, so their classes must be found in a module.
+CONFIGS = {task: _config(f"{name}Config") for task, name in TRL_TASKS.items()}
+globals().update({config.__name__: config for config in CONFIGS.values()})
