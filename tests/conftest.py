@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.aees.calibration import TRUSTED
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -50,6 +51,12 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 VOCABULARY = 64
+# A calibration that is asked for by name, and the settings of a run that is long enough for it.
+NAMED = PulseOptConfig(calibration="trust_region")
+SHORT: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-4}
+TRIAL_STEPS = TRUSTED + 1  # one batch finds the order of magnitude
+# Six arms: three of the learning rate, each with noise and without.
+ARMS: dict[str, Any] = {"lr_candidates": [0.5, 1.0, 2.0], "noise_candidates": [0.0, 1e-3]}
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -222,6 +229,14 @@ def raise_at(step: int, error: Any = KeyboardInterrupt, event: str = "on_step_en
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return what this package logged."""
     return [r.getMessage() for r in caplog.records if r.name.startswith("pulseopt_hf")]
+
+
+def give_losses(aees: AEES, losses: Any, first: int = 0) -> AEES:
+    """Take a step of a loop of one's own for each loss, and return what took them."""
+    for step, loss in enumerate(losses, first):
+        aees.step_start(step)
+        aees.step_end(loss)
+    return aees
 
 
 def take_step(aees: AEES, step: int, compute_loss: Callable[[], Any]) -> Any:
