@@ -10,16 +10,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer, default_data_collator, get_scheduler, set_seed
 
-from pulseopt_hf import AEES, PulseOptTrainer
-from tests.conftest import Make, callback_trainer, history, parameters_equal, without_dropout
+from pulseopt_hf import AEES
+from tests.conftest import ARMS, Make, history, parameters_equal, without_dropout
 
 KNOBS: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 0.001],
-    "episode_length": 4,
-    "bandit": "scaled_ucb",
-    "reward": "slope",
-    "seed": 5,
+    **{**ARMS, "episode_length": 4, "seed": 5},
+    **{"bandit": "scaled_ucb", "reward": "slope"},
 }
 
 
@@ -33,21 +29,16 @@ def hand_written(model: Any, trainer: Trainer, data: Any) -> AEES:
     aees = AEES(optimizer, lr_scheduler=scheduler, **KNOBS)
     loader = trainer.get_train_dataloader()
     model.train()
-    step = 0
-    epoch = 0
-    while step < args.max_steps:
-        loader.set_epoch(epoch)
-        for batch in loader:
-            if step == args.max_steps:
-                break
-            aees.step_start(step)
-            loss = model(**batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            aees.step_end(loss)
-            model.zero_grad()
-            step += 1
-        epoch += 1
+    for step in range(args.max_steps):
+        if step % len(loader) == 0:
+            loader.set_epoch(step // len(loader))
+            batches = iter(loader)
+        aees.step_start(step)
+        loss = model(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        aees.step_end(loss)
+        model.zero_grad()
     aees.finalize()
     return aees
 
@@ -55,8 +46,7 @@ def hand_written(model: Any, trainer: Trainer, data: Any) -> AEES:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_subclass_and_callback_agree_bit_for_bit(train: Make, bf16: bool) -> None:
     settings = {"gradient_accumulation_steps": 3, "bf16": bf16}
-    one = train(PulseOptTrainer, KNOBS, **settings)
-    other = train(callback_trainer, KNOBS, **settings)
+    one, other = (train(road, KNOBS, **settings) for road in ("subclass", "attached"))
     assert one.aees.get_logs() == other.aees.get_logs()
     assert len(one.aees.get_logs()["episode_rewards"]) == 6
     assert len(set(one.aees.get_logs()["selected_combined_names"])) > 3

@@ -25,7 +25,7 @@ def assert_right_in_distribution(noise: Tensor, level: float) -> None:
     """Check mean, spread and tails of noise of a level."""
     unit, count = noise.double() / level, noise.numel()
     assert abs(unit.mean()) < 4 / math.sqrt(count)
-    assert unit.std() == pytest.approx(1.0, rel=4 / math.sqrt(2 * count))
+    assert unit.std().item() == pytest.approx(1.0, rel=4 / math.sqrt(2 * count))
     beyond_two = (unit.abs() > 2.0).double().mean().item()
     assert beyond_two == pytest.approx(0.0455, abs=4 * math.sqrt(0.0455 / count))
 

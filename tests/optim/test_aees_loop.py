@@ -15,7 +15,7 @@ from torch import nn
 
 from pulseopt_hf import AEES
 from pulseopt_hf.aees import StateError
-from tests.conftest import take_step
+from tests.conftest import give_losses, take_step
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -48,13 +48,6 @@ def with_gradients(aees: AEES, value: float) -> list[nn.Parameter]:
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, value)
     return parameters
-
-
-def take(aees: AEES, losses: Any, first: int = 0) -> None:
-    """Take a step for each loss."""
-    for step, loss in enumerate(losses, first):
-        aees.step_start(step)
-        aees.step_end(loss)
 
 
 def train(
@@ -117,7 +110,7 @@ def test_an_exception_in_the_step_leaves_the_base_lr_behind() -> None:
 
     aees.optimizer.register_step_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        take(aees, [1.0])
+        give_losses(aees, [1.0])
     assert group["lr"] == 0.25
 
 
@@ -165,7 +158,7 @@ def test_a_skipped_step_counts_nowhere() -> None:
     aees = AEES(optimizer, lr_scheduler=scheduler, episode_length=2, nonfinite="skip")
     for step, loss in enumerate([3.0, math.nan, 2.0, 1.0, math.inf]):
         with_gradients(aees, loss)
-        take(aees, [loss], first=step)
+        give_losses(aees, [loss], first=step)
     assert aees.skipped_steps == 2
     assert optimizer.param_groups[0]["lr"] == 0.1 / 8
     logs = aees.get_logs()
@@ -177,15 +170,15 @@ def test_a_skipped_step_counts_nowhere() -> None:
 
 def test_too_many_skips_in_a_row_end_the_run_with_their_number_and_place() -> None:
     aees = bare(nonfinite="skip", max_consecutive_skips=3)
-    take(aees, [math.nan] * 2)
+    give_losses(aees, [math.nan] * 2)
     with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row .* global step 2"):
-        take(aees, [math.nan], first=2)
+        give_losses(aees, [math.nan], first=2)
 
 
 def test_a_partial_episode_is_closed_by_finalize_once() -> None:
     aees = bare(episode_length=5)
     aees.finalize()
-    take(aees, [torch.tensor(1.0)] * 7)
+    give_losses(aees, [torch.tensor(1.0)] * 7)
     aees.step_start(7)  # a step that is begun and never ended leaves no trace
     aees.finalize()
     aees.finalize()
@@ -196,7 +189,7 @@ def test_a_loss_tensor_is_read_when_it_is_given_not_when_the_episode_ends() -> N
     aees = bare(episode_length=2)
     loss = torch.tensor(2.0)
     for step in range(2):
-        take(aees, [loss], first=step)
+        give_losses(aees, [loss], first=step)
         loss /= 2
     assert aees.get_logs()["episode_start_losses"] == [2.0]
     assert aees.get_logs()["episode_end_losses"] == [1.0]
@@ -251,7 +244,7 @@ def test_listeners_hear_of_each_episode_once_and_not_again_in_a_resumed_run() ->
     def run(aees: AEES, steps: range) -> list[Any]:
         heard: list[Any] = []
         aees.listeners.append(heard.append)
-        take(aees, [1.0] * len(steps), first=steps[0])
+        give_losses(aees, [1.0] * len(steps), first=steps[0])
         aees.finalize()
         return heard
 
