@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 
@@ -26,25 +26,14 @@ from pulseopt_hf.aees.calibration import (
 from pulseopt_hf.aees.json_checks import StateError
 
 
+@dataclass
 class Model:
-    """Outputs and weights that move in proportion to the LR, up to where the outputs saturate.
+    """Outputs and weights that move in proportion to the LR, up to where the outputs saturate."""
 
-    Args:
-        output_lr: LR whose step moves the outputs by `OUTPUT_RADIUS`.
-        weight_lr: LR whose step moves the weights by `WEIGHT_RADIUS`.
-        scatter: by how much batches differ, as a factor.
-        repeatable: whether one gradient serves several trials.
-    """
-
-    def __init__(
-        self,
-        output_lr: float,
-        weight_lr: float = math.inf,
-        scatter: float = 1.0,
-        repeatable: bool = True,
-    ) -> None:
-        self.output_lr, self.weight_lr, self.repeatable = output_lr, weight_lr, repeatable
-        self.scatter = scatter
+    output_lr: float  # whose step moves the outputs by `OUTPUT_RADIUS`
+    weight_lr: float = math.inf  # whose step moves the weights by `WEIGHT_RADIUS`
+    scatter: float = 1.0  # by how much batches differ, as a factor
+    repeatable: bool = True  # whether one gradient serves several trials
 
     def trial(self, lr: float, step: int) -> Trial:
         rng = random.Random(step)

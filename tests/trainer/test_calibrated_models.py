@@ -56,16 +56,11 @@ def masked() -> list[dict[str, Tensor]]:
     return rows(input_ids=torch.where(tokens % 4 == 0, 1, tokens), labels=labels)
 
 
-class Bare(nn.Module):
+class Bare(nn.Sequential):
     """Returns a tensor, and leaves the loss to the Trainer."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+        super().__init__(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
 class BareTrainer(PulseOptTrainer):
@@ -198,8 +193,7 @@ class Mute(nn.Module):
         return type("Output", (), {"__slots__": ("value",)})
 
     def loss(self, x: Tensor) -> Tensor:
-        loss: Tensor = (x @ self.weight).square().mean()
-        return loss
+        return (x @ self.weight).square().mean()
 
 
 class Deaf(Mute):
