@@ -20,6 +20,7 @@ import inspect
 import itertools
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,14 @@ def take_step(aees: AEES, step: int, compute_loss: Callable[[], Any]) -> Any:
     loss.backward()
     aees.step_end(loss)
     return loss
+
+
+def run_python(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a new interpreter to its end, which has to be a good one."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def without_dropout(model: Any) -> Any:
