@@ -20,6 +20,7 @@ import inspect
 import itertools
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     logging,
     set_seed,
 )
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer
+from pulseopt_hf.aees.calibration import TRUSTED
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -49,6 +52,12 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 VOCABULARY = 64
+# A calibration that is asked for by name, and the settings of a run that is long enough for it.
+NAMED = PulseOptConfig(calibration="trust_region")
+SHORT: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-4}
+TRIAL_STEPS = TRUSTED + 1  # one batch finds the order of magnitude
+# Six arms: three of the learning rate, each with noise and without.
+ARMS: dict[str, Any] = {"lr_candidates": [0.5, 1.0, 2.0], "noise_candidates": [0.0, 1e-3]}
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -118,7 +127,7 @@ def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
     )
 
 
-# Makes a Trainer: (class, config or knobs, **what Trainer takes and training arguments).
+# Makes a Trainer: (class or road, config or knobs, **what Trainer takes and training arguments).
 Make = Callable[..., Any]
 TRAINERS_OWN = inspect.signature(Trainer).parameters.keys()
 
@@ -126,14 +135,15 @@ TRAINERS_OWN = inspect.signature(Trainer).parameters.keys()
 @pytest.fixture
 def make_trainer(tiny_model: Any, tiny_data: Any, arguments: Any) -> Make:
     """Return a maker of Trainers, by default of the tiny model, its data and `arguments`."""
+    defaults = {"train_dataset": tiny_data, "eval_dataset": tiny_data[:8], "args": None}
 
-    def make(cls: Any = PulseOptTrainer, pulse: Any = None, **options: Any) -> Any:
+    def make(cls: Any = "subclass", pulse: Any = None, **options: Any) -> Any:
         own = {name: options.pop(name) for name in TRAINERS_OWN & options.keys()}
-        own = {"model": tiny_model(), "train_dataset": tiny_data, "args": None, **own}
+        own = {"model": tiny_model(), **defaults, **own}
         own["args"] = own["args"] or arguments(**options)
         if pulse is not None:
             own["pulse"] = PulseOptConfig(**pulse) if isinstance(pulse, dict) else pulse
-        return cls(**own)
+        return ROADS.get(cls, cls)(**own)
 
     return make
 
@@ -150,13 +160,25 @@ def train(make_trainer: Make) -> Make:
     return make
 
 
-def callback_trainer(
-    *args: Any, pulse: PulseOptConfig, base: type[Trainer] = Trainer, **kwargs: Any
-) -> Trainer:
+def callback_trainer(pulse: Any = None, base: type[Trainer] = Trainer, **options: Any) -> Trainer:
     """Return a stock Trainer with the callback attached, called as a class is."""
-    trainer = base(*args, **kwargs)
+    trainer = base(**options)
     PulseOptCallback(pulse).attach(trainer)
     return trainer
+
+
+def events_trainer(pulse: Any = None, callbacks: Any = (), **options: Any) -> Trainer:
+    """Return a stock Trainer with the callback among others, which leaves it its events alone."""
+    return Trainer(callbacks=[*callbacks, PulseOptCallback(pulse)], **options)
+
+
+# The roads by which knobs come to a Trainer, and the one without.
+ROADS: dict[Any, Callable[..., Trainer]] = {
+    "stock": Trainer,
+    "subclass": PulseOptTrainer,
+    "attached": callback_trainer,
+    "events": events_trainer,
+}
 
 
 @pytest.fixture
@@ -177,6 +199,65 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def on(event: str, do: Callable[..., Any]) -> TrainerCallback:
+    """Return a callback that calls `do(state, control=..., **kwargs)` at an event of Trainer."""
+
+    def call(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        do(state, control=control, **kwargs)
+
+    return type("On", (TrainerCallback,), {event: call})()
+
+
+def stop_after(step: int) -> TrainerCallback:
+    """Return a callback that tells Trainer to stop."""
+
+    def stop(state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == step
+
+    return on("on_step_end", stop)
+
+
+def raise_at(step: int, error: Any = KeyboardInterrupt, event: str = "on_step_end") -> Any:
+    """Return a callback that raises, as a user's own code or Ctrl-C would."""
+
+    def fail(state: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise error
+
+    return on(event, fail)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what this package logged."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("pulseopt_hf")]
+
+
+def give_losses(aees: AEES, losses: Any, first: int = 0) -> AEES:
+    """Take a step of a loop of one's own for each loss, and return what took them."""
+    for step, loss in enumerate(losses, first):
+        aees.step_start(step)
+        aees.step_end(loss)
+    return aees
+
+
+def take_step(aees: AEES, step: int, compute_loss: Callable[[], Any]) -> Any:
+    """Take a step of a loop of one's own, and return its loss."""
+    aees.step_start(step)
+    aees.optimizer.zero_grad()
+    loss = compute_loss()
+    loss.backward()
+    aees.step_end(loss)
+    return loss
+
+
+def run_python(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a new interpreter to its end, which has to be a good one."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def without_dropout(model: Any) -> Any:
     """Return the model, whose dropout does nothing from now on."""
     for module in model.modules():
@@ -194,6 +275,16 @@ def parameters_equal(one: Any, other: Any) -> bool:
     """Whether two models' parameters are equal bit for bit."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def checkpoint(trainer: Trainer, step: int) -> str:
+    """Return the folder of a checkpoint of a run."""
+    return str(Path(trainer.args.output_dir) / f"checkpoint-{step}")
+
+
+def logged(trainer: Trainer, key: str = "loss") -> list[Any]:
+    """Return the values of a key that Trainer logged with the loss of a step."""
+    return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:

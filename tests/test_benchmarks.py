@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import compare_tasks, tables
 from pulseopt_hf.aees.calibration import OUTPUT_RADIUS, WEIGHT_RADIUS
+from tests.conftest import run_python
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "`scaled_ucb`, `slope`"
@@ -20,10 +19,7 @@ PAGES = tables.pages()
 
 def run(name: str, *words: object) -> str:
     """Run a benchmark, and return what it prints."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-m", f"benchmarks.{name}", *words, cwd=ROOT).stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

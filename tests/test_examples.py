@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_python
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
 
 
 @pytest.mark.parametrize("name", ["trainer.py", "callback.py"])
 def test_a_trainer_example_learns_with_several_arms(name: str, tmp_path: Path) -> None:
-    done = run(name, tmp_path)
+    done = run_python(EXAMPLES / name, cwd=tmp_path)
     assert "Learning rate calibrated: 0.001 was set, " in done.stderr
     metrics, multipliers = done.stdout.strip().splitlines()[-2:]
     # ln 2048 = 7.6 before training.
@@ -37,7 +27,7 @@ def test_a_trainer_example_learns_with_several_arms(name: str, tmp_path: Path) -
 
 def test_the_learning_rate_is_found_without_training(tmp_path: Path) -> None:
     """For a Trainer that was set to 5e-5, and for a loop that was set to 1e-5."""
-    said = run("find_learning_rate.py", tmp_path).stdout
+    said = run_python(EXAMPLES / "find_learning_rate.py", cwd=tmp_path).stdout
     found = re.findall(r"^(\w+): (\S+), limited by the (?:outputs|weights)$", said, re.M)
     assert [name for name, _ in found] == ["Trainer", "loop"]
     rates = [float(rate) for _, rate in found]
@@ -47,5 +37,5 @@ def test_the_learning_rate_is_found_without_training(tmp_path: Path) -> None:
 
 
 def test_the_loop_example_prints_its_six_episodes(tmp_path: Path) -> None:
-    said = run("accelerate_loop.py", tmp_path).stdout
+    said = run_python(EXAMPLES / "accelerate_loop.py", cwd=tmp_path).stdout
     assert len(re.findall(r"lr\S+ +loss [\d.]+ to [\d.]+  reward", said)) == 6

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import run_python
 
 # What each floor must not bring into memory, directly or through what it imports.
 FORBIDDEN = {
@@ -104,9 +104,7 @@ def test_no_two_files_import_each_other() -> None:
 @pytest.mark.parametrize("floor", FORBIDDEN)
 def test_a_floor_imports_nothing_from_above(floor: str) -> None:
     code = f"import {floor}, sys; print(*sys.modules)"
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.split()
+    output = run_python("-c", code).stdout.split()
     assert floor in output
     assert [name for name in FORBIDDEN[floor] if name in output] == []
 
@@ -121,7 +119,7 @@ def test_every_public_name_is_loaded_when_it_is_used() -> None:
         "for name in pulseopt_hf.__all__: getattr(pulseopt_hf, name)\n"
         "assert 'transformers' in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import run_python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,8 +33,7 @@ def test_the_commands_of_the_readme_exist() -> None:
 
 def test_the_script_runs_pasted_into_a_file(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(blocks("python")[0])
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    done = run_python("script.py", cwd=tmp_path)
     assert "Learning rate calibrated: 5e-05 was set, " in done.stderr
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(float(OURS), abs=0.15)
 

@@ -45,6 +45,15 @@ def play(bandit: Bandit, history: list[float], context: str = "stable") -> list[
     return arms
 
 
+def play_rewards(bandit: Bandit, reward: Callable[[int], float], episodes: int) -> list[int]:
+    """Play a bandit whose rewards follow from the arm, and return the arms."""
+    played = []
+    for _ in range(episodes):
+        played.append(bandit.select())
+        bandit.update(played[-1], reward(played[-1]))
+    return played
+
+
 @contract
 @given(arms=st.integers(1, 6), seed=st.integers(0, 2**32), history=rewards, context=contexts)
 def test_a_choice_is_always_one_of_the_arms(
@@ -95,8 +104,9 @@ def test_a_state_of_another_kind_or_size_is_refused_and_changes_nothing(
 
 
 @given(seed=st.integers(0, 2**32))
-def test_ucb_plays_every_arm_once_before_any_twice(seed: int) -> None:
+def test_ucb_plays_every_arm_once_and_scaled_ucb_twice_before_it_judges(seed: int) -> None:
     assert sorted(play(DiscountedUCB(5, seed), [0.5] * 5)) == [0, 1, 2, 3, 4]
+    assert sorted(play(ScaledUCB(3, seed), [1.0] * 6)) == [0, 0, 1, 1, 2, 2]
 
 
 @given(history=st.lists(st.tuples(st.integers(0, 2), st.floats(-1.0, 1.0)), max_size=30))
@@ -124,13 +134,8 @@ def test_ucb_chooses_the_largest_mean_plus_bonus() -> None:
 
 
 def test_a_clear_difference_in_reward_decides_what_ucb_plays() -> None:
-    bandit = DiscountedUCB(3, 0)
-    arms = []
-    for _ in range(200):
-        arm = bandit.select()
-        bandit.update(arm, (0.0, 1.0, 0.0)[arm])
-        arms.append(arm)
-    assert arms.count(1) > 120
+    played = play_rewards(DiscountedUCB(3, 0), lambda arm: (0.0, 1.0, 0.0)[arm], 200)
+    assert played.count(1) > 120
 
 
 def test_scaled_ucb_does_not_see_the_unit_of_the_rewards() -> None:
@@ -138,10 +143,6 @@ def test_scaled_ucb_does_not_see_the_unit_of_the_rewards() -> None:
     history = [rng.gauss(0.3, 1.0) for _ in range(80)]
     shifted = [0.001 * reward - 7.0 for reward in history]
     assert play(ScaledUCB(3, 5), history) == play(ScaledUCB(3, 5), shifted)
-
-
-def test_scaled_ucb_plays_every_arm_twice_before_it_judges() -> None:
-    assert sorted(play(ScaledUCB(3, 0), [1.0] * 6)) == [0, 0, 1, 1, 2, 2]
 
 
 def test_rewards_that_shrink_for_every_arm_do_not_hold_up_the_first_one_played() -> None:
@@ -166,11 +167,8 @@ def test_rewards_that_shrink_for_every_arm_do_not_hold_up_the_first_one_played()
 
 def rewards_of(arms: tuple[float, ...], episodes: int, noise: float, seed: int = 0) -> list[int]:
     """Play a conservative bandit whose baseline is arm 1, and return the arms it played."""
-    bandit, rng, played = ConservativeUCB(len(arms), seed, baseline=1), random.Random(seed), []
-    for _ in range(episodes):
-        played.append(bandit.select())
-        bandit.update(played[-1], arms[played[-1]] + rng.gauss(0.0, noise))
-    return played
+    bandit, rng = ConservativeUCB(len(arms), seed, baseline=1), random.Random(seed)
+    return play_rewards(bandit, lambda arm: arms[arm] + rng.gauss(0.0, noise), episodes)
 
 
 def test_a_conservative_bandit_rests_before_it_compares_and_tries_in_a_quarter_of_episodes() -> (
@@ -241,9 +239,7 @@ def test_the_trend_bandit_refuses_a_context_it_does_not_know() -> None:
 def test_a_conservative_bandit_outlives_what_its_discounts_leave_of_an_arm(winner: int) -> None:
     """Rewards that do not scatter leave no doubt, so the other arm is never played again."""
     bandit = ConservativeUCB(2, 0, baseline=1)
-    for _ in range(20_000):
-        arm = bandit.select()
-        bandit.update(arm, float(arm == winner))
+    play_rewards(bandit, lambda arm: float(arm == winner), 20_000)
     assert min(bandit.counts) < 1e-300
     restored = ConservativeUCB(2, 1, baseline=1)
     restored.load_state_dict(json.loads(json.dumps(bandit.state_dict())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict, dataclass
 
 import pytest
 
@@ -25,25 +26,14 @@ from pulseopt_hf.aees.calibration import (
 from pulseopt_hf.aees.json_checks import StateError
 
 
+@dataclass
 class Model:
-    """Outputs and weights that move in proportion to the LR, up to where the outputs saturate.
+    """Outputs and weights that move in proportion to the LR, up to where the outputs saturate."""
 
-    Args:
-        output_lr: LR whose step moves the outputs by `OUTPUT_RADIUS`.
-        weight_lr: LR whose step moves the weights by `WEIGHT_RADIUS`.
-        scatter: by how much batches differ, as a factor.
-        repeatable: whether one gradient serves several trials.
-    """
-
-    def __init__(
-        self,
-        output_lr: float,
-        weight_lr: float = math.inf,
-        scatter: float = 1.0,
-        repeatable: bool = True,
-    ) -> None:
-        self.output_lr, self.weight_lr, self.repeatable = output_lr, weight_lr, repeatable
-        self.scatter = scatter
+    output_lr: float  # whose step moves the outputs by `OUTPUT_RADIUS`
+    weight_lr: float = math.inf  # whose step moves the weights by `WEIGHT_RADIUS`
+    scatter: float = 1.0  # by how much batches differ, as a factor
+    repeatable: bool = True  # whether one gradient serves several trials
 
     def trial(self, lr: float, step: int) -> Trial:
         rng = random.Random(step)
@@ -139,39 +129,27 @@ def test_the_state_is_json_and_continues_exactly_from_every_trial() -> None:
     assert restored.is_done
 
 
+TRIAL = Trial(1e-3, 0.0, 0.0, True, 0)
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "message"),
     [
-        ("set_lr", 0.0),
-        ("set_lr", math.nan),
-        ("set_lr", "high"),
-        ("passes", 0.5),
-        ("passes", math.nan),
-        ("trials", [{"learning_rate": 1.0}]),
-        ("trials", "x"),
-        ("trials", [{"learning_rate": 1.0, "movement": -1.0}]),
+        *(("set_lr", value, "`set_lr`") for value in (0.0, math.nan, "high")),
+        *(("passes", value, "`passes`") for value in (0.5, math.nan)),
+        ("trials", [{"learning_rate": 1.0}], "`movement`"),
+        ("trials", "x", "`trials`"),
+        ("trials", [{"learning_rate": 1.0, "movement": -1.0}], "`movement`"),
+        ("trials", [asdict(TRIAL)] * 19, "at most 18"),
     ],
 )
-def test_a_damaged_state_is_refused(key: str, value: object) -> None:
+def test_a_damaged_state_is_refused(key: str, value: object, message: str) -> None:
     search = Calibration(1e-3)
     before = search.state_dict()
-    with pytest.raises(StateError):
+    with pytest.raises(StateError, match=message):
         search.load_state_dict({**before, key: value})
     assert search.state_dict() == before
-
-
-def test_a_state_with_more_trials_than_a_search_takes_is_refused() -> None:
-    search = Calibration(1e-3)
-    trial = {
-        "learning_rate": 1e-3,
-        "movement": 0.0,
-        "weight_movement": 0.0,
-        "own_batch": True,
-        "step": 0,
-    }
-    assert trial_from_json(trial, "trial") == Trial(1e-3, 0.0, 0.0, True, 0)
-    with pytest.raises(StateError, match="at most 18"):
-        search.load_state_dict({**search.state_dict(), "trials": [trial] * 19})
+    assert trial_from_json(asdict(TRIAL), "trial") == TRIAL
 
 
 @pytest.mark.parametrize("passes", [0.3, 1.0, 3.0, 10.0])
@@ -194,16 +172,12 @@ def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() ->
     assert search.limited_by == "weights"
 
 
-@pytest.mark.parametrize("passes", [0.0, -1.0, math.nan, math.inf])
-def test_a_number_of_passes_that_is_none_is_refused(passes: float) -> None:
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_passes_and_an_lr_that_are_none_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match="`passes` must be a number > 0"):
-        Calibration(1e-3, passes)
-
-
-@pytest.mark.parametrize("set_lr", [0.0, -1.0, math.nan, math.inf])
-def test_an_lr_that_nothing_can_be_a_share_of_is_refused(set_lr: float) -> None:
+        Calibration(1e-3, value)
     with pytest.raises(ValueError, match="`set_lr` must be a number > 0"):
-        Calibration(set_lr)
+        Calibration(value)
 
 
 def test_an_outcome_is_one_line_with_both_lrs_and_how_to_keep_the_old_one() -> None:

@@ -69,11 +69,6 @@ def test_the_slope_is_that_of_the_best_line_and_has_no_unit(
     assert scaled.base == pytest.approx(reward.base, abs=1e-4)
 
 
-def test_a_kind_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="'smoothed' or 'slope', got 'ema'"):
-        episode_reward([1.0, 0.5], kind="ema", **PUBLISHED)
-
-
 def test_the_noise_of_the_slope_lessens_with_the_length_as_it_is_said_to() -> None:
     """By sqrt(12 / n) of the losses' own, where the smoothed reward's stays near theirs."""
     rng = random.Random(0)
@@ -95,15 +90,18 @@ def test_a_step_of_the_loss_counts_wherever_in_the_episode_it_is() -> None:
         assert episode_reward(losses[::-1], kind="slope", **PUBLISHED).value < -0.2
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_refused_with_its_place(bad: float) -> None:
-    with pytest.raises(ValueError, match="position 2"):
-        episode_reward([1.0, 1.0, bad], **PUBLISHED)
-
-
-def test_a_negative_loss_has_no_logarithm() -> None:
-    with pytest.raises(ValueError, match=r"logarithm of the loss.*-1"):
-        episode_reward([-1.0, -2.0], **PUBLISHED)
+@pytest.mark.parametrize(
+    ("losses", "kind", "message"),
+    [
+        ([1.0, 0.5], "ema", "'smoothed' or 'slope', got 'ema'"),
+        ([], "smoothed", "at least one loss"),
+        ([-1.0, -2.0], "smoothed", r"logarithm of the loss.*-1"),
+        *(([1.0, 1.0, bad], "smoothed", "position 2") for bad in (math.nan, math.inf, -math.inf)),
+    ],
+)
+def test_what_has_no_reward_is_refused(losses: list[float], kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        episode_reward(losses, kind=kind, **PUBLISHED)
 
 
 @pytest.mark.parametrize("shift", [-10.0, -1.5, -1.0, 0.0, 5.0])
@@ -115,14 +113,6 @@ def test_the_slope_rewards_a_fall_of_a_loss_of_any_sign(shift: float) -> None:
     assert math.isfinite(falling.instability)
 
 
-def test_the_slope_of_losses_that_are_all_zero_is_zero() -> None:
-    assert episode_reward([0.0] * 4, kind="slope", **PUBLISHED).value == 0.0
-
-
-def test_an_episode_without_losses_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one loss"):
-        episode_reward([], **PUBLISHED)
-
-
-def test_a_loss_of_zero_has_a_reward() -> None:
-    assert episode_reward([0.0, 0.0], **PUBLISHED).value == 0.0
+@pytest.mark.parametrize("kind", ["smoothed", "slope"])
+def test_losses_of_zero_have_a_reward(kind: str) -> None:
+    assert episode_reward([0.0] * 4, kind=kind, **PUBLISHED).value == 0.0

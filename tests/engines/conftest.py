@@ -9,7 +9,13 @@ import pytest
 
 from pulseopt_hf import PulseOptTrainer
 from tests.conftest import Make
-from tests.engines.engine import End, allow_fsdp_on_cpu, check_engine, settings_of
+from tests.engines.engine import (
+    End,
+    allow_fsdp_on_cpu,
+    assert_ranks_agree,
+    check_engine,
+    settings_of,
+)
 from tests.engines.ranks import run_ranks
 from tests.engines.trainers import Watch
 
@@ -43,16 +49,24 @@ def on_ranks(make_trainer: Make) -> Make:
                 allow_fsdp_on_cpu()
             asked = settings_of(engine, **(config or {}))
             trainer = make_trainer(cls, pulse, **asked, **settings)
-            watch = Watch(trainer, look)
-            if look is not None:
-                trainer.add_callback(watch)
+            seen = [] if look is None else Watch(trainer, look).seen
             with expect or nullcontext():
                 trainer.train(resume_from_checkpoint=resume)
             if look is not None:
-                watch.seen.append(look(trainer))
+                seen.append(look(trainer))
             check_engine(trainer, engine)
-            return End.of(trainer, watch.seen)
+            return End.of(trainer, seen)
 
         return run_ranks(ranks, body)
+
+    return run
+
+
+@pytest.fixture
+def agreed(on_ranks: Make) -> Make:
+    """Return what trains as `on_ranks` does, and returns the one way in which all ranks ended."""
+
+    def run(*args: Any, ranks: int = 2, **settings: Any) -> End:
+        return assert_ranks_agree(on_ranks(*args, ranks=ranks, **settings), ranks)
 
     return run

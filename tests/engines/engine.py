@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import accelerate.state
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -42,6 +43,24 @@ def deepspeed_config(stage: int, **overrides: Any) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         **overrides,
     }
+
+
+def slow(*values: Any) -> Any:
+    """Return parameters of a test that only the slow suite runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+SCHEDULER = {
+    "type": "WarmupDecayLR",
+    "params": dict.fromkeys(("warmup_num_steps", "total_num_steps", "warmup_max_lr"), "auto"),
+}
+VARIANTS: dict[str, dict[str, Any]] = {  # of DeepSpeed's config, and of the training arguments
+    "as it is": {},
+    "optimizer offload": {"config": {"zero": {"offload_optimizer": {"device": "cpu"}}}},
+    "scheduler of the config": {"config": {"scheduler": SCHEDULER}},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "bf16": {"bf16": True, "config": {"bf16": {"enabled": True}}},
+}
 
 
 def allow_fsdp_on_cpu() -> None:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -94,6 +95,22 @@ def start_ranks(
         writer.close()
         started.append((process, reader))
     return started
+
+
+def note_collectives(patch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return where each collective and the bytes it is handed are noted, in ranks forked too."""
+    sent: list[tuple[str, int]] = []
+
+    def noting(name: str, plain: Any) -> Any:
+        def collective(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            sent.append((name, tensor.numel() * tensor.element_size()))
+            return plain(tensor, *args, **kwargs)
+
+        return collective
+
+    for name in ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        patch.setattr(dist, name, noting(name, getattr(dist, name)))
+    return sent
 
 
 def free_port() -> int:

@@ -6,23 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.data import DataLoader, TensorDataset
 
 from pulseopt_hf import AEES, PulseOptTrainer
-from tests.conftest import Make
-from tests.engines.engine import End, assert_ranks_agree
+from tests.conftest import Make, flat
+from tests.engines.engine import End
 from tests.engines.ranks import run_ranks
 
 
 class Counting(PulseOptTrainer):
     """Notes the arm of every micro-batch and the loss that `training_step` returned."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: dict[int, list[tuple[str, float]]] = {}
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
-        assert self.aees is not None
-        assert self.aees.current_candidate is not None
-        self.__dict__.setdefault("seen", []).append(
-            (self.state.global_step, self.aees.current_candidate.name, float(loss))
-        )
+        arm = self.aees.current_candidate.name
+        self.seen.setdefault(self.state.global_step, []).append((arm, float(loss)))
         return loss
 
 
@@ -41,10 +45,7 @@ def test_an_episode_counts_optimizer_steps_also_when_the_last_one_of_an_epoch_is
     aees = trainer.aees
     assert aees.optimizer_steps == trainer.state.max_steps == 4 * steps_in_epoch
 
-    seen: list[tuple[int, str, float]] = trainer.__dict__["seen"]
-    by_step: dict[int, list[tuple[str, float]]] = {}
-    for step, name, loss in seen:
-        by_step.setdefault(step, []).append((name, loss))
+    by_step: dict[int, list[tuple[str, float]]] = trainer.seen
     sizes = [len(by_step[step]) for step in range(steps_in_epoch)]
     assert sizes[:-1] == [accumulation] * (steps_in_epoch - 1)
     assert sizes[-1] == (batches % accumulation or accumulation)
@@ -63,7 +64,17 @@ def test_an_episode_counts_optimizer_steps_also_when_the_last_one_of_an_epoch_is
         assert loss == pytest.approx(sum(loss for _, loss in by_step[start]), rel=1e-6)
 
 
-def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(on_ranks: Make) -> None:
+@pytest.mark.parametrize("rows", [70, 67, 9])
+def test_unequal_last_batches_and_uneven_data_keep_ranks_together(
+    rows: int, agreed: Make, tiny_data: Any
+) -> None:
+    settings = {"max_steps": -1, "num_train_epochs": 6, "gradient_accumulation_steps": 2}
+    knobs = {"lr_candidates": [0.5, 2.0], "episode_length": 2}
+    end = agreed("ddp", pulse=knobs, train_dataset=tiny_data[:rows], **settings)
+    assert end.steps == len(end.history) == 6 * -(-rows // 16)
+
+
+def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(agreed: Make) -> None:
     knobs = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 2}
 
     def run(sync: bool) -> End:
@@ -72,14 +83,18 @@ def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(on_rank
             "gradient_accumulation_steps": 3,
             "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": sync}},
         }
-        reductions = Reductions()
+        reductions: list[bool] = []  # whether it was the last of a backward pass
+
+        def hook(state, bucket):  # torch inspects annotations
+            reductions.append(bucket.is_last())
+            return allreduce_hook(state, bucket)
 
         def look(trainer: Any) -> int:
-            reductions.follow(trainer.model_wrapped)
-            return reductions.count
+            if trainer.state.global_step == 0:
+                trainer.model_wrapped.register_comm_hook(None, hook)
+            return sum(reductions)
 
-        ends = on_ranks("ddp", pulse=knobs, look=look, **settings)
-        return assert_ranks_agree(ends, 2)
+        return agreed("ddp", pulse=knobs, look=look, **settings)
 
     eager, lazy = run(True), run(False)
     assert (eager.seen[-1], lazy.seen[-1]) == (36, 12)
@@ -87,41 +102,16 @@ def test_sync_each_batch_changes_when_ranks_talk_and_not_what_they_learn(on_rank
     assert torch.allclose(lazy.parameters, eager.parameters, atol=1e-3)
 
 
-class Reductions:
-    """Counts the backward passes in which DDP averages gradients."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._followed: Any = None
-
-    def follow(self, ddp: torch.nn.parallel.DistributedDataParallel) -> None:
-        """Count from the first call on."""
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-        def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch inspects annotations
-            self.count += bucket.is_last()
-            return allreduce_hook(state, bucket)
-
-        if self._followed is None:
-            ddp.register_comm_hook(None, hook)
-            self._followed = ddp
-
-
 def test_a_loop_under_accelerate_accumulates_on_two_ranks_as_in_one_process() -> None:
     def loop(world_size: int, batch: int) -> Any:
-        from accelerate import Accelerator
-
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         assert accelerator.num_processes == world_size
         torch.manual_seed(0)
         rows = torch.randn(64, 8)
-        data = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(rows, rows.sum(1)), batch_size=batch
-        )
+        data = DataLoader(TensorDataset(rows, rows.sum(1)), batch_size=batch)
         model = torch.nn.Linear(8, 1)
-        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.05)
-        prepared: Any = accelerator.prepare(model, optimizer, data)
-        model, optimizer, data = prepared
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        model, optimizer, data = accelerator.prepare(model, optimizer, data)
         aees = AEES(optimizer, lr_candidates=[0.5, 2.0], episode_length=2, seed=1)
         step = 0
         for _ in range(3):
@@ -134,8 +124,7 @@ def test_a_loop_under_accelerate_accumulates_on_two_ranks_as_in_one_process() ->
                     optimizer.zero_grad()
                     step += int(accelerator.sync_gradients)
         aees.finalize()
-        weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-        return aees.optimizer_steps, aees.get_logs(), weights
+        return aees.optimizer_steps, aees.get_logs(), flat(model)
 
     first, second = run_ranks(2, lambda rank: loop(2, 4))
     alone = run_ranks(1, lambda rank: loop(1, 8))[0]

@@ -10,13 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from pulseopt_hf import AEES
-from tests.conftest import Make, flat, without_dropout
+from tests.conftest import ARMS, Make, flat, take_step, without_dropout
 
-CONFIG: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 1e-3],
-    "episode_length": 3,
-}
+CONFIG: dict[str, Any] = {**ARMS, "episode_length": 3}
 
 
 def trained(train: Make, **settings: Any) -> Any:
@@ -76,11 +72,7 @@ def test_a_compiled_optimizer_with_a_tensor_lr_is_not_compiled_again_for_an_arm(
     aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=2, seed=0)
     rows = torch.randn(16, 8)
     for step in range(24):
-        aees.step_start(step)
-        optimizer.zero_grad()
-        loss = (model(rows).squeeze(1) - rows.sum(1)).square().mean()
-        loss.backward()
-        aees.step_end(loss)
+        take_step(aees, step, lambda: (model(rows).squeeze(1) - rows.sum(1)).square().mean())
         graphs.append(counters["stats"]["unique_graphs"])
     aees.finalize()
     assert len(set(aees.get_logs()["selected_lr_values"])) == 3

@@ -11,46 +11,41 @@ from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptTrainer
 from tests.conftest import Make
-from tests.engines.engine import assert_ranks_agree, check_engine, deepspeed_config
+from tests.engines.engine import (
+    VARIANTS,
+    check_engine,
+    deepspeed_config,
+    slow,
+)
 from tests.engines.ranks import run_ranks
 from tests.engines.trainers import Sgd
+from tests.optim.noise_reference import assert_right_in_distribution
 
 pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run these")
 
 
 @pytest.mark.parametrize(
-    ("engine", "offload"),
+    ("engine", "variant"),
     [
-        *(("zero2", False), ("zero3", False)),
-        *(
-            pytest.param(engine, offload, marks=pytest.mark.slow)
-            for engine, offload in (
-                *(("zero0", False), ("zero1", False)),
-                *(("zero2", True), ("zero3", True)),
-            )
-        ),
+        *(("zero2", "as it is"), ("zero3", "as it is")),
+        *(slow("zero0", "as it is"), slow("zero1", "as it is")),
+        *(slow("zero2", "optimizer offload"), slow("zero3", "optimizer offload")),
     ],
 )
 def test_noise_reaches_the_update_differs_between_parts_and_has_the_right_size(
-    engine: str, offload: bool, on_ranks: Make
+    engine: str, variant: str, agreed: Make
 ) -> None:
     level, learning_rate = 0.1, 0.5
-    settings = {
-        "learning_rate": learning_rate,
-        "max_steps": 1,
-        "lr_scheduler_type": "constant",
-        "config": {"zero": {"offload_optimizer": {"device": "cpu"}} if offload else {}},
-    }
+    constant = {"learning_rate": learning_rate, "lr_scheduler_type": "constant", "max_steps": 1}
 
     def parameters(noise: float) -> torch.Tensor:
         knobs = {"lr_candidates": [1.0], "noise_candidates": [noise], "episode_length": 1}
-        return assert_ranks_agree(on_ranks(engine, Sgd, knobs, **settings), 2).parameters
+        return agreed(engine, Sgd, knobs, **constant, **VARIANTS[variant]).parameters
 
     noise = (parameters(0.0) - parameters(level)) / learning_rate / level
     count = noise.numel()
     assert count > 25_000
-    assert abs(noise.mean()) < 4 / math.sqrt(count)
-    assert noise.std() == pytest.approx(1.0, rel=4 / math.sqrt(2 * count))
+    assert_right_in_distribution(noise, 1.0)
     # No value comes twice: not from another rank's part, not from another sub-group.
     assert len(set(noise.mul(1e4).round().tolist())) > 0.2 * count
     for offset in range(1, count, 97):
@@ -59,7 +54,7 @@ def test_noise_reaches_the_update_differs_between_parts_and_has_the_right_size(
 
 
 def test_a_genuine_fp16_overflow_skips_the_step(
-    on_ranks: Make, monkeypatch: pytest.MonkeyPatch
+    agreed: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from deepspeed.accelerator import get_accelerator
 
@@ -72,14 +67,11 @@ def test_a_genuine_fp16_overflow_skips_the_step(
         assert trainer.model_wrapped.fp16_enabled()
         return trainer.model_wrapped.skipped_steps
 
-    end = assert_ranks_agree(
-        on_ranks(
-            "zero2",
-            pulse={"lr_candidates": [0.5, 2.0], "episode_length": 2, "nonfinite": "raise"},
-            config={"fp16": {"enabled": True, "initial_scale_power": 22, "hysteresis": 1}},
-            **{"per_device_train_batch_size": 1, "max_steps": 12, "fp16": True, "look": skipped},
-        ),
-        2,
+    end = agreed(
+        "zero2",
+        pulse={"lr_candidates": [0.5, 2.0], "episode_length": 2, "nonfinite": "raise"},
+        config={"fp16": {"enabled": True, "initial_scale_power": 22, "hysteresis": 1}},
+        **{"per_device_train_batch_size": 1, "max_steps": 12, "fp16": True, "look": skipped},
     )
     assert 0 < end.skipped == end.seen[-1] < 12
     assert end.skipped + end.steps == 12

@@ -9,25 +9,12 @@ import pytest
 import torch
 from transformers import Trainer
 
-from pulseopt_hf import PulseOptTrainer
-from tests.conftest import Make, callback_trainer, flat, without_dropout
-from tests.engines.engine import assert_ranks_agree, lrs, whole
+from tests.conftest import ARMS, Make, flat, without_dropout
+from tests.engines.engine import SCHEDULER, VARIANTS, assert_ranks_agree, lrs, slow, whole
 from tests.engines.trainers import bad_loss
 from tests.versions import needs
 
-ARMS: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 1e-3],
-    "episode_length": 3,
-}
-SCHEDULER = {
-    "type": "WarmupDecayLR",
-    "params": dict.fromkeys(("warmup_num_steps", "total_num_steps", "warmup_max_lr"), "auto"),
-}
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
+KNOBS: dict[str, Any] = {**ARMS, "episode_length": 3}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +27,7 @@ def slow(*values: Any) -> Any:
 def test_all_ranks_run_the_same_arms_and_have_equal_parameters_after_every_step(
     engine: str, ranks: int, bf16: bool, on_ranks: Make
 ) -> None:
-    ends = on_ranks(engine, pulse=ARMS, ranks=ranks, bf16=bf16, look=whole)
+    ends = on_ranks(engine, pulse=KNOBS, ranks=ranks, bf16=bf16, look=whole)
     end = assert_ranks_agree(ends, ranks)
     assert end.precision == ("bf16" if bf16 else "no")
     assert len(end.logs["episode_rewards"]) == 8
@@ -56,21 +43,20 @@ def test_all_ranks_run_the_same_arms_and_have_equal_parameters_after_every_step(
     ("engine", "ranks"), [("ddp", 2), ("ddp", 4), ("zero2", 2), slow("zero1", 2), slow("zero3", 2)]
 )
 def test_ranks_together_equal_one_process_with_the_same_global_batch(
-    engine: str, ranks: int, on_ranks: Make, train: Make, tiny_model: Any, tiny_data: Any
+    engine: str, ranks: int, agreed: Make, train: Make, tiny_model: Any, tiny_data: Any
 ) -> None:
     # Under DDP noise is that of one process; DeepSpeed's partitions have their own, and its Adam
     # rounds otherwise. Dropout's masks follow the batch of a process.
-    knobs, loss, weight = (ARMS, 1e-4, 1e-4)
+    knobs, loss, weight = (KNOBS, 1e-4, 1e-4)
     if engine != "ddp":
-        knobs, loss, weight = ({**ARMS, "noise_candidates": [0.0]}, 1e-3, 2e-3)
+        knobs, loss, weight = ({**KNOBS, "noise_candidates": [0.0]}, 1e-3, 2e-3)
     # The global batches of 64 rows hold the same rows in every split.
     common = {
         "pulse": knobs,
         "model": without_dropout(tiny_model()),
         "train_dataset": tiny_data[:64],
     }
-    ends = on_ranks(engine, ranks=ranks, per_device_train_batch_size=8 // ranks, **common)
-    end = assert_ranks_agree(ends, ranks)
+    end = agreed(engine, ranks=ranks, per_device_train_batch_size=8 // ranks, **common)
     alone = train(per_device_train_batch_size=8, **common)
     expected = alone.aees.get_logs()
     assert end.logs["selected_combined_names"] == expected["selected_combined_names"]
@@ -81,13 +67,6 @@ def test_ranks_together_equal_one_process_with_the_same_global_batch(
     assert not torch.allclose(end.parameters, flat(tiny_model()), atol=1e-2)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {  # of DeepSpeed's config, and of the training arguments
-    "as it is": {},
-    "optimizer offload": {"config": {"zero": {"offload_optimizer": {"device": "cpu"}}}},
-    "scheduler of the config": {"config": {"scheduler": SCHEDULER}},
-    "accumulation": {"gradient_accumulation_steps": 3},
-    "bf16": {"bf16": True, "config": {"bf16": {"enabled": True}}},
-}
 ORDINARY = {("zero2", "scheduler of the config"), ("zero3", "as it is")}
 
 
@@ -117,19 +96,16 @@ def test_a_constant_multiplier_equals_the_same_learning_rate_bit_for_bit(
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_neutral_run_equals_a_plain_trainer_bit_for_bit_and_so_does_the_callback(
-    engine: str, on_ranks: Make
+    engine: str, agreed: Make
 ) -> None:
     neutral = {"lr_candidates": [1.0], "episode_length": 4}
-    plain = assert_ranks_agree(on_ranks(engine, Trainer, max_steps=8), 2)
-    for cls in (PulseOptTrainer, callback_trainer):
-        ours = assert_ranks_agree(on_ranks(engine, cls, neutral, max_steps=8), 2)
+    plain = agreed(engine, "stock", max_steps=8)
+    for road in ("subclass", "attached"):
+        ours = agreed(engine, road, neutral, max_steps=8)
         assert torch.equal(ours.parameters, plain.parameters)
         assert ours.steps == 8
-
-
-def test_the_callback_runs_the_same_arms_as_the_trainer(on_ranks: Make) -> None:
-    ours = assert_ranks_agree(on_ranks("ddp", PulseOptTrainer, ARMS), 2)
-    attached = assert_ranks_agree(on_ranks("ddp", callback_trainer, ARMS), 2)
+    # It also runs the same arms as the Trainer.
+    ours, attached = (agreed(engine, road, KNOBS) for road in ("subclass", "attached"))
     assert attached.logs == ours.logs
     assert torch.equal(attached.parameters, ours.parameters)
 
@@ -153,11 +129,11 @@ UNCHECKED = {"enabled": True, "check_grad_overflow": False}
     ],
 )
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
-    engine: str, settings: dict[str, Any], on_ranks: Make
+    engine: str, settings: dict[str, Any], agreed: Make
 ) -> None:
     cls = bad_loss(7, value=float("inf"), base=bad_loss(3, rank=1))
-    knobs = {**ARMS, "lr_candidates": [0.5, 2.0]}
-    end = assert_ranks_agree(on_ranks(engine, cls, knobs, max_steps=14, **settings), 2)
+    knobs = {**KNOBS, "lr_candidates": [0.5, 2.0]}
+    end = agreed(engine, cls, knobs, max_steps=14, **settings)
     assert (end.skipped, end.steps) == (2, 12)
     assert len(end.logs["episode_rewards"]) == 4
     logged = [entry["pulse/skipped_steps"] for entry in end.history]
@@ -166,28 +142,22 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "cls", "error", "message"),
+    ("knobs", "cls", "message"),
     [
-        (
-            {"nonfinite": "raise"},
-            bad_loss(4, rank=1),
-            ValueError,
-            "not finite at global step 4",
-        ),
+        ({"nonfinite": "raise"}, bad_loss(4, rank=1), "not finite at global step 4"),
         (
             {"max_consecutive_skips": 5},
             bad_loss(*range(2, 24)),
-            RuntimeError,
             r"5 optimizer steps in a row .* global step 6",
         ),
     ],
     ids=["nonfinite='raise'", "too many skips"],
 )
 def test_what_ends_a_run_ends_it_on_all_ranks_alike(
-    knobs: dict[str, Any], cls: Any, error: Any, message: str, on_ranks: Make
+    knobs: dict[str, Any], cls: Any, message: str, agreed: Make
 ) -> None:
-    expect = pytest.raises(error, match=message)
-    assert_ranks_agree(on_ranks("ddp", cls, {**ARMS, **knobs}, expect=expect), 2)
+    expect = pytest.raises(ValueError if "nonfinite" in knobs else RuntimeError, match=message)
+    agreed("ddp", cls, {**KNOBS, **knobs}, expect=expect)
 
 
 SHARDED, FULL = ({"state_dict_type": f"{kind}_STATE_DICT"} for kind in ("SHARDED", "FULL"))
@@ -202,13 +172,13 @@ SHARDED, FULL = ({"state_dict_type": f"{kind}_STATE_DICT"} for kind in ("SHARDED
     ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(
-    engine: str, config: dict[str, Any], on_ranks: Make, tmp_path: Path
+    engine: str, config: dict[str, Any], agreed: Make, tmp_path: Path
 ) -> None:
     settings = {"output_dir": str(tmp_path / "run"), "config": config, "max_steps": 18}
     saves = {"save_strategy": "steps", "save_steps": 10}  # amid an episode
-    straight = assert_ranks_agree(on_ranks(engine, pulse=ARMS, **settings, **saves), 2)
+    straight = agreed(engine, pulse=KNOBS, **settings, **saves)
     resume = str(tmp_path / "run" / "checkpoint-10")
-    resumed = assert_ranks_agree(on_ranks(engine, pulse=ARMS, **settings, resume=resume), 2)
+    resumed = agreed(engine, pulse=KNOBS, **settings, resume=resume)
     assert resumed.logs == straight.logs
     assert len(resumed.logs["episode_rewards"]) == 6
     assert torch.equal(resumed.parameters, straight.parameters)
@@ -229,17 +199,13 @@ NEEDS_5_24 = needs(
     ],
 )
 def test_a_checkpoint_resumes_on_another_number_of_ranks(
-    engine: str, before: int, after: int, on_ranks: Make, tmp_path: Path
+    engine: str, before: int, after: int, agreed: Make, tmp_path: Path
 ) -> None:
     settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 10}
 
     def run(ranks: int, resume: str | None) -> Any:
-        batch = 8 // ranks
-        ends = on_ranks(
-            *(engine, PulseOptTrainer, ARMS),
-            **{"ranks": ranks, "resume": resume, "per_device_train_batch_size": batch, **settings},
-        )
-        return assert_ranks_agree(ends, ranks).logs
+        own = {"ranks": ranks, "resume": resume, "per_device_train_batch_size": 8 // ranks}
+        return agreed(engine, pulse=KNOBS, **own, **settings).logs
 
     earlier = run(before, None)
     later = run(after, str(tmp_path / "run" / "checkpoint-10"))

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.engines.engine import slow
 from tests.engines.ranks import free_port
 
 pytestmark = pytest.mark.distributed
@@ -30,28 +31,13 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 
-def environment(tmp_path: Path) -> dict[str, str]:
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    return {
-        **inherited,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONFAULTHANDLER": "1",
-    }
-
-
 def start(tmp_path: Path, *command: object) -> subprocess.Popen[str]:
+    here = {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
+    here |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env={**os.environ, **here},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -80,15 +66,8 @@ def family(launch: subprocess.Popen[str]) -> list[psutil.Process]:
     return [*parent.children(recursive=True), parent]
 
 
-def launch(tmp_path: Path, *command: object) -> list[dict[str, Any]]:
-    """Return what each rank printed, by rank."""
-    process = start(tmp_path, *command)
-    (output,) = finish(process)
-    assert process.returncode == 0, output
-    return summaries(output)
-
-
 def summaries(output: str) -> list[dict[str, Any]]:
+    """Return what each rank printed, by rank."""
     found = [json.loads(line) for line in re.findall(r'\{"rank".*\}', output)]
     return sorted(found, key=lambda summary: summary["rank"])
 
@@ -108,15 +87,10 @@ def check_ranks_agree(ranks: list[dict[str, Any]], world_size: int, engine: str)
     ("launcher", "ranks", "engine"),
     [
         ("ddp", 2, "DistributedDataParallel"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("torchrun", 2, "DistributedDataParallel"),
-                ("single", 1, "GPT2LMHeadModel"),
-                ("zero2", 2, "DeepSpeedEngine"),
-                ("zero3", 2, "DeepSpeedEngine"),
-            )
-        ),
+        slow("torchrun", 2, "DistributedDataParallel"),
+        slow("single", 1, "GPT2LMHeadModel"),
+        slow("zero2", 2, "DeepSpeedEngine"),
+        slow("zero3", 2, "DeepSpeedEngine"),
     ],
 )
 def test_a_launcher_starts_ranks_that_run_the_same_arms(
@@ -131,7 +105,10 @@ def test_a_launcher_starts_ranks_that_run_the_same_arms(
     if launcher.startswith("zero"):
         pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
         steps = (*STEPS, "--bf16", "true")
-    found = launch(tmp_path, *words, SCRIPT, *steps)
+    process = start(tmp_path, *words, SCRIPT, *steps)
+    (output,) = finish(process)
+    assert process.returncode == 0, output
+    found = summaries(output)
     check_ranks_agree(found, ranks, engine)
     assert found[0]["precision"] == ("bf16" if launcher.startswith("zero") else "no")
 

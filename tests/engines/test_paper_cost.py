@@ -1,4 +1,4 @@
-"""What an episode costs, simulated for 1,024 ranks and 70 billion parameters."""
+"""What an episode costs: in a run, and simulated for 1,024 ranks and 70 billion parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from pulseopt_hf import AEES
 from pulseopt_hf.optim.noise import CPU_CHUNK
-from tests.engines.ranks import run_ranks
+from tests.conftest import Make
+from tests.engines.ranks import note_collectives, run_ranks
 
 EPISODE_LENGTH = 100
 
@@ -89,32 +90,20 @@ def test_memory_does_not_grow_with_the_model() -> None:
     assert 4 * EPISODE_LENGTH <= bare[0] <= 32 * EPISODE_LENGTH
 
 
-def payloads(world_size: int, elements: int) -> dict[str, list[int]]:
-    """Return the bytes that an episode hands to each collective, in a group of that many ranks.
+@pytest.mark.parametrize(
+    ("world_size", "elements"), [(2, 10_000), (1024, 10_000), (1024, 70_000_000_000)]
+)
+def test_what_an_episode_sends_depends_neither_on_the_model_nor_on_the_number_of_ranks(
+    world_size: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a group that is torch's own fake one, which carries nothing and is of any size."""
+    sent = note_collectives(monkeypatch)
 
-    The group is torch's own fake one, which carries nothing and is of any size.
-    """
-
-    def body(_: int) -> dict[str, list[int]]:
+    def body(_: int) -> list[tuple[str, int]]:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         assert dist.get_world_size() == world_size
-        sent: dict[str, list[int]] = {"all_reduce": [], "broadcast": []}
-        for name, sizes in sent.items():
-            plain = getattr(dist, name)
-
-            def counting(
-                tensor: torch.Tensor,
-                *args: Any,
-                _plain: Any = plain,
-                _sizes: Any = sizes,
-                **kw: Any,
-            ) -> Any:
-                _sizes.append(tensor.numel() * tensor.element_size())
-                return _plain(tensor, *args, **kw)
-
-            setattr(dist, name, counting)
         parameter = torch.nn.Parameter(torch.empty(elements, device="meta"))
         # Losses on the host and parameters on `meta`, whose values nobody can send.
         aees = AEES(Idle([parameter]), lr_candidates=[0.5, 2.0], episode_length=EPISODE_LENGTH)
@@ -124,11 +113,22 @@ def payloads(world_size: int, elements: int) -> dict[str, list[int]]:
             aees.step_end(torch.tensor(1.0))
         return sent
 
-    result: dict[str, list[int]] = run_ranks(1, body)[0]
-    return result
+    assert run_ranks(1, body) == [[("broadcast", 24), ("all_reduce", 4 * EPISODE_LENGTH)]]
 
 
-def test_what_an_episode_sends_depends_neither_on_the_model_nor_on_the_number_of_ranks() -> None:
-    expected = {"all_reduce": [4 * EPISODE_LENGTH], "broadcast": [24]}
-    for world_size, elements in ((2, 10_000), (1024, 10_000), (1024, 70_000_000_000)):
-        assert payloads(world_size, elements) == expected
+def test_a_whole_run_costs_one_broadcast_and_one_all_reduce_of_a_few_bytes_per_episode(
+    on_ranks: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    episode_length, steps = 6, 24
+    sent = note_collectives(monkeypatch)
+
+    def messages(cls: Any, pulse: Any = None) -> list[tuple[str, int]]:
+        ends = on_ranks("ddp", cls, pulse, max_steps=steps, look=lambda _: list(sent))
+        return ends[0].seen[-1]
+
+    arms = {"lr_candidates": [0.5, 2.0], "episode_length": episode_length}
+    plain, ours = messages("stock"), messages("subclass", arms)
+    for message in plain:
+        ours.remove(message)
+    of_an_episode = [("broadcast", 3 * 8), ("all_reduce", 4 * episode_length)]
+    assert sorted(ours) == sorted(of_an_episode * (steps // episode_length))

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from tests.conftest import Make
-from tests.engines.test_calibration import CONFIG, TRIAL_STEPS
-from tests.engines.trainers import Sgd
+from tests.conftest import NAMED, TRIAL_STEPS, Make
+from tests.engines.trainers import Sgd, Watch
 
 
 def lora(model: Any) -> Any:
@@ -26,15 +24,10 @@ def test_with_an_adapter_only_what_is_trained_is_copied(
     model = lora(tiny_model())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained < 0.1 * sum(p.numel() for p in model.parameters())
-    trainer = make_trainer(pulse=CONFIG, model=model, max_steps=60, learning_rate=1e-6)
-    copied = []
-
-    class Memory(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            copied.append(trainer.aees.calibrator._origin.nbytes)
-
-    trainer.add_callback(Memory())
+    trainer = make_trainer(pulse=NAMED, model=model, max_steps=60, learning_rate=1e-6)
+    watch = Watch(trainer, lambda trainer: trainer.aees.calibrator._origin.nbytes)
     trainer.train()
+    _, *copied = watch.seen  # after each step
     assert trainer.aees.calibrator.search.learning_rate is not None
     # One copy of the trained parameters, in float32; none when the net is gone.
     assert set(copied[: TRIAL_STEPS + 10]) == {4 * trained}

@@ -1,4 +1,4 @@
-"""bf16 autocast and fp16 with a real GradScaler, in one process and on two ranks."""
+"""fp16 with a real GradScaler, in one process and on two ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import Make, callback_trainer, flat, without_dropout
-from tests.engines.engine import assert_ranks_agree
+from pulseopt_hf import PulseOptTrainer
+from tests.conftest import ARMS, Make, callback_trainer, flat, logged, on
 from tests.engines.trainers import Watch, bad_loss, fp16
 from tests.versions import needs
 
@@ -20,11 +19,7 @@ OPTIMIZERS: dict[str, tuple[str, bool | None]] = {
     "foreach": ("adamw_torch", True),
     "fused": ("adamw_torch_fused", None),
 }
-CONFIG: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 1e-3],
-    "episode_length": 2,
-}
+CONFIG: dict[str, Any] = {**ARMS, "episode_length": 2}
 
 
 def settings_of(kind: str, base: type = PulseOptTrainer, **attributes: Any) -> dict[str, Any]:
@@ -67,7 +62,6 @@ def test_a_step_that_the_scaler_skips_leaves_everything_untouched(
 ) -> None:
     trainer = make_trainer(pulse=CONFIG, max_grad_norm=max_grad_norm, **settings_of(kind))
     watch = Watch(trainer, look)
-    trainer.add_callback(watch)
     trainer.train()
     check_scaler(trainer, kind)
 
@@ -89,8 +83,7 @@ def test_a_step_that_the_scaler_skips_leaves_everything_untouched(
             assert after["episodes"] == after["steps"] // 2
     assert 4 <= skips < 12
     assert len(watch.seen) == 17
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logged[-1]["pulse/skipped_steps"] == skips
+    assert logged(trainer, "pulse/skipped_steps")[-1] == skips
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
@@ -107,17 +100,14 @@ def test_noise_goes_into_unscaled_gradients_after_clipping(
         knobs = {"lr_candidates": [1.0], "noise_candidates": [noise], "episode_length": 1}
         trainer = make_trainer(pulse={**knobs, "seed": 0}, **{**settings, "max_steps": 1})
 
-        class Catch(TrainerCallback):
-            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-                optimizer = trainer.optimizer.optimizer
-                # Hooks run in the order of their registration: this one sees what ours left.
-                optimizer.register_step_pre_hook(
-                    lambda *_: caught.append(
-                        torch.cat([p.grad.reshape(-1).clone() for p in trainer.model.parameters()])
-                    )
-                )
+        def catch(*_: Any) -> None:
+            caught.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
 
-        trainer.add_callback(Catch())
+        def begin(state: Any, optimizer: Any, **kwargs: Any) -> None:
+            # Hooks run in the order of their registration: this one sees what ours left.
+            optimizer.optimizer.register_step_pre_hook(catch)
+
+        trainer.add_callback(on("on_train_begin", begin))
         trainer.train()
         check_scaler(trainer, kind)
         assert trainer.aees.optimizer_steps == len(caught) == 1
@@ -150,16 +140,14 @@ def test_a_neutral_run_under_a_scaler_that_skips_nothing_equals_the_plain_traine
 def test_the_arms_of_an_overflowing_run_depend_neither_on_the_optimizer_nor_on_the_callback(
     train: Make,
 ) -> None:
-    ends = {}
+    ends = []
     for kind in OPTIMIZERS:
         trainer = train(pulse=CONFIG, **settings_of(kind))
         check_scaler(trainer, kind)
-        assert trainer.aees.skipped_steps > 0
-        ends[kind] = (
-            trainer.aees.skipped_steps,
-            trainer.aees.get_logs()["selected_combined_names"],
-        )
-    assert ends["plain"] == ends["foreach"] == ends["fused"]
+        aees = trainer.aees
+        assert aees.skipped_steps > 0
+        ends.append((aees.skipped_steps, aees.get_logs()["selected_combined_names"]))
+    assert ends == [ends[0]] * 3
 
     settings = settings_of("fused", Trainer)
     cls = settings.pop("cls")
@@ -170,26 +158,22 @@ def test_the_arms_of_an_overflowing_run_depend_neither_on_the_optimizer_nor_on_t
     assert torch.equal(flat(attached.model), flat(trainer.model))
 
 
-def test_a_scaler_that_overflows_for_ever_ends_the_run_and_says_where(make_trainer: Make) -> None:
+def test_a_scaler_that_overflows_for_ever_ends_the_run_and_says_where(train: Make) -> None:
     config = {**CONFIG, "max_consecutive_skips": 6}
-    trainer = make_trainer(pulse=config, **settings_of("fused", init_scale=2.0**100))
     with pytest.raises(RuntimeError, match=r"6 optimizer steps in a row .* global step 5"):
-        trainer.train()
+        train(pulse=config, **settings_of("fused", init_scale=2.0**100))
 
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 def test_nonfinite_raise_bears_overflows_and_ends_on_a_loss_that_is_nan_on_one_rank(
-    kind: str, on_ranks: Make
+    kind: str, agreed: Make
 ) -> None:
-    end = assert_ranks_agree(
-        on_ranks(
-            "ddp",
-            pulse={**CONFIG, "nonfinite": "raise"},
-            look=lambda trainer: check_scaler(trainer, kind),
-            expect=pytest.raises(ValueError, match="not finite at global step 14"),
-            **settings_of(kind, bad_loss(14, rank=1)),
-        ),
-        2,
+    end = agreed(
+        "ddp",
+        pulse={**CONFIG, "nonfinite": "raise"},
+        look=lambda trainer: check_scaler(trainer, kind),
+        expect=pytest.raises(ValueError, match="not finite at global step 14"),
+        **settings_of(kind, bad_loss(14, rank=1)),
     )
     assert end.skipped >= 4
 
@@ -199,72 +183,15 @@ def test_nonfinite_raise_bears_overflows_and_ends_on_a_loss_that_is_nan_on_one_r
     [*(("ddp", kind) for kind in OPTIMIZERS), ("fsdp2", "foreach"), ("fsdp2", "fused")],
 )
 def test_an_overflow_on_one_rank_skips_the_step_on_all(
-    engine: str, kind: str, on_ranks: Make
+    engine: str, kind: str, agreed: Make
 ) -> None:
     base = bad_loss(3, 9, value=float("inf"))
-    end = assert_ranks_agree(
-        on_ranks(
-            engine,
-            pulse=CONFIG,
-            look=lambda trainer: check_scaler(trainer, kind),
-            **settings_of(kind, base, init_scale=2.0**8),
-        ),
-        2,
+    end = agreed(
+        engine,
+        pulse=CONFIG,
+        look=lambda trainer: check_scaler(trainer, kind),
+        **settings_of(kind, base, init_scale=2.0**8),
     )
     assert end.precision == "fp16"
     assert (end.skipped, end.steps, end.scheduled) == (2, 14, 14)
     assert len(end.logs["episode_rewards"]) == 7
-
-
-def test_bf16_runs_the_arms_of_a_hand_written_loop_under_autocast(
-    make_trainer: Make, tiny_model: Any
-) -> None:
-    config = PulseOptConfig(**CONFIG, seed=3)
-    trainer = make_trainer(
-        pulse=config,
-        model=without_dropout(tiny_model()),
-        bf16=True,
-        lr_scheduler_type="constant",
-    )
-    batches: list[torch.Tensor] = []
-    plain_step = trainer.training_step
-
-    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        batches.append(inputs["input_ids"])
-        return plain_step(model, inputs, *args, **kwargs)
-
-    trainer.training_step = training_step
-    trainer.train()
-    assert trainer.accelerator.mixed_precision == "bf16"
-
-    model = without_dropout(tiny_model())
-    model.train()
-    fused = trainer.optimizer.defaults["fused"]  # by default from torch 2.8 on
-    lr = trainer.args.learning_rate
-    optimizer = torch.optim.AdamW(groups(trainer, model), lr=lr, fused=fused)
-    aees = AEES.from_config(optimizer, config)
-    for step, batch in enumerate(batches):
-        aees.step_start(step)
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            # As Trainer reduces it: a sum, divided by the number of labels.
-            labels = torch.tensor(batch.numel())
-            loss = model(input_ids=batch, labels=batch, num_items_in_batch=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        aees.step_end(loss)
-    aees.finalize()
-    assert aees.get_logs() == trainer.aees.get_logs()
-    assert torch.equal(flat(model), flat(trainer.model))
-    assert len(set(aees.get_logs()["selected_combined_names"])) == 6
-    assert aees.get_logs()["episode_start_losses"][0] == pytest.approx(4.1, abs=1.0)
-
-
-def groups(trainer: Trainer, model: Any) -> list[dict[str, Any]]:
-    """The two parameter groups that Trainer makes."""
-    decayed = trainer.get_decay_parameter_names(model)
-    named = list(model.named_parameters())
-    return [
-        {"params": [p for n, p in named if n in decayed], "weight_decay": 0.0},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]

@@ -9,6 +9,7 @@ import pytest
 
 from pulseopt_hf import embedded, with_pulseopt
 from pulseopt_hf.aees.calibration import TRUSTED
+from tests.conftest import make_arguments
 
 st = pytest.importorskip("sentence_transformers", reason="install the extra `demo` to run these")
 
@@ -32,15 +33,9 @@ def make(out: Path, *, ours: bool) -> Any:
     data = pairs()
     return (with_pulseopt(cls) if ours else cls)(
         model,
-        args=st.SentenceTransformerTrainingArguments(
-            str(out),
-            max_steps=STEPS,
-            per_device_train_batch_size=8,
-            learning_rate=SET_LR,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
+        args=make_arguments(
+            *(out, st.SentenceTransformerTrainingArguments),
+            **{"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": SET_LR},
         ),
         train_dataset=data.select(range(640)),
         eval_dataset=data.select(range(640, 768)),
@@ -49,9 +44,8 @@ def make(out: Path, *, ours: bool) -> Any:
 
 
 def test_a_pretrained_encoder_ends_no_higher_than_at_the_lr_that_was_set(tmp_path: Path) -> None:
-    stock = make(tmp_path / "stock", ours=False)
+    stock, ours = (make(tmp_path / f"ours={ours}", ours=ours) for ours in (False, True))
     stock.train()
-    ours = make(tmp_path / "ours", ours=True)
     ours.train()
     search = ours.aees.calibrator.search
     assert len({trial.step for trial in search.trials}) == TRUSTED + 1

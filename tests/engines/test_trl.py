@@ -15,12 +15,11 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    TrainerCallback,
 )
 
 from pulseopt_hf import PulseOptConfig, embedded, with_pulseopt
 from pulseopt_hf.aees.calibration import TRUSTED
-from tests.conftest import flat, parameters_equal
+from tests.conftest import ARMS, flat, messages, parameters_equal, raise_at, stop_after
 from tests.engines.test_peft import lora
 
 trl = pytest.importorskip("trl", reason="install the extra `trl` to run these")
@@ -95,10 +94,7 @@ def make(folders: dict[str, str], tokenizer: Any) -> Callable[..., Any]:
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "max_steps": STEPS,
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
+            **{"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True},
         }
         if kind in ("GRPO", "RLOO", "Distillation"):
             settings["max_completion_length"] = 8
@@ -113,11 +109,8 @@ def make(folders: dict[str, str], tokenizer: Any) -> Callable[..., Any]:
             model = AutoModelForSequenceClassification.from_pretrained(folders["reward"])
         else:
             model = AutoModelForCausalLM.from_pretrained(folders["causal"])
-        cls, config, data = (
-            getattr(trl, f"{kind}Trainer"),
-            getattr(trl, f"{kind}Config"),
-            rows(kind),
-        )
+        cls, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+        data = rows(kind)
         return (with_pulseopt(cls) if ours else cls)(
             lora(model) if adapter else model,
             args=config(str(out), **{**settings, **extra}),
@@ -128,16 +121,6 @@ def make(folders: dict[str, str], tokenizer: Any) -> Callable[..., Any]:
         )
 
     return make
-
-
-class Stop(TrainerCallback):
-    """Ends training after a number of steps."""
-
-    def __init__(self, after: int) -> None:
-        self._after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step == self._after
 
 
 def scores(metrics: dict[str, float]) -> dict[str, float]:
@@ -154,16 +137,15 @@ def test_a_trainer_with_its_default_knobs_trains_and_evaluates_as_the_stock_one(
     last = STEPS
     if not supervised:  # trials would be the first steps
         last = 2 * (TRUSTED + 1)
-        trainer.add_callback(Stop(after=last))
+        trainer.add_callback(stop_after(last))
     trainer.train()
     assert trainer.state.global_step == last
     trials = trainer.aees.get_logs().get("calibration_trials", [])
     assert len({trial["step"] for trial in trials}) == (TRUSTED + 1 if supervised else 0)
-    records = [record for record in caplog.records if record.name.startswith("pulseopt_hf")]
-    said = [record.getMessage() for record in records]
-    assert len(said) == 1
-    expected = "Learning rate calibrated: " if supervised else f"not calibrated: {kind}Trainer"
-    assert expected in said[0]
+    (said,) = messages(caplog)
+    assert (
+        "Learning rate calibrated: " if supervised else f"not calibrated: {kind}Trainer"
+    ) in said
 
     stock = make(kind, tmp_path / "stock", ours=False)
     stock.model.load_state_dict(trainer.model.state_dict())
@@ -195,14 +177,6 @@ def test_asked_for_by_name_calibration_works_there_too(
     assert not torch.equal(flat(trainer.model), before)
 
 
-class Interrupt(TrainerCallback):
-    """Ends training after a number of steps, as a lost machine would."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 9:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(("kind", "adapter"), [("SFT", False), ("SFT", True), ("DPO", False)])
 def test_a_trainer_trains_resumes_and_logs(
     kind: str, adapter: bool, make: Callable[..., Any], tmp_path: Path
@@ -212,14 +186,12 @@ def test_a_trainer_trains_resumes_and_logs(
         **{"adapter": adapter, "per_device_train_batch_size": 2, "learning_rate": 3e-3},
         **{"max_steps": 12, "max_length": 48, "logging_steps": 1},
         **{"save_strategy": "steps", "save_steps": 7},
-        "pulse": PulseOptConfig(
-            lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.0, 1e-3], episode_length=2
-        ),
+        "pulse": PulseOptConfig(**ARMS, episode_length=2),
     }
     straight = make(kind, tmp_path / "straight", **settings)
     assert isinstance(straight, getattr(trl, f"{kind}Trainer"))
     straight.train()
-    broken = make(kind, tmp_path / "broken", callbacks=[Interrupt()], **settings)
+    broken = make(kind, tmp_path / "broken", callbacks=[raise_at(9)], **settings)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     resumed = make(kind, tmp_path / "broken", **settings)

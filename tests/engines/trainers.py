@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from pulseopt_hf import PulseOptTrainer
+from tests.conftest import on
 
 
 class CpuFp16:
@@ -41,15 +42,24 @@ def fp16(base: type = PulseOptTrainer, **attributes: Any) -> type[Trainer]:
 
 
 def bad_loss(
-    *steps: int, rank: int = 0, value: float = float("nan"), base: type = PulseOptTrainer
+    *steps: int,
+    rank: int = 0,
+    value: float = float("nan"),
+    only_loss: bool = False,
+    base: type = PulseOptTrainer,
 ) -> type[Trainer]:
-    """Return a class of Trainers whose loss is not finite on one rank at some global steps."""
+    """Return a class of Trainers whose loss is not finite on one rank at some global steps.
+
+    Gradients are not finite either, but for `only_loss`.
+    """
 
     class BadLoss(base):  # type: ignore[misc]
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             is_bad = self.state.global_step in steps and self.args.process_index == rank
-            return loss * value if is_bad else loss
+            if is_bad:
+                return loss + value if only_loss else loss * value
+            return loss
 
     return BadLoss
 
@@ -66,18 +76,19 @@ class Sgd(PulseOptTrainer):
         return self.optimizer
 
 
-class Watch(TrainerCallback):
-    """Keeps what a look at the Trainer shows before the first step and after each."""
+class Watch:
+    """Keeps what a look at a Trainer shows before the first step and after each of the first 30."""
 
-    def __init__(self, trainer: Any, look: Callable[[Any], Any], last: int = 30) -> None:
-        self._look: Callable[[], Any] = lambda: look(trainer)
-        self._last = last
+    def __init__(self, trainer: Any, look: Callable[[Any], Any]) -> None:
         self.seen: list[Any] = []
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if not self.seen:
-            self.seen.append(self._look())
+        def begin(*args: Any, **kwargs: Any) -> None:
+            if not self.seen:
+                self.seen.append(look(trainer))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step <= self._last:
-            self.seen.append(self._look())
+        def end(state: Any, **kwargs: Any) -> None:
+            if state.global_step <= 30:
+                self.seen.append(look(trainer))
+
+        for event, note in (("on_step_begin", begin), ("on_step_end", end)):
+            trainer.add_callback(on(event, note))

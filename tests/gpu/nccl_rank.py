@@ -12,23 +12,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
-from tests.conftest import make_arguments, make_gpt2, make_rows
+from tests.conftest import ARMS, make_arguments, make_gpt2, make_rows
 
 
 def main(folder: Path) -> None:
     arguments = make_arguments(
         folder / "run", max_steps=80, learning_rate=1e-4, bf16=True, use_cpu=False
     )
-    config = PulseOptConfig(
-        lr_candidates=[0.5, 1.0, 2.0],
-        noise_candidates=[0.0, 1e-3],
-        episode_length=3,
-        calibration="trust_region",
-    )
+    config = PulseOptConfig(**ARMS, episode_length=3, calibration="trust_region")
     trainer = PulseOptTrainer(make_gpt2(), arguments, train_dataset=make_rows(), pulse=config)
     trainer.train()
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
     seen = {
         "backend": dist.get_backend(),
         "world": dist.get_world_size(),

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from pulseopt_hf import find_learning_rate
-from tests.conftest import Make, without_dropout
-from tests.engines.test_calibration import CONFIG, calibrated, check
+from tests.conftest import NAMED, SHORT, Make, without_dropout
+from tests.engines.test_calibration import calibrated, check
 
 pytestmark = pytest.mark.gpu
-
-SHORT = {"max_steps": 60, "learning_rate": 1e-4}
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def both(make_trainer: Make, tiny_model: Any, arguments: Any, on_gpu: Make) -> C
 
     def run(**extra: Any) -> list[dict[str, Any]]:
         return [
-            calibrated(make_trainer(pulse=CONFIG, model=without_dropout(tiny_model()), args=args))
+            calibrated(make_trainer(pulse=NAMED, model=without_dropout(tiny_model()), args=args))
             for args in (on_gpu(**SHORT, **extra), arguments(**SHORT))
         ]
 
@@ -56,7 +54,7 @@ def test_find_learning_rate_leaves_nothing_behind(
     model = tiny_model().cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=capturable)
     trainer = make_trainer(
-        pulse=CONFIG, model=model, args=on_gpu(**SHORT), optimizers=(optimizer, None)
+        pulse=NAMED, model=model, args=on_gpu(**SHORT), optimizers=(optimizer, None)
     )
     before = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(3)

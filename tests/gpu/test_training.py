@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import Make, history, parameters_equal
+from tests.conftest import Make, history, logged, parameters_equal
 from tests.engines.test_compile import CONFIG, compiled
 from tests.engines.trainers import bad_loss
 
@@ -90,7 +90,7 @@ def test_steps_that_overflow_under_a_real_scaler_are_no_steps(
     assert len(ends) == -(-(30 - skipped) // 4)
     assert trainer.lr_scheduler.last_epoch == 30 - skipped
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 

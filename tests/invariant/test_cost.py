@@ -31,14 +31,7 @@ class CountReads(TorchDispatchMode):
 
 
 class EachStep(TrainerCallback):
-    """Enters a context for each optimizer step, without what Trainer does between steps.
-
-    Args:
-        context: makes one.
-
-    Attributes:
-        counted: what each context gave.
-    """
+    """Enters a context for each step, without what Trainer does between steps; keeps its values."""
 
     def __init__(self, context: Callable[[], Any]) -> None:
         self._make = context

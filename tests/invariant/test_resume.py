@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer, TrainerCallback
 
-from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
+from pulseopt_hf import PulseOptConfig, newest_whole_checkpoint
 from pulseopt_hf.aees import StateError
 from pulseopt_hf.optim.divergence import ROLLED_BACK
-from tests.conftest import Make, callback_trainer, history, parameters_equal
+from tests.conftest import Make, checkpoint, history, parameters_equal, raise_at
 
 KNOBS: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -36,12 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-ROADS = {"subclass": PulseOptTrainer, "callback": callback_trainer}
+OURS = ("subclass", "attached")
 SAVES = {"save_strategy": "steps", "save_steps": 6}
-
-
-def checkpoint(trainer: Trainer, step: int) -> str:
-    return str(Path(trainer.args.output_dir) / f"checkpoint-{step}")
 
 
 def assert_same_end(resumed: Any, whole: Any) -> None:
@@ -58,10 +53,10 @@ def assert_same_end(resumed: Any, whole: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("road", OURS)
 def test_from_every_step_of_an_episode(train: Make, road: str, mode: str) -> None:
     """Eighteen steps are six episodes and two epochs, of nine steps each."""
-    run = partial(train, ROADS[road], {**KNOBS, **MODES[mode]}, max_steps=18)
+    run = partial(train, road, {**KNOBS, **MODES[mode]}, max_steps=18)
     settings = {"gradient_accumulation_steps": 2}
     whole = run(save_strategy="steps", save_steps=1, **settings)
     if mode == "a deadly arm, undone":
@@ -71,19 +66,13 @@ def test_from_every_step_of_an_episode(train: Make, road: str, mode: str) -> Non
 
 
 @pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
-def test_from_the_last_step_no_other_is_taken(
-    train: Make, tiny_data: Any, eval_strategy: str
-) -> None:
+def test_from_the_last_step_no_other_is_taken(train: Make, eval_strategy: str) -> None:
     """Step 17 is amid the second epoch, of nine steps; Trainer evaluates where it breaks off."""
     run = partial(
         train,
         pulse={**KNOBS, "episode_length": 2},
-        eval_dataset=tiny_data[:8],
-        gradient_accumulation_steps=2,
-        max_steps=17,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy=eval_strategy,
+        **{"gradient_accumulation_steps": 2, "max_steps": 17, "eval_strategy": eval_strategy},
+        **{"save_strategy": "steps", "save_steps": 1},
     )
     whole = run()
     evaluated = [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry]
@@ -93,18 +82,18 @@ def test_from_the_last_step_no_other_is_taken(
     assert_same_end(resumed, whole)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("road", OURS)
 def test_where_trainer_rebuilds_its_callbacks_from_the_checkpoint(train: Make, road: str) -> None:
     settings = {**SAVES, "restore_callback_states_from_checkpoint": True}
-    whole = train(ROADS[road], KNOBS, **settings)
-    resumed = train(ROADS[road], KNOBS, resume=checkpoint(whole, 6), **settings)
+    whole = train(road, KNOBS, **settings)
+    resumed = train(road, KNOBS, resume=checkpoint(whole, 6), **settings)
     assert_same_end(resumed, whole)
     resumed.train()  # a fresh run afterwards, through the instance that Trainer made
     assert resumed.aees.get_logs()["episode_start_steps"][0] == 0
 
 
 def test_a_subclass_resumes_what_a_callback_saved(train: Make) -> None:
-    whole = train(callback_trainer, KNOBS, **SAVES)
+    whole = train("attached", KNOBS, **SAVES)
     assert_same_end(train(pulse=KNOBS, resume=checkpoint(whole, 6), **SAVES), whole)
 
 
@@ -128,16 +117,10 @@ def test_a_longer_run_keeps_the_episode_length_that_followed_from_the_shorter(tr
 def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_afresh(
     train: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = train(Trainer, **SAVES)
+    plain = train("stock", **SAVES)
     resumed = train(pulse=KNOBS, resume=checkpoint(plain, 6))
     assert "saved without pulseopt_hf" in caplog.text
     assert resumed.aees.get_logs()["episode_start_steps"][0] == 6
-
-
-class Stop(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 9:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -150,19 +133,16 @@ class Stop(TrainerCallback):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_with_trainers_own_settings(
-    train: Make, make_trainer: Make, tiny_data: Any, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_with_trainers_own_settings(train: Make, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Broken off at step 9 by its user, a run goes on from the newest checkpoint, of step 8."""
     settings = {**settings, "save_strategy": "steps", "save_steps": 4, "max_steps": 18}
-    settings |= {"pulse": KNOBS, "eval_dataset": tiny_data[:8]}
-    whole = train(**settings)
+    whole = train(pulse=KNOBS, **settings)
     folder = tmp_path / "broken off"
-    broken_off = make_trainer(output_dir=str(folder), callbacks=[Stop()], **settings)
+    settings["output_dir"] = str(folder)
     with pytest.raises(KeyboardInterrupt):
-        broken_off.train()
+        train(pulse=KNOBS, callbacks=[raise_at(9)], **settings)
     assert newest_whole_checkpoint(folder) == (folder / "checkpoint-8", [])
-    assert_same_end(train(output_dir=str(folder), resume=True, **settings), whole)
+    assert_same_end(train(pulse=KNOBS, resume=True, **settings), whole)
 
 
 def test_with_another_accumulation_the_arms_go_on(train: Make) -> None:
@@ -175,19 +155,13 @@ def test_with_another_accumulation_the_arms_go_on(train: Make) -> None:
     assert ours["episode_rewards"][:2] == theirs["episode_rewards"][:2]
 
 
-def test_from_the_last_step_of_an_epoch_that_is_evaluated_at_its_end(
-    train: Make, tiny_data: Any
-) -> None:
+def test_from_the_last_step_of_an_epoch_that_is_evaluated_at_its_end(train: Make) -> None:
     """The checkpoint waits for the evaluation, which a resumed run would leave out."""
     run = partial(
         train,
         pulse=KNOBS,
-        eval_dataset=tiny_data[:8],
-        eval_strategy="epoch",
-        save_strategy="steps",
-        save_steps=9,
-        gradient_accumulation_steps=2,
-        max_steps=24,
+        **{"gradient_accumulation_steps": 2, "max_steps": 24, "eval_strategy": "epoch"},
+        **{"save_strategy": "steps", "save_steps": 9},
     )
     whole = run()
     names = sorted(folder.name for folder in Path(whole.args.output_dir).glob("checkpoint-*"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +19,15 @@ def splitmix(seed: int, step: int, parameter: int, shard: int, block: int) -> in
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
         state = state ^ (state >> 31)
     return state // 2
+
+
+def assert_right_in_distribution(noise: Tensor, level: float) -> None:
+    """Check mean, spread and tails of noise of a level."""
+    unit, count = noise.double() / level, noise.numel()
+    assert abs(unit.mean()) < 4 / math.sqrt(count)
+    assert unit.std().item() == pytest.approx(1.0, rel=4 / math.sqrt(2 * count))
+    beyond_two = (unit.abs() > 2.0).double().mean().item()
+    assert beyond_two == pytest.approx(0.0455, abs=4 * math.sqrt(0.0455 / count))
 
 
 def noise_of(gradient: Tensor, seed: int, step: int, parameter: int, shard: int = 0) -> Tensor:

@@ -38,6 +38,7 @@ class Loop:
         )
         self.aees = AEES(self.optimizer, lr_scheduler=self.scheduler, **KNOBS)
         self.accelerator.register_for_checkpointing(self.aees)
+        self.losses: list[float] = []
 
     def run(self, first: int, last: int, folder: Path | None = None) -> None:
         """Run micro-batches `first` to `last`; save before each where a folder is given."""
@@ -51,12 +52,20 @@ class Loop:
                 loss = (self.model(rows) - rows.sum(1, keepdim=True)).square().mean() + 0.1
                 self.accelerator.backward(loss)
                 self.aees.step_end(loss)
+                self.losses.append(loss.item())
                 self.optimizer.zero_grad()
 
 
 def test_from_every_optimizer_step(tmp_path: Path) -> None:
     whole = Loop()
     whole.run(0, 30, tmp_path)
+    # Thirty micro-batches accumulated by two are fifteen steps, and so five episodes of three.
+    logs = whole.aees.get_logs()
+    assert logs["episode_end_steps"] == [5, 11, 17, 23, 29]
+    means = [sum(whole.losses[i : i + 2]) / 2 for i in range(0, 30, 2)]
+    assert logs["episode_start_losses"] == pytest.approx(means[0::3])
+    assert logs["episode_end_losses"] == pytest.approx(means[2::3])
+    assert whole.scheduler.get_last_lr() == pytest.approx([0.05 * 0.55])
     for index in range(2, 30, 2):  # between optimizer steps: gradients are in no checkpoint
         resumed = Loop()
         resumed.accelerator.load_state(str(tmp_path / str(index)))

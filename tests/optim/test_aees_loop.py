@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import nn
 
 from pulseopt_hf import AEES
 from pulseopt_hf.aees import StateError
+from tests.conftest import give_losses, take_step
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -32,6 +33,23 @@ def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(32, 8, generator=generator) for _ in range(count)]
 
 
+def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return (model(batch) - batch[:, :4]).pow(2).mean()
+
+
+def bare(lr: float = 0.1, **knobs: Any) -> AEES:
+    """Return an AEES of a model without gradients."""
+    return AEES(torch.optim.SGD(small_model().parameters(), lr=lr), **knobs)
+
+
+def with_gradients(aees: AEES, value: float) -> list[nn.Parameter]:
+    """Return the parameters, after setting their gradients."""
+    parameters = aees.optimizer.param_groups[0]["params"]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, value)
+    return parameters
+
+
 def train(
     make_aees: Callable[..., Any], optimizer_name: str, steps: int, **knobs: Any
 ) -> tuple[nn.Module, Any]:
@@ -42,7 +60,7 @@ def train(
     for step, batch in enumerate(batches(steps)):
         aees.step_start(step)
         optimizer.zero_grad()
-        loss = (model(batch) - batch[:, :4]).pow(2).mean()
+        loss = loss_of(model, batch)
         loss.backward()
         aees.step_end(loss)
     aees.finalize()
@@ -63,59 +81,12 @@ def test_300_steps_end_bit_equal_to_the_published_package(optimizer_name: str) -
     assert len(set(logs["selected_lr_values"])) == 3
 
 
-# The quick start of the PyPI page of pulseopt, with the module as the only thing that changes.
-QUICK_START = """
-import torch
-from torch import nn
-from {module} import AEES
-
-model = nn.Linear(8, 4)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
-
-aees = AEES(
-    optimizer,
-    lr_candidates=[0.5, 1.0, 2.0],
-    noise_candidates=[0.0, 0.005],
-    episode_length=50,
-    lr_scheduler=scheduler,
-    seed=0,
-)
-
-for step in range(1000):
-    aees.step_start(step)
-    optimizer.zero_grad()
-    loss = model(torch.randn(32, 8)).pow(2).mean()
-    loss.backward()
-    aees.step_end(loss)
-
-aees.finalize()
-logs = aees.get_logs()
-"""
-
-
-def test_the_quick_start_of_pulseopt_runs_with_only_its_import_changed() -> None:
-    logs = {}
-    for module in ("pulseopt", "pulseopt_hf"):
-        torch.manual_seed(0)
-        namespace: dict[str, Any] = {}
-        exec(QUICK_START.format(module=module), namespace)
-        logs[module] = namespace["logs"]
-    ours, published = logs["pulseopt_hf"], logs["pulseopt"]
-    assert list(ours) == list(published)
-    assert len(ours["episode_rewards"]) == 20
-    # The first arms come before any noise could make a difference.
-    assert ours["selected_combined_names"][0] == published["selected_combined_names"][0]
-    assert ours["episode_start_steps"] == published["episode_start_steps"]
-
-
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_scaled_lr_is_seen_by_the_step_alone(foreach: bool) -> None:
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25, foreach=foreach)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     aees = AEES(optimizer, lr_candidates=[3.0], lr_scheduler=scheduler)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
     for step, base in enumerate([0.25, 0.125]):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         aees.step_start(step)
@@ -130,23 +101,21 @@ def test_a_scaled_lr_is_seen_by_the_step_alone(foreach: bool) -> None:
 
 
 def test_an_exception_in_the_step_leaves_the_base_lr_behind() -> None:
-    model = small_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    aees = AEES(optimizer, lr_candidates=[3.0])
+    aees = bare(0.25, lr_candidates=[3.0])
+    group = aees.optimizer.param_groups[0]
 
     def fail(*_: Any) -> None:
-        assert optimizer.param_groups[0]["lr"] == 0.75
+        assert group["lr"] == 0.75
         raise KeyboardInterrupt
 
-    optimizer.register_step_pre_hook(fail)
-    aees.step_start(0)
+    aees.optimizer.register_step_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        aees.step_end(1.0)
-    assert optimizer.param_groups[0]["lr"] == 0.25
+        give_losses(aees, [1.0])
+    assert group["lr"] == 0.25
 
 
 def test_the_current_candidate_is_there_between_start_and_end_only() -> None:
-    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), seed=0)
+    aees = bare(seed=0)
     assert aees.current_candidate is None
     arm = aees.step_start(0)
     assert (arm.name, arm.lr_multiplier, arm.noise_std) == ("lr1_n0", 1.0, 0.0)
@@ -156,7 +125,7 @@ def test_the_current_candidate_is_there_between_start_and_end_only() -> None:
 
 
 def test_calls_out_of_order_raise_and_say_what_to_call() -> None:
-    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1))
+    aees = bare()
     with pytest.raises(RuntimeError, match="call `step_start`"):
         aees.step_end(1.0)
     aees.step_start(0)
@@ -166,24 +135,19 @@ def test_calls_out_of_order_raise_and_say_what_to_call() -> None:
 
 @pytest.mark.parametrize("step", [-1, 1.5, True, None, "1"])
 def test_a_global_step_that_is_no_step_is_refused(step: Any) -> None:
-    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1))
-    with pytest.raises(
-        ValueError, match=f"`global_step` must be a whole number >= 0, got {step!r}"
-    ):
-        aees.step_start(step)
+    message = f"`global_step` must be a whole number >= 0, got {step!r}"
+    with pytest.raises(ValueError, match=message):
+        bare().step_start(step)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
 def test_a_loss_that_is_not_finite_raises_before_the_update_as_published(loss: Any) -> None:
-    model = small_model()
-    aees = AEES(torch.optim.SGD(model.parameters(), lr=0.1))
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    aees = bare()
     aees.step_start(5)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+    now = with_gradients(aees, 1.0)
     with pytest.raises(ValueError, match=r"`loss` must be finite, got .* at global step 5"):
         aees.step_end(loss)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(map(torch.equal, now, small_model().parameters()))
     aees.step_end(1.0)  # the step stayed open, for the loop to end as it sees fit
 
 
@@ -193,10 +157,8 @@ def test_a_skipped_step_counts_nowhere() -> None:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     aees = AEES(optimizer, lr_scheduler=scheduler, episode_length=2, nonfinite="skip")
     for step, loss in enumerate([3.0, math.nan, 2.0, 1.0, math.inf]):
-        aees.step_start(step)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, loss)
-        aees.step_end(loss)
+        with_gradients(aees, loss)
+        give_losses(aees, [loss], first=step)
     assert aees.skipped_steps == 2
     assert optimizer.param_groups[0]["lr"] == 0.1 / 8
     logs = aees.get_logs()
@@ -207,25 +169,16 @@ def test_a_skipped_step_counts_nowhere() -> None:
 
 
 def test_too_many_skips_in_a_row_end_the_run_with_their_number_and_place() -> None:
-    aees = AEES(
-        torch.optim.SGD(small_model().parameters(), lr=0.1),
-        nonfinite="skip",
-        max_consecutive_skips=3,
-    )
-    for step in range(2):
-        aees.step_start(step)
-        aees.step_end(math.nan)
-    aees.step_start(2)
+    aees = bare(nonfinite="skip", max_consecutive_skips=3)
+    give_losses(aees, [math.nan] * 2)
     with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row .* global step 2"):
-        aees.step_end(math.nan)
+        give_losses(aees, [math.nan], first=2)
 
 
 def test_a_partial_episode_is_closed_by_finalize_once() -> None:
-    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), episode_length=5)
+    aees = bare(episode_length=5)
     aees.finalize()
-    for step in range(7):
-        aees.step_start(step)
-        aees.step_end(torch.tensor(1.0))
+    give_losses(aees, [torch.tensor(1.0)] * 7)
     aees.step_start(7)  # a step that is begun and never ended leaves no trace
     aees.finalize()
     aees.finalize()
@@ -233,11 +186,10 @@ def test_a_partial_episode_is_closed_by_finalize_once() -> None:
 
 
 def test_a_loss_tensor_is_read_when_it_is_given_not_when_the_episode_ends() -> None:
-    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), episode_length=2)
+    aees = bare(episode_length=2)
     loss = torch.tensor(2.0)
     for step in range(2):
-        aees.step_start(step)
-        aees.step_end(loss)
+        give_losses(aees, [loss], first=step)
         loss /= 2
     assert aees.get_logs()["episode_start_losses"] == [2.0]
     assert aees.get_logs()["episode_end_losses"] == [1.0]
@@ -261,13 +213,9 @@ MODES = [
 def test_a_loop_resumed_at_any_step_ends_as_if_never_stopped(
     modes: dict[str, Any], stop: int
 ) -> None:
-    def run(model: nn.Module, optimizer: Any, aees: AEES, steps: range) -> None:
+    def run(model: nn.Module, aees: AEES, steps: range) -> None:
         for step in steps:
-            aees.step_start(step)
-            optimizer.zero_grad()
-            loss = (model(data[step]) - data[step][:, :4]).pow(2).mean()
-            loss.backward()
-            aees.step_end(loss)
+            take_step(aees, step, partial(loss_of, model, data[step]))
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer, AEES]:
         model = small_model()
@@ -275,17 +223,17 @@ def test_a_loop_resumed_at_any_step_ends_as_if_never_stopped(
         return model, optimizer, AEES(optimizer, **{**KNOBS, **modes})
 
     data = batches(40)
-    whole_model, whole_optimizer, whole = fresh()
-    run(whole_model, whole_optimizer, whole, range(40))
+    whole_model, _, whole = fresh()
+    run(whole_model, whole, range(40))
     model, optimizer, aees = fresh()
-    run(model, optimizer, aees, range(stop))
+    run(model, aees, range(stop))
     saved = json.loads(json.dumps(aees.state_dict()))
     weights, moments = model.state_dict(), optimizer.state_dict()
     model, optimizer, aees = fresh()
     model.load_state_dict(weights)
     optimizer.load_state_dict(moments)
     aees.load_state_dict(saved)
-    run(model, optimizer, aees, range(stop, 40))
+    run(model, aees, range(stop, 40))
     assert aees.get_logs() == whole.get_logs()
     assert aees.state_dict() == whole.state_dict()
     for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
@@ -296,13 +244,11 @@ def test_listeners_hear_of_each_episode_once_and_not_again_in_a_resumed_run() ->
     def run(aees: AEES, steps: range) -> list[Any]:
         heard: list[Any] = []
         aees.listeners.append(heard.append)
-        for step in steps:
-            aees.step_start(step)
-            aees.step_end(1.0)
+        give_losses(aees, [1.0] * len(steps), first=steps[0])
         aees.finalize()
         return heard
 
-    one, other = (AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), **KNOBS) for _ in "12")
+    one, other = bare(**KNOBS), bare(**KNOBS)
     first = run(one, range(9))
     assert [(episode.number, episode.record.end_step) for episode in first] == [
         *((1, 3), (2, 7)),
@@ -315,24 +261,18 @@ def test_listeners_hear_of_each_episode_once_and_not_again_in_a_resumed_run() ->
 
 
 def test_a_state_with_too_many_losses_or_no_episode_for_them_is_refused() -> None:
-    aees = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), **KNOBS)
-    state = aees.state_dict()
-    with pytest.raises(StateError, match="4 losses, and an episode 4"):
-        aees.load_state_dict({**state, "losses": [1.0] * 4})
-    with pytest.raises(StateError, match="2 losses, but no episode is open"):
-        aees.load_state_dict({**state, "losses": [1.0] * 2})
-    with pytest.raises(StateError, match=r"`losses\[0\]` must be finite"):
-        aees.load_state_dict({**state, "losses": [math.nan]})
+    aees = bare(**KNOBS)
+    for losses, message in (
+        ([1.0] * 4, "4 losses, and an episode 4"),
+        ([1.0] * 2, "2 losses, but no episode is open"),
+        ([math.nan], r"`losses\[0\]` must be finite"),
+    ):
+        with pytest.raises(StateError, match=message):
+            aees.load_state_dict({**aees.state_dict(), "losses": losses})
 
 
 def test_a_seed_drawn_from_the_system_travels_with_the_state() -> None:
-    one = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), lr_candidates=[1.0, 2.0])
-    other = AEES(torch.optim.SGD(small_model().parameters(), lr=0.1), lr_candidates=[1.0, 2.0])
+    one, other = bare(lr_candidates=[1.0, 2.0]), bare(lr_candidates=[1.0, 2.0])
     assert one.state_dict() != other.state_dict()
     other.load_state_dict(one.state_dict())
     assert other.state_dict() == one.state_dict()
-
-
-def test_importing_the_package_loads_nothing_that_takes_long() -> None:
-    module = importlib.import_module("pulseopt_hf")
-    assert set(module.__all__) <= set(dir(module))

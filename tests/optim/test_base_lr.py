@@ -77,22 +77,18 @@ def test_a_schedule_keeps_its_shape(name: str, at: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("cls", "expected"),
     [
-        ("reduce_lr_on_plateau", [2.0**-10, 2.0**-11, 2.0**-11, 2.0**-11]),
-        ("greedy", [2.0**-9, 2.0**-10, 2.0**-11, 2.0**-11]),  # it rises after a good evaluation
+        (schedulers.ReduceLROnPlateau, [2.0**-10, 2.0**-11, 2.0**-11, 2.0**-11]),
+        (GreedyLR, [2.0**-9, 2.0**-10, 2.0**-11, 2.0**-11]),  # it rises after a good evaluation
     ],
 )
 def test_schedulers_that_keep_no_base_lr_go_on_from_the_new_one(
-    name: str, expected: list[float]
+    cls: Any, expected: list[float]
 ) -> None:
     """Their lowest LR may be far above what was found."""
     optimizer = make(groups=1)
-    scheduler: Any
-    if name == "greedy":
-        scheduler = GreedyLR(optimizer, patience=0, factor=0.5, min_lr=0.0625)
-    else:
-        scheduler = schedulers.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, min_lr=0.0625)
+    scheduler = cls(optimizer, patience=0, factor=0.5, min_lr=0.0625)
     multiply(optimizer, scheduler, 2.0**-7)
     lrs = []
     for _ in expected:

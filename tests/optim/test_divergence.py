@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from pulseopt_hf import AEES
 from pulseopt_hf.optim.divergence import CUT, ROLLED_BACK, DivergenceGuard
+from tests.conftest import take_step
 
 
 def run(lr_candidates: list[float], steps: int = 240, **knobs: Any) -> tuple[Any, float]:
@@ -27,11 +29,8 @@ def run(lr_candidates: list[float], steps: int = 240, **knobs: Any) -> tuple[Any
         optimizer, lr_candidates=lr_candidates, episode_length=10, seed=0, nonfinite="skip", **knobs
     )
     for step in range(steps):
-        aees.step_start(step)
-        optimizer.zero_grad()
-        loss = loss_on(torch.randn(32, 8, generator=generator))
-        loss.backward()
-        aees.step_end(loss)
+        batch = torch.randn(32, 8, generator=generator)
+        take_step(aees, step, partial(loss_on, batch))
         assert optimizer.param_groups[0]["lr"] == 0.005
     aees.finalize()
     return aees, loss_on(held_out).item()
@@ -45,20 +44,12 @@ def test_with_a_deadly_candidate_the_run_ends_as_well_as_without() -> None:
     assert with_rollback <= 1.05 * without
     assert unguarded > 1.05 * without
     logs = guarded.get_logs()
-    outcomes = dict.fromkeys(logs["selected_lr_values"])
-    for value, outcome, reward, start, end in zip(
-        logs["selected_lr_values"],
-        logs["episode_outcomes"],
-        logs["episode_rewards"],
-        logs["episode_start_steps"],
-        logs["episode_end_steps"],
-        strict=True,
-    ):
-        outcomes[value] = outcome
-        if outcome is not None:
-            assert outcome == ROLLED_BACK
-            assert reward == -1.0
-            assert end - start < 10
+    outcomes = dict(zip(logs["selected_lr_values"], logs["episode_outcomes"], strict=True))
+    for record in guarded.controller.records:
+        if record.outcome is not None:
+            assert record.outcome == ROLLED_BACK
+            assert record.reward == -1.0
+            assert record.end_step - record.start_step < 10
     assert outcomes[100.0] == ROLLED_BACK
     assert [outcomes[value] for value in (0.5, 1.0, 2.0)] == [None] * 3
 

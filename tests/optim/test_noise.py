@@ -13,7 +13,8 @@ from torch import nn
 from pulseopt_hf import AEES
 from pulseopt_hf.optim import GradientNoise
 from pulseopt_hf.optim.unwrap import all_parameters
-from tests.optim.noise_reference import noise_of
+from tests.conftest import take_step
+from tests.optim.noise_reference import assert_right_in_distribution, noise_of
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -54,14 +55,10 @@ def test_the_fast_noise_equals_the_reference(threads: int) -> None:
 
 def test_noise_has_the_mean_spread_and_tails_of_its_level(threads: int) -> None:
     (noise,) = noise_on([(2_000_000,)], level=0.005)
-    count = noise.numel()
-    assert abs(noise.mean()) < 4 * 0.005 / math.sqrt(count)
-    assert noise.std() == pytest.approx(0.005, rel=4 / math.sqrt(2 * count))
-    beyond_two = (noise.abs() > 0.01).double().mean().item()
-    assert beyond_two == pytest.approx(0.0455, abs=4 * math.sqrt(0.0455 / count))
+    assert_right_in_distribution(noise, 0.005)
     # Independent from element to element.
     neighbours = (noise[1:] * noise[:-1]).mean() / 0.005**2
-    assert abs(neighbours) < 4 / math.sqrt(count)
+    assert abs(neighbours) < 4 / math.sqrt(noise.numel())
 
 
 @pytest.mark.parametrize("change", ["seed", "step", "parameter"])
@@ -103,9 +100,7 @@ def test_relative_noise_is_a_multiple_of_each_gradients_rms() -> None:
     for scale, parameter in zip((3.0, 1e-4), made, strict=True):
         assert (parameter.grad - scale).std() == pytest.approx(0.5 * scale, rel=0.02)
 
-
-def test_relative_noise_on_a_gradient_of_zero_is_zero() -> None:
-    made = parameters((10,), (0,))
+    made = parameters((10,), (0,))  # on zeros it is zero
     GradientNoise(7, "relative").add(made, 0.5, 0)
     assert torch.equal(made[0].grad, torch.zeros(10))
 
@@ -126,29 +121,22 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "scalar"])
-def test_every_layout_and_type_of_gradient_gets_relative_noise(layout: str) -> None:
-    gradient = torch.full_like(LAYOUTS[layout](), 4.0)
-    parameter = nn.Parameter(torch.empty_like(gradient))
-    parameter.grad = gradient.clone()
-    GradientNoise(7, "relative").add([parameter], 0.5, 0)
-    added = parameter.grad - gradient
-    added = torch.view_as_real(added) if added.is_complex() else added
-    rms = 4.0 / (2**0.5 if gradient.is_complex() else 1.0)  # of real and imaginary parts
-    assert added.double().std() == pytest.approx(0.5 * rms, rel=0.1)
-
-
+@pytest.mark.parametrize("mode", ["absolute", "relative"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_and_type_of_gradient_gets_noise_in_place(layout: str) -> None:
-    gradient = LAYOUTS[layout]()
+def test_every_layout_and_type_of_gradient_gets_noise_in_place(layout: str, mode: str) -> None:
+    value = 0.0 if mode == "absolute" else 4.0
+    gradient = torch.full_like(LAYOUTS[layout](), value)
     parameter = nn.Parameter(torch.empty_like(gradient))
     parameter.grad = gradient
-    GradientNoise(7, "absolute").add([parameter], 1.0, 0)
+    GradientNoise(7, mode).add([parameter], 0.5, 0)
     assert parameter.grad is gradient
-    values = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-    assert (values != 0).all()
+    added = gradient - value
+    added = torch.view_as_real(added) if added.is_complex() else added
+    rms = value / (2**0.5 if gradient.is_complex() else 1.0)  # of real and imaginary parts
+    if mode == "absolute":
+        assert (added != 0).all()
     if gradient.numel() > 1:
-        assert values.double().std() == pytest.approx(1.0, abs=0.1)
+        assert added.double().std() == pytest.approx(0.5 * (rms or 1.0), rel=0.1)
 
 
 def test_rows_of_a_sparse_gradient_get_noise_once_and_the_others_none() -> None:
@@ -167,11 +155,7 @@ def test_sparse_gradients_train_under_sparse_adam() -> None:
     optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
     aees = AEES(optimizer, lr_candidates=[2.0], noise_candidates=[0.1], seed=0)
     for step in range(3):
-        aees.step_start(step)
-        optimizer.zero_grad()
-        loss = embedding(torch.tensor([1, 2, 2])).pow(2).mean()
-        loss.backward()
-        aees.step_end(loss)
+        take_step(aees, step, lambda: embedding(torch.tensor([1, 2, 2])).pow(2).mean())
     moved = (embedding.weight != before).any(dim=1).nonzero().flatten().tolist()
     assert moved == [1, 2]
 

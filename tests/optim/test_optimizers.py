@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 from prodigyopt import Prodigy
 from schedulefree import AdamWScheduleFree
-from torch import Tensor, nn
+from torch import nn
 from transformers.optimization import Adafactor
 
 from pulseopt_hf import AEES
+from tests.conftest import parameters_equal
 
 STEPS = 12
 
@@ -28,26 +28,28 @@ def groups(module: nn.Module, **second: Any) -> list[dict[str, Any]]:
     return [{"params": list(first.parameters())}, {"params": list(last.parameters()), **second}]
 
 
-def run(module: nn.Module, step: Callable[[int, Tensor], None]) -> None:
+def run(module: nn.Module, optimizer: Any, aees: AEES | None = None) -> None:
+    """Take steps; where there is an AEES, through it."""
     generator = torch.Generator().manual_seed(1)
     for number in range(STEPS):
         batch = torch.randn(16, 6, generator=generator)
-        for parameter in module.parameters():
-            parameter.grad = None
+        module.zero_grad()
         loss = (module(batch) - batch[:, :3]).pow(2).mean()
         loss.backward()
-        step(number, loss)
+        if aees is not None:
+            aees.step_start(number)
+            aees.step_end(loss)
+        else:
+            optimizer.step()
 
 
-def run_under_aees(optimizer: torch.optim.Optimizer, module: nn.Module, multiplier: float) -> AEES:
-    aees = AEES(optimizer, lr_candidates=[multiplier])
+def run_under_aees(optimizer: torch.optim.Optimizer, module: nn.Module, multiplier: float) -> None:
+    run(module, optimizer, AEES(optimizer, lr_candidates=[multiplier]))
 
-    def step(number: int, loss: Tensor) -> None:
-        aees.step_start(number)
-        aees.step_end(loss)
 
-    run(module, step)
-    return aees
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    assert parameters_equal(one, other)
+    assert not parameters_equal(one, model())  # they were trained
 
 
 KINDS: dict[str, Callable[[Any, Any], torch.optim.Optimizer]] = {
@@ -77,10 +79,9 @@ def test_a_constant_multiplier_equals_the_optimizer_with_the_lr_multiplied(kind:
         if hasattr(each, "train"):
             each.train()
     run_under_aees(optimizer, under_aees, 4.0)
-    run(plain, lambda number, loss: reference.step())
+    run(plain, reference)
     assert optimizer.param_groups[0]["lr"] == 2.0**-7
-    for one, other in zip(under_aees.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert_equal(under_aees, plain)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -92,7 +93,7 @@ def test_groups_with_lrs_of_their_own_are_each_multiplied_and_restored(as_tensor
     optimizer = torch.optim.AdamW(groups(under_aees, lr=lr(0.002)), lr=lr(0.001), foreach=False)
     reference = torch.optim.AdamW(groups(plain, lr=lr(0.008)), lr=lr(0.004), foreach=False)
     run_under_aees(optimizer, under_aees, 4.0)
-    run(plain, lambda number, loss: reference.step())
+    run(plain, reference)
     restored = [float(group["lr"]) for group in optimizer.param_groups]
     assert restored == [float(lr(0.001)), float(lr(0.002))]
     for one, other in zip(under_aees.parameters(), plain.parameters(), strict=True):
@@ -105,7 +106,6 @@ def test_an_lr_tensor_stays_the_same_object_and_is_scaled_once_where_groups_shar
     for group in optimizer.param_groups:
         group["lr"] = shared
     seen: list[float] = []
-    optimizer.register_step_pre_hook(lambda *_: None)
     aees = AEES(optimizer, lr_candidates=[3.0])
     optimizer.register_step_pre_hook(lambda *_: seen.append(float(shared)))
     before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -139,48 +139,22 @@ def test_a_reduce_on_plateau_scheduler_beside_it_sees_the_base_lr() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.05
 
 
-def test_adafactor_with_an_lr_of_its_own_is_refused_with_the_corrected_line() -> None:
-    with pytest.raises(ValueError, match=r"Adafactor\(..., lr=1e-3, relative_step=False\)"):
-        AEES(Adafactor(model().parameters(), relative_step=True))
-
-
-def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"LBFGS.step needs a closure"):
-        AEES(torch.optim.LBFGS(model().parameters()))
-
-
-def test_what_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Linear"):
-        AEES(nn.Linear(1, 1))  # type: ignore[arg-type]
+def test_what_can_be_no_part_of_it_is_refused_with_what_to_write() -> None:
+    own_lr = Adafactor(model().parameters(), relative_step=True)
+    for optimizer, error, message in (
+        (own_lr, ValueError, r"Adafactor\(..., lr=1e-3, relative_step=False\)"),
+        (torch.optim.LBFGS(model().parameters()), ValueError, "LBFGS.step needs a closure"),
+        (nn.Linear(1, 1), TypeError, "must be a torch.optim.Optimizer, got Linear"),
+    ):
+        with pytest.raises(error, match=message):
+            AEES(optimizer)
 
 
 def test_steps_outside_of_a_step_of_the_loop_stay_plain() -> None:
-    under_aees = model()
-    plain = copy.deepcopy(under_aees)
+    under_aees, plain = model(), model()
     optimizer = torch.optim.SGD(under_aees.parameters(), lr=0.1)
     AEES(optimizer, lr_candidates=[5.0], noise_candidates=[1.0])
     reference = torch.optim.SGD(plain.parameters(), lr=0.1)
-    run(under_aees, lambda number, loss: optimizer.step())
-    run(plain, lambda number, loss: reference.step())
-    for one, other in zip(under_aees.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_compiled_optimizer_is_not_compiled_again_when_the_arm_changes() -> None:
-    module = nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=torch.tensor(1e-3), foreach=False)
-    compiled = torch.compile(optimizer.step, backend="aot_eager")
-    aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0, 3.0], episode_length=1, seed=0)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    frames = []
-    for step in range(8):
-        aees.step_start(step)
-        for parameter in module.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        assert aees.apply(compiled)
-        aees.settle(1.0)
-        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert frames[0] > 0
-    assert frames[-1] == frames[1]
-    assert len(set(aees.get_logs()["selected_lr_values"])) == 4
+    run(under_aees, optimizer)
+    run(plain, reference)
+    assert_equal(under_aees, plain)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +17,18 @@ import hypothesis
 import hypothesis.strategies as st
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 from pulseopt_hf import AEES, newest_whole_checkpoint
 from pulseopt_hf.aees import Controller, StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.parsing import keys_of, recipe_parser, resolve
+from tests.conftest import give_losses, take_step
 
 LOADED, REFUSED = "loaded", "refused"
-Example = Callable[[random.Random], str]  # tries one, and returns which of the two it was
+# A strategy, and what tries what it draws and returns which of the two it was.
+Example = tuple[st.SearchStrategy[Any], Callable[[Any], str]]
 
 SETTINGS: dict[str, Any] = {
     "lr_candidates": [0.5, 1.0, 2.0],
@@ -47,6 +49,7 @@ def throw(example: Example, count: int, seed: int) -> Counter[str]:
         Exception: what the smallest failing example raised, with the example in its notes.
     """
     seen: Counter[str] = Counter()
+    strategy, attempt = example
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -56,9 +59,9 @@ def throw(example: Example, count: int, seed: int) -> Counter[str]:
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(st.randoms(use_true_random=False))
-    def run(rng: random.Random) -> None:
-        seen[example(rng)] += 1
+    @hypothesis.given(strategy)
+    def run(drawn: Any) -> None:
+        seen[attempt(drawn)] += 1
 
     run()
     return seen
@@ -67,11 +70,7 @@ def throw(example: Example, count: int, seed: int) -> Counter[str]:
 def played() -> AEES:
     """Return an AEES amid its fourth episode."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    aees = AEES(optimizer, **SETTINGS)
-    for step in range(11):
-        aees.step_start(step)
-        aees.step_end(2.0 - 0.1 * step)
-    return aees
+    return give_losses(AEES(optimizer, **SETTINGS), [2.0 - 0.1 * step for step in range(11)])
 
 
 class Calibrating:
@@ -83,20 +82,18 @@ class Calibrating:
         self._model = torch.nn.Linear(4, 3)
         torch.nn.init.constant_(self._model.weight, 0.1)
         torch.nn.init.zeros_(self._model.bias)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(self._model.parameters(), lr=0.1)
         settings = {**SETTINGS, "calibration": "trust_region", "nonfinite": "skip"}
-        self.aees = AEES(self._optimizer, model=self._model, **settings)
+        self.aees = AEES(optimizer, model=self._model, **settings)
         self._steps = 0
+
+    def _loss(self) -> torch.Tensor:
+        inputs = self._inputs[self._steps % 40]
+        return cross_entropy(self._model(inputs), (inputs[:, 0] > 0).long())
 
     def go_on(self, steps: int) -> None:
         for _ in range(steps):
-            inputs = self._inputs[self._steps % 40]
-            labels = (inputs[:, 0] > 0).long()
-            self._optimizer.zero_grad()
-            self.aees.step_start(self._steps)
-            loss = torch.nn.functional.cross_entropy(self._model(inputs), labels)
-            loss.backward()
-            self.aees.step_end(loss)
+            take_step(self.aees, self._steps, self._loss)
             self._steps += 1
 
 
@@ -105,7 +102,6 @@ def calibrations() -> dict[str, Any]:
     loop, states = Calibrating(), {}
     for steps in (3, 10, 30):
         loop.go_on(steps - loop._steps)
-        assert loop.aees.calibrator is not None
         states[loop.aees.calibrator.phase] = loop.aees.state_dict()
     assert list(states) == ["searching", "watching", "done"]
     assert len(states["done"]["calibration"]["trials"]) > 5
@@ -113,70 +109,67 @@ def calibrations() -> dict[str, Any]:
     return states
 
 
-def nested(rng: random.Random) -> Any:
-    value: Any = rng.choice([1, "x", None])
-    for _ in range(rng.choice([3, 40, 400])):
-        value = [value] if one_in(2, rng) else {"a": value}
+def nested(value: Any, depth: int) -> Any:
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
     return value
 
 
-def one_in(count: int, rng: random.Random) -> bool:
-    # Not by `rng.random()`, of which Hypothesis prefers the ends.
-    return rng.randrange(count) == 0
+WRONG: st.SearchStrategy[Any] = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, -(2**64), 10**400]),
+    st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 5e-324]),
+    st.sampled_from(["", "x", "\x00", "stable", "9" * 200, "\ud800"]),
+    st.sampled_from([0, 1, 3, 624, 625, 626]).map(lambda count: [0.0] * count),
+    st.builds(dict),
+    st.just([10**30] * 625),
+    st.just({"kind": "discounted_ucb"}),
+    st.builds(nested, st.sampled_from([1, "x", None]), st.sampled_from([3, 40, 400])),
+    st.binary(max_size=20),
+    st.builds(object),
+)
 
 
-WRONG: list[Callable[[random.Random], Any]] = [
-    lambda rng: None,
-    lambda rng: rng.choice([True, False]),
-    lambda rng: rng.choice([0, -1, 1, 2**31, 2**63, 2**64, -(2**64), 10**400]),
-    lambda rng: rng.choice([float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 5e-324]),
-    lambda rng: rng.choice(["", "x", "\x00", "stable", "9" * 200, "\ud800"]),
-    lambda rng: [],
-    lambda rng: {},
-    lambda rng: [0.0] * rng.choice([1, 3, 624, 625, 626]),
-    lambda rng: [10**30] * 625,
-    lambda rng: {"kind": "discounted_ucb"},
-    nested,
-    lambda rng: rng.randbytes(rng.randrange(20)),
-    lambda rng: object(),
-]
-
-
-def mutate(rng: random.Random, state: Any) -> Any:
-    """Spoil one to three places of a valid state, or hand over something else altogether."""
-    if one_in(20, rng):
-        return rng.choice(WRONG)(rng)
-    state = copy.copy(state)
-    for _ in range(rng.randint(1, 3)):
+@st.composite
+def spoiled(draw: st.DrawFn, valid: Any) -> Any:
+    """A valid state that is spoiled in one to three places, or something else altogether."""
+    if draw(st.integers(1, 20)) == 20:
+        return draw(WRONG)
+    state = copy.copy(valid)
+    for _ in range(draw(st.integers(1, 3))):
         at, key = state, None
-        for _ in range(rng.randint(1, 6)):
+        for _ in range(draw(st.integers(1, 6))):
             inner = at if key is None else at[key]
             if not isinstance(inner, dict | list) or not inner:
                 break
             if key is not None:  # only what is changed is copied, and what leads there
                 at[key] = inner = copy.copy(inner)
             at = inner
-            key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
+            key = draw(keys(at))
         if key is not None:
-            _spoil(rng, at, key)
+            _spoil(draw, at, key)
     return state
 
 
-def _spoil(rng: random.Random, at: Any, key: Any) -> None:
-    kind = rng.randrange(10)
+def keys(at: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from(list(at) if isinstance(at, dict) else range(len(at)))
+
+
+def _spoil(draw: st.DrawFn, at: Any, key: Any) -> None:
+    kind = draw(st.integers(0, 9))
     if kind < 2:
         del at[key]
     elif kind == 2 and isinstance(at, dict):
-        at[rng.choice(["", "version", "extra"])] = at.pop(key)
+        at[draw(st.sampled_from(["", "version", "extra"]))] = at.pop(key)
     elif kind == 3 and isinstance(at[key], list):
         at[key] = at[key] * 2
     elif kind == 4 and isinstance(at[key], float):
-        at[key] = at[key] * rng.choice([-1, 0, 1e-300, 1e300, 2])
+        at[key] = at[key] * draw(st.sampled_from([-1, 0, 1e-300, 1e300, 2]))
     elif kind == 5:
-        # A value of the right kind in the wrong place.
-        at[key] = at[rng.choice(list(at))] if isinstance(at, dict) else rng.choice(at)
+        at[key] = at[draw(keys(at))]  # a value of the right kind in the wrong place
     else:
-        at[key] = rng.choice(WRONG)(rng)
+        at[key] = draw(WRONG)
 
 
 def refusal(target: Any, state: Any) -> str | None:
@@ -207,11 +200,10 @@ def all_examples(folder: Path) -> dict[str, Example]:
 def controllers() -> Example:
     """States of the arms alone; what loads must also play on."""
     aees = played()
-    valid = aees.controller.state_dict()
 
-    def example(rng: random.Random) -> str:
+    def attempt(state: Any) -> str:
         target = Controller(aees.config)
-        if refusal(target, _noted(mutate(rng, valid))) is not None:
+        if refusal(target, state) is not None:
             return REFUSED
         json.dumps(target.state_dict(), allow_nan=False)
         if target.episode is None:
@@ -219,7 +211,7 @@ def controllers() -> Example:
         target.close([1.0, 0.5], 21)
         return LOADED
 
-    return example
+    return spoiled(aees.controller.state_dict()), attempt
 
 
 def whole_states() -> Example:
@@ -227,25 +219,24 @@ def whole_states() -> Example:
     aees = played()
     valid = aees.state_dict()
 
-    def example(rng: random.Random) -> str:
-        if refusal(aees, _noted(mutate(rng, valid))) is not None:
+    def attempt(state: Any) -> str:
+        if refusal(aees, state) is not None:
             return REFUSED
         json.dumps(aees.state_dict(), allow_nan=False)
         aees.load_state_dict(valid)
         return LOADED
 
-    return example
+    return spoiled(valid), attempt
 
 
 def calibration_states() -> Example:
     """States of a calibration in each of its phases; what loads must also go on."""
-    phases = list(calibrations().values())
-    json.dumps(phases)
     loops = [Calibrating()]
 
-    def example(rng: random.Random) -> str:
-        phase = rng.choice(phases)
-        state = {**phase, "calibration": _noted(mutate(rng, phase["calibration"]))}
+    def spoiled_calibration(phase: Any) -> st.SearchStrategy[Any]:
+        return spoiled(phase["calibration"]).map(lambda state: {**phase, "calibration": state})
+
+    def attempt(state: Any) -> str:
         loop = loops[0]
         if refusal(loop.aees, state) is not None:
             return REFUSED
@@ -254,7 +245,7 @@ def calibration_states() -> Example:
         json.dumps(loop.aees.state_dict(), allow_nan=False)
         return LOADED
 
-    return example
+    return st.one_of(list(map(spoiled_calibration, calibrations().values()))), attempt
 
 
 def state_files(folder: Path) -> Example:
@@ -271,12 +262,16 @@ def state_files(folder: Path) -> Example:
     text = json.dumps({"global_step": 11, "pulse": valid})
     file = checkpoint / "trainer_state.json"
 
-    def example(rng: random.Random) -> str:
-        start = rng.randrange(len(text))
-        end = rng.choice([start, start + 1, start + rng.randrange(50), len(text)])
-        filling = rng.choice([b"", b"\x00", b"\xff", b"[" * 5000, b"9" * 5000, b"NaN", b'"'])
-        content = text[:start].encode() + filling + text[end:].encode()
-        hypothesis.note(f"{content[:start][-40:]!r} {filling[:10]!r} {text[end : end + 40]!r}")
+    fillings = [b"", b"\x00", b"\xff", b"[" * 5000, b"9" * 5000, b"NaN", b'"']
+    garbled = st.tuples(
+        st.integers(0, len(text) - 1),
+        st.one_of(st.sampled_from([0, 1, len(text)]), st.integers(0, 49)),
+        st.sampled_from(fillings),
+    )
+
+    def attempt(drawn: tuple[int, int, bytes]) -> str:
+        start, length, filling = drawn
+        content = text[:start].encode() + filling + text[start + length :].encode()
         file.write_bytes(content)
         found, _ = newest_whole_checkpoint(folder)
         if found is None or refusal(aees, json.loads(content).get("pulse")) is not None:
@@ -284,12 +279,7 @@ def state_files(folder: Path) -> Example:
         aees.load_state_dict(valid)
         return LOADED
 
-    return example
-
-
-def _noted(state: Any) -> Any:
-    hypothesis.note(state)
-    return state
+    return garbled, attempt
 
 
 VALUES = [
@@ -306,9 +296,7 @@ def recipes(folder: Path) -> Example:
     texts = [catalogue.find(name).read_text() for name in ("glue/sst2", "quickstart/lm")]
     file = folder / "recipe.yaml"
 
-    def example(rng: random.Random) -> str:
-        content = yaml_text(rng, rng.choice(texts))
-        hypothesis.note(f"the recipe was {content!r}")
+    def attempt(content: bytes) -> str:
         file.write_bytes(content)
         try:
             resolve(str(file), ["--use_cpu", "--output_dir", str(folder)])
@@ -319,29 +307,30 @@ def recipes(folder: Path) -> Example:
         assert all(problem and "\n" not in problem for problem in problems)
         return REFUSED
 
-    return example
+    brackets = st.builds(
+        lambda what, count: (what * count).encode(),
+        st.sampled_from(["[", "{a: ", "- "]),
+        st.sampled_from([5, 200, 3000]),
+    )
+    aliases = [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    bomb = "\n".join(["a0: &a0 [x, x]", *aliases]).encode()
+    lines = st.sampled_from(texts).flatmap(spoiled_lines)
+    return st.one_of(st.binary(max_size=200), brackets, st.just(bomb), *[lines] * 12), attempt
 
 
-def yaml_text(rng: random.Random, recipe: str) -> bytes:
-    kind = rng.randrange(40)
-    if kind < 4:
-        return rng.randbytes(rng.randrange(200))
-    if kind == 4:
-        return (rng.choice(["[", "{a: ", "- "]) * rng.choice([5, 200, 3000])).encode()
-    if kind == 5:
-        lines = ["a0: &a0 [x, x]"]
-        lines += [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
-        return "\n".join(lines).encode()
+@st.composite
+def spoiled_lines(draw: st.DrawFn, recipe: str) -> bytes:
+    """A recipe that is changed in one to four places."""
+    known = sorted(keys_of(recipe_parser()))
     text = recipe
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(draw(st.integers(1, 4))):
         lines = text.splitlines()
-        index = rng.randrange(len(lines))
-        what = rng.randrange(20)
-        value = rng.choice(VALUES)
+        index = draw(st.integers(0, len(lines) - 1))
+        what, value = draw(st.integers(0, 19)), draw(st.sampled_from(VALUES))
         if what < 6 and ":" in lines[index]:
             lines[index] = lines[index].split(":")[0] + ": " + value
         elif what < 14:
-            lines.append(f"{rng.choice(sorted(keys_of(recipe_parser())))}: {value}")
+            lines.append(f"{draw(st.sampled_from(known))}: {value}")
         elif what < 15:
             lines[index] = lines[index] * 2
         elif what < 17:
@@ -349,8 +338,8 @@ def yaml_text(rng: random.Random, recipe: str) -> bytes:
         elif what < 18:
             lines.insert(index, f"{value}: {value}")
         else:
-            cut = rng.randrange(len(lines[index]) + 1)
-            odd = chr(rng.choice([0, 7, 9, 0x85, 0xFFFF]))
+            cut = draw(st.integers(0, len(lines[index])))
+            odd = draw(st.sampled_from("\x00\x07\t\x85\uffff"))
             lines[index] = lines[index][:cut] + odd + lines[index][cut:]
         text = "\n".join(lines) or "a: 1"
     return text.encode("utf-8", "replace")

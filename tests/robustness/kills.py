@@ -7,6 +7,7 @@ ten seconds. It tells where it is through memory that it shares with the process
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from pulseopt_hf import PulseOptConfig, PulseOptTrainer, cli, newest_whole_check
 from pulseopt_hf.optim.calibrator import Calibrator
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.trainer.mixin import PulseOptMixin
-from tests.conftest import make_arguments
+from tests.conftest import logged, make_arguments
 from tests.engines.ranks import start_ranks
 
 FORK = multiprocessing.get_context("fork")
@@ -110,10 +111,6 @@ class Kill:
     place: str
     left_half: bool
 
-    @property
-    def in_a_save(self) -> bool:
-        return self.place == "save"
-
 
 class Run:
     """What can be started in a folder, killed, and started again.
@@ -162,8 +159,9 @@ class Run:
             if codes == {0}:
                 return taken
             # Where one rank was killed, the other may have failed before its turn came.
+            output = (folder / "output.txt").read_text(errors="replace")
             hit = to_be_killed and -signal.SIGKILL in codes
-            assert hit, self._words(folder, codes)
+            assert hit, f"the run in {folder} ended with {codes}:\n{output[-5000:]}"
             taken.append(self._describe(folder))
 
     def assert_equal(self, one: Path, other: Path) -> None:
@@ -217,10 +215,10 @@ class Run:
         def is_alive() -> bool:
             return all(process.is_alive() for process in processes)
 
-        if not self._tells:
-            while is_alive() and not any(step >= after for step in saved_steps(folder)):
+        if not self._tells:  # until there is a new checkpoint, of that step or of a later one
+            wanted = max(newest_step(folder) + 1, after)
+            while is_alive() and newest_step(folder) < wanted:
                 time.sleep(0.01)
-            wait_for_a_checkpoint(folder, is_alive)
             time.sleep(rng.uniform(0.0, 0.5))
             return
         if aim == "start":
@@ -251,21 +249,11 @@ class Run:
             return Kill("save" if left_half else "unknown", left_half)
         return Kill("save" if "save" in places else places[0], left_half)
 
-    def _words(self, folder: Path, codes: set[int | None]) -> str:
-        output = (folder / "output.txt").read_text(errors="replace")
-        return f"the run in {folder} ended with {codes}:\n{output[-5000:]}"
 
-
-def saved_steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, whole or not."""
-    return [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
-
-
-def wait_for_a_checkpoint(folder: Path, is_alive: Callable[[], bool]) -> None:
-    """Return once there is a new one, or the process that writes them has ended."""
-    before = max(saved_steps(folder), default=0)
-    while is_alive() and max(saved_steps(folder), default=0) <= before:
-        time.sleep(0.01)
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a folder, whole or not; 0 without any."""
+    steps = (int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+    return max(steps, default=0)
 
 
 def script(model: Callable[[], Any], data: Any, steps: int, ranks: int = 1) -> Run:
@@ -285,15 +273,12 @@ def script(model: Callable[[], Any], data: Any, steps: int, ranks: int = 1) -> R
         trainer = PulseOptTrainer(model(), args, train_dataset=data, pulse=PulseOptConfig(**CONFIG))
         checkpoint, _ = newest_whole_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        assert trainer.aees is not None
-        optimizer: Any = trainer.optimizer
+        moments = [state.values() for state in trainer.optimizer.state.values()]
         end = {
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "losses": logged(trainer),
             "logs": trainer.aees.get_logs(),
             "parameters": fingerprint(trainer.model.parameters()),
-            "optimizer": fingerprint(
-                value for state in optimizer.state.values() for value in state.values()
-            ),
+            "optimizer": fingerprint(itertools.chain.from_iterable(moments)),
         }
         (folder / f"end-{rank}.json").write_text(json.dumps(end))
 

@@ -105,7 +105,7 @@ def kill_all(results: Results, wanted: dict[str, int], seed: int, out: Path) -> 
         results.add(
             kind=kind,
             kills=len(taken),
-            saves=sum(kill.in_a_save for kill in taken),
+            saves=sum(kill.place == "save" for kill in taken),
             left_half=sum(kill.left_half for kill in taken),
             places=dict(Counter(kill.place for kill in taken)),
             seconds=round(time.monotonic() - start, 1),

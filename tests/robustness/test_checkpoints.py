@@ -98,12 +98,10 @@ def test_a_full_disk_ends_the_run_loudly_and_leaves_what_can_be_resumed(
 ) -> None:
     saving = {"output_dir": str(small_disk / "run"), "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(pulse=CONFIG, **saving)
-    with pytest.raises(Exception, match=r"(?i)no space|write|enforce|I/O") as failure:
+    with pytest.raises(Exception, match=r"(?i)no space|write|enforce|I/O"):
         trainer.train()
-    assert not isinstance(failure.value, KeyboardInterrupt)
     assert trainer.optimizer.param_groups[0]["lr"] <= 3e-3
     found, passed_over = newest_whole_checkpoint(small_disk / "run")
-    assert found is not None
     assert len(passed_over) <= 1
     resumed = train(pulse=CONFIG, resume=str(found))
     assert parameters_equal(resumed.model, train(pulse=CONFIG).model)
@@ -134,6 +132,5 @@ def test_a_save_that_raises_leaves_the_checkpoint_before(
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.train()
     found, passed_over = newest_whole_checkpoint(trainer.args.output_dir)
-    assert found is not None
     assert found.name == "checkpoint-4"
     assert "checkpoint-8: it has no trainer_state.json" in passed_over[0]

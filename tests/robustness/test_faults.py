@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
-from transformers import TrainerCallback
 
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer, newest_whole_checkpoint
-from tests.conftest import Make, history, parameters_equal
+from tests.conftest import Make, checkpoint, history, on, parameters_equal, raise_at
 from tests.engines.ranks import Failure, ranks_with_failures, run_ranks
 
 CONFIG = PulseOptConfig(
     lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.01], episode_length=5, calibration="off"
 )
-FAULTS = ("nan loss", "inf loss", "nan gradient", "inf gradient")
+FAULTS = [(kind, value) for kind in ("loss", "gradient") for value in (math.nan, math.inf)]
 
 
 class FaultyTrainer(PulseOptTrainer):
     """Spoils a loss or a gradient in 5 % of the micro-batches, drawn by a seed of each rank."""
 
+    kinds = FAULTS
     faults = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,56 +33,50 @@ class FaultyTrainer(PulseOptTrainer):
         self.applied: list[float] = []
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._fault = self._rng.choice(FAULTS) if self._rng.random() < 0.05 else None
-        self.faults += self._fault is not None
+        is_spoiled = self._rng.random() < 0.05
+        self._spoiled, self._value = self._rng.choice(self.kinds) if is_spoiled else (None, 0.0)
+        self.faults += is_spoiled
         loss = super().training_step(*args, **kwargs)
-        if self._fault is not None and self._fault.endswith("gradient"):
-            value = math.nan if "nan" in self._fault else math.inf
-            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+        if self._spoiled == "gradient":
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            next(gradients).view(-1)[0] = self._value
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        if self._fault is not None and self._fault.endswith("loss"):
-            loss = loss * (math.nan if "nan" in self._fault else math.inf)
-        return loss
+        return loss * self._value if self._spoiled == "loss" else loss
 
     def optimizer_step(self) -> None:
         super().optimizer_step()
         self.applied.append(self.optimizer.param_groups[0]["lr"])
 
 
-def assert_sound(trainer: FaultyTrainer, steps: int) -> None:
-    assert trainer.aees is not None
+def test_five_percent_of_spoiled_steps(train: Make) -> None:
+    trainer = train(FaultyTrainer, CONFIG, max_steps=100)
     assert trainer.faults > 0
     assert trainer.aees.skipped_steps > 0
-    assert trainer.state.global_step == steps
-    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == steps
+    assert trainer.state.global_step == 100
+    assert trainer.aees.optimizer_steps + trainer.aees.skipped_steps == 100
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     logs = trainer.aees.get_logs()
     assert all(map(math.isfinite, logs["episode_start_losses"] + logs["episode_end_losses"]))
     # After every step, happened or not, the scheduler's own LR stands in the optimizer.
-    peak = trainer.args.learning_rate
-    assert all(lr <= peak for lr in trainer.applied)
-    assert len(trainer.applied) == steps
+    assert max(trainer.applied) <= trainer.args.learning_rate
+    assert len(trainer.applied) == 100
     assert trainer.applied == sorted(trainer.applied, reverse=True)
 
 
-def test_five_percent_of_spoiled_steps(train: Make) -> None:
-    assert_sound(train(FaultyTrainer, CONFIG, max_steps=100), 100)
+def test_five_percent_of_spoiled_steps_on_random_ranks(train: Make) -> None:
+    class Losses(FaultyTrainer):
+        """A gradient that is spoiled after DDP has averaged it would be one rank's alone."""
 
-
-def test_five_percent_of_spoiled_steps_on_random_ranks(
-    train: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Losses only: a gradient spoiled after DDP has averaged it would be one rank's alone."""
+        kinds = FAULTS[:2]
 
     def body(rank: int) -> Any:
-        trainer = train(FaultyTrainer, CONFIG, max_steps=60)
+        trainer = train(Losses, CONFIG, max_steps=60)
         weights = [p.detach().sum().item() for p in trainer.model.parameters()]
         return trainer.aees.get_logs(), trainer.aees.skipped_steps, weights, trainer.faults
 
-    monkeypatch.setattr(sys.modules[__name__], "FAULTS", FAULTS[:2])
     one, other = run_ranks(2, body)
     assert one[:3] == other[:3]
     assert one[1] > 0
@@ -94,35 +84,23 @@ def test_five_percent_of_spoiled_steps_on_random_ranks(
     assert all(map(math.isfinite, one[2]))
 
 
-class Raising(TrainerCallback):
-    def __init__(self, event: str, step: int) -> None:
-        self.step = step
-        setattr(self, event, self._raise)
-
-    def _raise(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise ZeroDivisionError("a user's fault")
+FAULT = ZeroDivisionError("a user's fault")
 
 
-class Broken(Dataset[Any]):
+class Broken(list[Any]):
     """Raises at its 40th read, in the process that reads it."""
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-        self.reads = 0
+    reads = 0
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         self.reads += 1
         if self.reads == 40:
-            raise ZeroDivisionError("a user's fault")
-        return self.rows[index]
+            raise FAULT
+        return super().__getitem__(index)
 
 
-def spoil_metric(_: Any) -> dict[str, float]:
-    raise ZeroDivisionError("a user's fault")
+def spoil(*_: Any) -> Any:
+    raise FAULT
 
 
 @pytest.mark.parametrize(
@@ -132,24 +110,18 @@ def test_what_raises_is_raised_and_the_run_can_be_resumed(
     train: Make, make_trainer: Make, tiny_data: Any, place: str
 ) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 17}
-    if place.startswith("on_"):
-        options["callbacks"] = [Raising(place, 10)]
-    if place == "metric":
-        options |= {"compute_metrics": spoil_metric, "eval_dataset": tiny_data[:4]}
-        options |= {"eval_strategy": "steps", "eval_steps": 8}
-    if place == "worker":
-        options |= {"train_dataset": Broken(tiny_data), "dataloader_num_workers": 1}
+    options |= {
+        "metric": {"compute_metrics": spoil, "eval_strategy": "steps", "eval_steps": 8},
+        "worker": {"train_dataset": Broken(tiny_data), "dataloader_num_workers": 1},
+        "optimizer": {},
+    }.get(place, {"callbacks": [raise_at(10, FAULT, place)]})
     trainer = make_trainer(pulse=CONFIG, **options)
     if place == "optimizer":
         trainer.create_optimizer()
         step = trainer.optimizer.step
-
-        def failing(*inner: Any, **kwargs: Any) -> Any:
-            if trainer.state.global_step == 9:
-                raise ZeroDivisionError("a user's fault")
-            return step(*inner, **kwargs)
-
-        trainer.optimizer.step = failing
+        trainer.optimizer.step = lambda *inner, **kwargs: (
+            spoil() if trainer.state.global_step == 9 else step(*inner, **kwargs)
+        )
     with pytest.raises(ZeroDivisionError, match="a user's fault"):
         trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] <= trainer.args.learning_rate
@@ -162,12 +134,11 @@ def test_what_raises_is_raised_and_the_run_can_be_resumed(
     assert resumed.aees.get_logs() == whole.aees.get_logs()
 
 
-def test_one_rank_that_raises_leaves_no_other_hanging(make_trainer: Make) -> None:
+def test_one_rank_that_raises_leaves_no_other_hanging(train: Make) -> None:
     """The others fail at their next collective, once the broken rank's connection is closed."""
 
     def body(rank: int) -> Any:
-        callbacks = [Raising("on_step_end", 7)] if rank == 1 else []
-        make_trainer(pulse=CONFIG, max_steps=20, callbacks=callbacks).train()
+        train(pulse=CONFIG, max_steps=20, callbacks=[raise_at(7, FAULT)] if rank == 1 else [])
 
     results = ranks_with_failures(2, body, timeout=60)
     assert all(isinstance(result, Failure) for result in results)
@@ -179,26 +150,21 @@ def test_one_rank_that_raises_leaves_no_other_hanging(make_trainer: Make) -> Non
 def test_a_signal_in_a_script_of_ones_own(train: Make, make_trainer: Make, number: int) -> None:
     """Python turns Ctrl-C, and a handler as most launchers set it SIGTERM, into an exception."""
 
-    class Signalling(TrainerCallback):
-        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 9:
-                os.kill(os.getpid(), number)
-
-    def handler(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def send(state: Any, **kwargs: Any) -> None:
+        if state.global_step == 9:
+            signal.raise_signal(number)
 
     options = {"pulse": CONFIG, "max_steps": 16, "gradient_accumulation_steps": 2}
-    trainer = make_trainer(
-        **{**options, "save_strategy": "steps", "save_steps": 2, "callbacks": [Signalling()]}
-    )
-    before = signal.signal(signal.SIGTERM, handler)
+    saves = {"save_strategy": "steps", "save_steps": 2, "callbacks": [on("on_substep_end", send)]}
+    trainer = make_trainer(**options, **saves)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0]
-    resumed = train(resume=str(Path(trainer.args.output_dir) / "checkpoint-8"), **options)
+    resumed = train(resume=checkpoint(trainer, 8), **options)
     assert parameters_equal(resumed.model, train(**options).model)
 
 

@@ -27,7 +27,7 @@ from tests.robustness.fuzz import (
 
 @pytest.fixture
 def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds that leave out one episode of three, so that a state holds totals too."""
+    """Set bounds that leave out one episode of three, so that a state holds totals too."""
     monkeypatch.setattr(left_out, "MOST", 2)
     monkeypatch.setattr(left_out, "NEWEST", 1)
     assert played().state_dict()["controller"]["left_out"]
@@ -75,10 +75,11 @@ def test_settings_that_differ_are_named_with_both_values() -> None:
         ("bandit", "scaled_ucb", "'discounted_ucb'"),
         ("seed", 7, "0"),
     ):
-        controller = Controller(PulseOptConfig(**{**SETTINGS, knob: value}))
+        controller = Controller(PulseOptConfig.published(**{**SETTINGS, knob: value}))
         with pytest.raises(StateError) as error:
             controller.load_state_dict(state)
         assert f"`{knob}` was {old} and is now {value!r}" in str(error.value)
+        assert str(error.value).count("` was ") == 1  # those that do not differ are not named
         assert "Set them back to resume it, or start a new run" in str(error.value)
 
 

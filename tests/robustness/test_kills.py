@@ -30,7 +30,7 @@ def test_forty_kills_some_of_them_in_a_save(
     tmp_path: Path, tiny_model: Any, tiny_data: Any
 ) -> None:
     taken = kill_and_compare(script(tiny_model, tiny_data, steps=2000), tmp_path, kills=40)
-    assert any(kill.in_a_save for kill in taken)
+    assert any(kill.place == "save" for kill in taken)
     assert any(kill.left_half for kill in taken)
 
 

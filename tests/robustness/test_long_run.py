@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import logging
 import shutil
 import time
 import tracemalloc
@@ -17,7 +16,7 @@ import psutil
 import pytest
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees import left_out
@@ -28,15 +27,19 @@ from pulseopt_hf.report.tables import tables_of_run
 from pulseopt_hf.trainer import record_writer
 from pulseopt_hf.trainer.card import section
 from pulseopt_hf.trainer.record_writer import RunRecorder
-from tests.conftest import history, make_arguments, parameters_equal
-from tests.trainer.test_record_writer import comparable
+from tests.conftest import (
+    ARMS,
+    give_losses,
+    history,
+    make_arguments,
+    on,
+    parameters_equal,
+    stop_after,
+)
+from tests.invariant.test_resume import assert_same_end
+from tests.trainer.test_record_writer import comparable, warnings_of_the_record
 
-KNOBS: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 1e-3],
-    "context_mode": "trend",
-    "calibration": "trust_region",
-}
+KNOBS: dict[str, Any] = {**ARMS, "context_mode": "trend", "calibration": "trust_region"}
 MB = 1 << 20
 
 
@@ -60,60 +63,57 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"inputs": one, "labels": label} for one, label in zip(inputs, labels, strict=True)]
 
 
-def make(args: Any, episode_length: int, *callbacks: TrainerCallback) -> PulseOptTrainer:
+def make(args: Any, episode_length: int = 4, callbacks: Any = ()) -> Any:
     config = PulseOptConfig(episode_length=episode_length, **KNOBS)
-    trainer = PulseOptTrainer(
-        Tiny(), args, train_dataset=rows(), pulse=config, callbacks=list(callbacks)
-    )
+    own = {"train_dataset": rows(), "callbacks": list(callbacks)}
+    trainer = PulseOptTrainer(Tiny(), args, pulse=config, **own)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
+def trained(args: Any, *more: Any, resume: str | None = None, **callbacks: Any) -> Any:
+    trainer = make(args, *more, **callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def keep_few(patch: pytest.MonkeyPatch) -> None:
+    """Set bounds that a run of 400 steps goes far beyond: at most 16 + 2 * 8 of each sort."""
+    patch.setattr(left_out, "MOST", 16)
+    patch.setattr(left_out, "NEWEST", 8)
+
+
 @pytest.fixture
 def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds that a run of 400 steps goes far beyond: at most 16 + 2 * 8 of each sort."""
-    monkeypatch.setattr(left_out, "MOST", 16)
-    monkeypatch.setattr(left_out, "NEWEST", 8)
+    keep_few(monkeypatch)
 
 
 SHORT: dict[str, Any] = {"max_steps": 400, "logging_steps": 2, "learning_rate": 1e-2}
 
 
-class Follow(TrainerCallback):
-    """Reads the record while the run goes, and notes the numbers of its episodes."""
-
-    def __init__(self) -> None:
-        self.told: list[int] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            self.reader = RecordReader(Path(args.output_dir))
-        if state.global_step % 6 == 0:
-            self.read()
-
-    def read(self) -> None:
-        news = self.reader.read()
-        self.told += [line.number for line, _ in news if isinstance(line, NumberedEpisode)]
-
-
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[PulseOptTrainer, Follow]:
-    """A finished run that left episodes out, with checkpoints, and who followed it."""
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, RecordReader, list[int]]:
+    """A finished run that left episodes out, the reader that followed it, and what it was told."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    folder.mkdir()
+    reader, told = RecordReader(folder), []
+
+    def read() -> None:
+        told.extend(line.number for line, _ in reader.read() if isinstance(line, NumberedEpisode))
+
+    follow = on("on_step_end", lambda state, **_: state.global_step % 6 == 0 and read())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(left_out, "MOST", 16)
-        patch.setattr(left_out, "NEWEST", 8)
+        keep_few(patch)
         saves = {**SHORT, "save_strategy": "steps", "save_steps": 10}
-        follow = Follow()
-        trainer = make(make_arguments(tmp_path_factory.mktemp("long") / "run", **saves), 4, follow)
-        trainer.train()
-        follow.read()
-        return trainer, follow
+        trainer = trained(make_arguments(folder, **saves), callbacks=[follow])
+        read()
+        return trainer, reader, told
 
 
 @pytest.fixture
 def folder(followed: Any, tmp_path: Path) -> Path:
     """A copy of that run's folder."""
-    trainer, _ = followed
+    trainer, *_ = followed
     return Path(shutil.copytree(trainer.args.output_dir, tmp_path / "run"))
 
 
@@ -121,7 +121,7 @@ def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
     arguments: Any, few_kept: None, followed: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From before there is too much, from the step in which some is left out, and from after."""
-    trainer, _ = followed
+    trainer, *_ = followed
     aees = trainer.aees
     assert aees.calibrator.outcome is not None
     assert len(aees.controller.totals()) == 6
@@ -132,22 +132,17 @@ def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
     lines = (folder / FILE_NAME).read_text().splitlines()
     assert len(lines) < 32 * 3  # episodes, losses, and the few lines of other sorts
     for step in (60, 200, 210, 220, 230, 390):
-        resumed = make(arguments(output_dir=str(folder), **SHORT), 4)
-        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
-        assert parameters_equal(resumed.model, trainer.model)
-        assert history(resumed)[:-1] == history(trainer)[:-1]  # the last sums up a process
-        assert resumed.aees is not None
-        assert resumed.aees.state_dict() == aees.state_dict()
+        own = arguments(output_dir=str(folder), **SHORT)
+        resumed = trained(own, resume=f"{folder}/checkpoint-{step}")
+        assert_same_end(resumed, trainer)
         run = read_run(folder)
         assert comparable(run) == whole
         assert run.numbers == left_out.kept_numbers(closed)
         assert run.left_out == aees.controller.left_out
 
     monkeypatch.undo()
-    unbounded = make(arguments(**SHORT), 4)
-    unbounded.train()
+    unbounded = trained(arguments(**SHORT))
     assert parameters_equal(unbounded.model, trainer.model)
-    assert unbounded.aees is not None
     everything = unbounded.aees.controller.records
     assert len(everything) == closed
     assert [everything[number - 1] for number in run.numbers] == aees.controller.records
@@ -158,7 +153,7 @@ def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
 def test_report_and_watch_show_all_arms_and_say_what_is_left_out(
     followed: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer, _ = followed
+    trainer, *_ = followed
     run = read_run(folder)
     assert run.arms() == trainer.aees.controller.totals()
     closed = trainer.aees.controller.closed
@@ -179,17 +174,15 @@ def test_report_and_watch_show_all_arms_and_say_what_is_left_out(
 
 
 def test_who_follows_a_record_is_told_every_episode_once(followed: Any) -> None:
-    trainer, follow = followed
+    trainer, reader, told = followed
     assert trainer.aees.controller.left_out
-    assert follow.told == list(range(1, trainer.aees.controller.closed + 1))
-    assert follow.reader.replaced == 0
-    assert follow.reader.data(0.0) == read_run(trainer.args.output_dir, now=0.0)
+    assert told == list(range(1, trainer.aees.controller.closed + 1))
+    assert reader.replaced == 0
+    assert reader.data(0.0) == read_run(trainer.args.output_dir, now=0.0)
 
 
 def test_many_episodes_between_two_logs_make_a_whole_record(arguments: Any, few_kept: None) -> None:
-    trainer = make(arguments(**{**SHORT, "logging_steps": 200}), 4)
-    trainer.train()
-    assert trainer.aees is not None
+    trainer = trained(arguments(**{**SHORT, "logging_steps": 200}))
     run = read_run(trainer.args.output_dir)
     assert run.episodes == trainer.aees.controller.records
     assert run.episode_count == trainer.aees.controller.closed
@@ -206,11 +199,9 @@ def test_a_record_that_cannot_be_thinned_is_thinned_later(
         original(file, content)
 
     monkeypatch.setattr(record_writer, "write_whole", write_whole)
-    trainer = make(arguments(**SHORT), 4)
-    with caplog.at_level(logging.WARNING, "pulseopt_hf"):
-        trainer.train()
-    assert len([r for r in caplog.records if "run record" in r.getMessage()]) == 1
-    assert trainer.aees is not None
+    trainer = make(arguments(**SHORT))
+    trainer.train()
+    assert len(warnings_of_the_record(caplog)) == 1
     run = read_run(trainer.args.output_dir)
     assert run.episodes == trainer.aees.controller.records
     assert run.status == "finished"
@@ -224,18 +215,14 @@ def test_a_checkpoint_with_all_episodes_still_loads(
     def play(episodes: int) -> AEES:
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
         aees = AEES(optimizer, lr_candidates=[0.5, 1.0], episode_length=2, seed=0)
-        for step in range(2 * episodes):
-            aees.step_start(step)
-            aees.step_end(2.0 - 0.01 * step)
-        return aees
+        return give_losses(aees, [2.0 - 0.01 * step for step in range(2 * episodes)])
 
     bounded = play(60)
     monkeypatch.undo()
     saved = json.loads(json.dumps(play(60).state_dict()))
     assert saved["controller"].pop("left_out") == []
     assert len(saved["controller"]["records"]["reward"]) == 60
-    monkeypatch.setattr(left_out, "MOST", 16)
-    monkeypatch.setattr(left_out, "NEWEST", 8)
+    keep_few(monkeypatch)
     resumed = play(0)
     resumed.load_state_dict(saved)
     assert resumed.controller.records == bounded.controller.records
@@ -243,18 +230,6 @@ def test_a_checkpoint_with_all_episodes_still_loads(
     for one, other in zip(resumed.controller.totals(), bounded.controller.totals(), strict=True):
         assert (one.plays, one.steps, one.lowest) == (other.plays, other.steps, other.lowest)
         assert (one.mean, one.spread) == pytest.approx((other.mean, other.spread))
-
-
-class Measure(TrainerCallback):
-    """Notes the resident memory of the process after every fifth of a run."""
-
-    def __init__(self) -> None:
-        self.resident: dict[int, int] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % (state.max_steps // 5) == 0:
-            gc.collect()
-            self.resident[state.global_step] = psutil.Process().memory_info().rss
 
 
 def our_part(checkpoint: Path) -> int:
@@ -279,54 +254,46 @@ def test_a_hundred_thousand_steps(
     Resident memory is the whole process's, with Trainer's log history, which grows with every log.
     """
     settings = {"max_steps": 100_000, "logging_steps": 10, "learning_rate": 1e-2}
-    measure = Measure()
+    resident: dict[int, int] = {}
+
+    def measure(state: Any, **kwargs: Any) -> None:
+        if state.global_step % 20_000 == 0:
+            gc.collect()
+            resident[state.global_step] = psutil.Process().memory_info().rss
+
     args = arguments(**settings, save_strategy="steps", save_steps=20_000)
-    trainer = make(args, 10, measure)
-    trainer.train()
+    trainer = trained(args, 10, callbacks=[on("on_step_end", measure)])
     folder = Path(args.output_dir)
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
     assert trainer.aees.calibrator.outcome is not None
     assert trainer.aees.controller.closed > 9_400  # the calibration watches the first 5,000 steps
     record_size = (folder / FILE_NAME).stat().st_size
-    parts = {step: our_part(folder / f"checkpoint-{step}") for step in measure.resident}
+    parts = {step: our_part(folder / f"checkpoint-{step}") for step in resident}
 
     seconds: list[float] = []
     timed: dict[int, float] = {}
     for owner, name in ((AEES, "load_state_dict"), (RunRecorder, "__init__")):
         monkeypatch.setattr(owner, name, timing(getattr(owner, name), seconds))
     whole = comparable(read_run(folder))
-    for step in measure.resident:
+    for step in resident:
         seconds.clear()
-        stopped = make(arguments(output_dir=str(folder), **settings), 10, Stop())
-        stopped.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
+        own = arguments(output_dir=str(folder), **settings)
+        trained(own, 10, callbacks=[stop_after(step + 1)], resume=f"{folder}/checkpoint-{step}")
         assert len(seconds) == 2
         timed[step] = sum(seconds)
-    resumed = make(arguments(output_dir=str(folder), **settings), 10)
-    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-80000")
-    assert parameters_equal(resumed.model, trainer.model)
-    assert history(resumed)[:-1] == history(trainer)[:-1]  # the last sums up a process
-    assert resumed.aees is not None
-    assert resumed.aees.state_dict() == trainer.aees.state_dict()
+    own = arguments(output_dir=str(folder), **settings)
+    assert_same_end(trained(own, 10, resume=f"{folder}/checkpoint-80000"), trainer)
     assert comparable(read_run(folder)) == whole
 
     with capsys.disabled():
         print("\n   steps  resident MB  our part of trainer_state.json MB  resume of ours s")
-        for step, resident in measure.resident.items():
-            sizes = f"{resident / MB:>11.1f}  {parts[step] / MB:>33.2f}"
+        for step in resident:
+            sizes = f"{resident[step] / MB:>11.1f}  {parts[step] / MB:>33.2f}"
             print(f"{step:>8,}  {sizes}  {timed[step]:>16.3f}")
         print(f"pulse.jsonl: {record_size / MB:.2f} MB")
-    assert measure.resident[100_000] - measure.resident[20_000] < 32 * MB
+    assert resident[100_000] - resident[20_000] < 32 * MB
     assert max(parts.values()) < 4 * MB
     assert record_size < 6 * MB
     assert timed[100_000] < 2 * timed[60_000]
-
-
-class Stop(TrainerCallback):
-    """Ends training with the step that begins."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = True
 
 
 def timing(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

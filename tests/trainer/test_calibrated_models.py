@@ -26,8 +26,8 @@ from transformers import (
 
 from pulseopt_hf import AEES, PulseOptCallback, PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.calibration import TRUSTED
+from tests.conftest import NAMED, Make, logged, take_step, without_dropout
 
-NAMED = PulseOptConfig(calibration="trust_region")
 SET_LR = 1e-6
 SIZE: dict[str, Any] = {
     "hidden_size": 16,
@@ -56,16 +56,11 @@ def masked() -> list[dict[str, Tensor]]:
     return rows(input_ids=torch.where(tokens % 4 == 0, 1, tokens), labels=labels)
 
 
-class Bare(nn.Module):
+class Bare(nn.Sequential):
     """Returns a tensor, and leaves the loss to the Trainer."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+        super().__init__(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
 class BareTrainer(PulseOptTrainer):
@@ -86,96 +81,86 @@ def pixels() -> list[dict[str, Tensor]]:
     return rows(pixel_values=torch.randn(200, 3, 8, 8) + labels.view(-1, 1, 1, 1), labels=labels)
 
 
-def numbers() -> Tensor:
-    return ids()[:, 0].float() / 10
+def points() -> list[dict[str, Tensor]]:
+    return rows(x=torch.randn(200, 4), labels=torch.arange(200) % 3)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], Any]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
     "encoder-decoder": (
         lambda: T5ForConditionalGeneration(
             T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         ),
         lambda: rows(input_ids=ids(), labels=ids()[:, :4], decoder_input_ids=ids()[:, 1:5]),
-        PulseOptTrainer,
     ),
     "vision": (
         lambda: ViTForImageClassification(
             ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZE)
         ),
         pixels,
-        PulseOptTrainer,
     ),
     "classification": (
         lambda: BertForSequenceClassification(bert(num_labels=3)),
         lambda: rows(input_ids=ids(), labels=ids()[:, 0] % 3),
-        PulseOptTrainer,
     ),
     "regression": (
         lambda: BertForSequenceClassification(bert(num_labels=1)),
-        lambda: rows(input_ids=ids(), labels=numbers()),
-        PulseOptTrainer,
+        lambda: rows(input_ids=ids(), labels=ids()[:, 0].float() / 10),
     ),
     "multi-label": (
         lambda: BertForSequenceClassification(
             bert(num_labels=3, problem_type="multi_label_classification")
         ),
         lambda: rows(input_ids=ids(), labels=(ids()[:, :3] % 2).float()),
-        PulseOptTrainer,
     ),
     "token classification": (
         lambda: BertForTokenClassification(bert(num_labels=4)),
         lambda: rows(input_ids=ids(), labels=ids() % 4),
-        PulseOptTrainer,
     ),
-    "masked lm": (lambda: BertForMaskedLM(bert()), masked, PulseOptTrainer),
+    "masked lm": (lambda: BertForMaskedLM(bert()), masked),
     "question answering": (
         lambda: BertForQuestionAnswering(bert()),
         lambda: rows(
             input_ids=ids(), start_positions=ids()[:, 0] % 8, end_positions=ids()[:, 1] % 8
         ),
-        PulseOptTrainer,
     ),
-    "bare tensor": (
-        Bare,
-        lambda: rows(x=torch.randn(200, 4), labels=torch.arange(200) % 3),
-        BareTrainer,
-    ),
+    "bare tensor": (Bare, points),
     "encoder": (
         lambda: BertModel(bert(), add_pooling_layer=False),
         lambda: rows(input_ids=ids()),
-        Encoder,
     ),
 }
 
 
-def train(name: str, arguments: Any, cls: Any = None, **extra: Any) -> Any:
+SETTINGS = {"max_steps": 60, "remove_unused_columns": False}
+SMOOTHING = {"label_smoothing_factor": 0.1, "label_names": ["labels"]}
+TRAINERS = {"bare tensor": BareTrainer, "encoder": Encoder}
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        *((name, {}) for name in MODELS),
+        # Smoothing takes the labels out of the call.
+        *((name, SMOOTHING) for name in ("classification", "encoder-decoder")),
+    ],
+)
+def test_a_model_of_any_kind_is_calibrated(name: str, extra: Any, train: Make) -> None:
     set_seed(0)
-    model, data, trainer_class = MODELS[name]
-    settings = {"max_steps": 60, "learning_rate": SET_LR, "remove_unused_columns": False, **extra}
-    args = arguments(per_device_train_batch_size=8, **settings)
-    trainer = (cls or trainer_class)(model(), args, train_dataset=data(), pulse=NAMED)
-    trainer.train()
-    return trainer
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_any_kind_is_calibrated(name: str, arguments: Any) -> None:
-    trainer = train(name, arguments)
+    model, data = MODELS[name]
+    trainer = train(
+        *(TRAINERS.get(name, PulseOptTrainer), NAMED),
+        **{"model": model(), "train_dataset": data(), "per_device_train_batch_size": 8},
+        **{"learning_rate": SET_LR, **SETTINGS, **extra},
+    )
     search, outcome = trainer.aees.calibrator.search, trainer.aees.calibrator.outcome
     assert len({trial.step for trial in search.trials}) >= TRUSTED + 1
     assert outcome.reason is None, search.trials
     assert 50 * SET_LR < outcome.learning_rate < 0.1
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert sum(losses[-10:]) < sum(losses[:6]) / 6 * 10
 
 
-@pytest.mark.parametrize("name", ["classification", "encoder-decoder"])
-def test_label_smoothing_takes_the_labels_out_of_the_call(name: str, arguments: Any) -> None:
-    trainer = train(name, arguments, label_smoothing_factor=0.1, label_names=["labels"])
-    assert trainer.aees.calibrator.outcome.reason is None
-
-
-def test_the_unit_of_a_regression_does_not_change_the_lr(trainer_of: Any) -> None:
+def test_the_unit_of_a_regression_does_not_change_the_lr(make_trainer: Make) -> None:
     """Where the head is as new, an Adam step is as long in the unit of the outputs."""
     found = []
     for unit in (1.0, 100.0):
@@ -191,9 +176,8 @@ def test_the_unit_of_a_regression_does_not_change_the_lr(trainer_of: Any) -> Non
         model.forward = forward
         x = torch.randn(200, 8)
         data = rows(x=x, labels=unit * x[:, 0])
-        trainer = trainer_of(
-            NAMED, model=model, train_dataset=data, max_steps=60, learning_rate=1e-3
-        )
+        settings = {"train_dataset": data, "learning_rate": 1e-3, **SETTINGS}
+        trainer = make_trainer(pulse=NAMED, model=model, **settings)
         found.append(trainer.find_learning_rate().learning_rate / unit)
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
@@ -209,8 +193,7 @@ class Mute(nn.Module):
         return type("Output", (), {"__slots__": ("value",)})
 
     def loss(self, x: Tensor) -> Tensor:
-        loss: Tensor = (x @ self.weight).square().mean()
-        return loss
+        return (x @ self.weight).square().mean()
 
 
 class Deaf(Mute):
@@ -240,37 +223,30 @@ class Bodiless(Mute):
     ],
 )
 def test_what_cannot_be_measured_leaves_the_lr_alone(
-    model: Any, reason: str, arguments: Any, caplog: pytest.LogCaptureFixture
+    model: Any, reason: str, train: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Aside(PulseOptTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             model(**inputs)
             return model.loss(**inputs)
 
-    args = arguments(max_steps=60, learning_rate=1e-3, lr_scheduler_type="constant")
-    trainer = Aside(model(), args, train_dataset=rows(x=torch.randn(100, 4)))
-    trainer.train()
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
-    outcome = trainer.aees.calibrator.outcome
-    assert outcome is not None
-    assert outcome.learning_rate == 1e-3
+    settings = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", **SETTINGS}
+    data = rows(x=torch.randn(100, 4))
+    trainer = train(Aside, model=model(), train_dataset=data, **settings)
+    assert trainer.aees.calibrator.outcome.learning_rate == 1e-3
     assert trainer.aees.learning_rate == 1e-3
     assert reason in caplog.text
 
 
 def test_events_alone_leave_a_model_alone_that_returns_no_loss(
-    arguments: Any, caplog: pytest.LogCaptureFixture
+    train: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Plain(Trainer):
         compute_loss = BareTrainer.compute_loss
 
-    args = arguments(max_steps=60, learning_rate=1e-3, remove_unused_columns=False)
-    data = rows(x=torch.randn(100, 4), labels=torch.arange(100) % 3)
-    trainer = Plain(Bare(), args, train_dataset=data, callbacks=[PulseOptCallback()])
-    trainer.train()
+    settings = {"learning_rate": 1e-3, "callbacks": [PulseOptCallback()], **SETTINGS}
+    trainer = train(Plain, model=Bare(), train_dataset=points(), **settings)
     assert "the model returns no loss to watch over" in caplog.text
-    assert trainer.lr_scheduler is not None
     assert set(trainer.lr_scheduler.base_lrs) == {1e-3}
 
 
@@ -292,20 +268,12 @@ def test_replicas_count_row_by_row() -> None:
     for wrap in (lambda model: model, Replicated):
         set_seed(0)
         inner = BertForSequenceClassification(bert(num_labels=3)).train()
-        for module in inner.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        model = wrap(inner)
+        model: Any = wrap(without_dropout(inner))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         aees = AEES(optimizer, model=model, calibration="auto", seed=0)
-        for step in range(TRUSTED + 1):
-            tokens = ids(8 * 10)[8 * step : 8 * step + 8]
-            aees.step_start(step)
-            optimizer.zero_grad()
-            loss = model(input_ids=tokens, labels=tokens[:, 0] % 3)["loss"].mean()
-            loss.backward()
-            aees.step_end(loss)
-        assert aees.calibrator is not None
+        for step, tokens in enumerate(ids(8 * (TRUSTED + 1)).split(8)):
+            batch = {"input_ids": tokens, "labels": tokens[:, 0] % 3}
+            take_step(aees, step, lambda model=model, batch=batch: model(**batch)["loss"].mean())
         found.append(aees.calibrator.search.learning_rate)
     assert found[0] is not None
     # The halves of a batch are given other noise than the whole.
@@ -313,7 +281,7 @@ def test_replicas_count_row_by_row() -> None:
 
 
 def test_a_model_that_draws_in_eval_mode_is_measured_and_leaves_the_random_state(
-    arguments: Any,
+    train: Make,
 ) -> None:
     class Drawing(Bare):
         def forward(self, x: Tensor) -> Tensor:
@@ -322,13 +290,8 @@ def test_a_model_that_draws_in_eval_mode_is_measured_and_leaves_the_random_state
     states = []
     for pulse in (PulseOptConfig(calibration="off"), NAMED):
         set_seed(0)
-        args = arguments(max_steps=60, learning_rate=1e-3, remove_unused_columns=False)
-        data = rows(x=torch.randn(200, 4), labels=torch.arange(200) % 3)
-        trainer = BareTrainer(Drawing(), args, train_dataset=data, pulse=pulse)
-        trainer.train()
+        settings = {"model": Drawing(), "train_dataset": points(), "learning_rate": 1e-3}
+        trainer = train(BareTrainer, pulse, **settings, **SETTINGS)
         states.append(torch.get_rng_state())
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
-    assert trainer.aees.calibrator.outcome is not None
     assert trainer.aees.calibrator.outcome.reason is None
     assert torch.equal(*states)

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 from transformers import Trainer
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from tests.conftest import history, parameters_equal
+from pulseopt_hf import PulseOptCallback, PulseOptConfig
+from tests.conftest import Make, callback_trainer, history, logged, parameters_equal
 
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=4)
 
 
 def test_a_callback_with_arms_that_was_never_attached_raises_at_the_start_and_says_how(
-    trainer_of: Any,
+    train: Make,
 ) -> None:
-    callback = PulseOptCallback(PULSE)
-    trainer = trainer_of(road="stock", callbacks=[callback])
     with pytest.raises(RuntimeError, match=r"PulseOptCallback\(config\).attach\(trainer\)"):
-        trainer.train()
+        train("events", PULSE)
 
 
-def test_a_callback_class_in_the_list_calibrates(trainer_of: Any) -> None:
-    trainer = trainer_of(
-        road="stock", max_steps=60, learning_rate=1e-4, callbacks=[PulseOptCallback]
-    )
-    trainer.train()
-    assert trainer.lr_scheduler is not None
+def test_a_callback_class_in_the_list_calibrates(train: Make) -> None:
+    trainer = train("stock", max_steps=60, learning_rate=1e-4, callbacks=[PulseOptCallback])
     assert trainer.lr_scheduler.base_lrs[0] > 1e-3
     assert "pulseopt_hf" not in vars(trainer.optimizer)["step"].__code__.co_filename
 
 
-def test_a_callback_in_the_list_and_attached_is_there_once(trainer_of: Any) -> None:
+def test_a_callback_in_the_list_and_attached_is_there_once(make_trainer: Make) -> None:
     callback = PulseOptCallback(PULSE)
-    trainer = trainer_of(road="stock", callbacks=[callback])
+    trainer = make_trainer("stock", callbacks=[callback])
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
@@ -43,45 +38,37 @@ def test_a_callback_in_the_list_and_attached_is_there_once(trainer_of: Any) -> N
 
 
 def test_attaching_twice_or_to_a_trainer_that_has_aees_is_refused(
-    trainer_of: Any, tiny_model: Any, arguments: Any
+    make_trainer: Make, tiny_model: Any
 ) -> None:
-    trainer = trainer_of(road="stock")
-    PulseOptCallback(PULSE).attach(trainer)
-    with pytest.raises(RuntimeError, match="has AEES already"):
-        PulseOptCallback(PULSE).attach(trainer)
-    with pytest.raises(RuntimeError, match="PulseOptTrainer has AEES already"):
-        PulseOptCallback(PULSE).attach(PulseOptTrainer(tiny_model(), arguments()))
-    with pytest.raises(TypeError, match="must be a Trainer"):
-        PulseOptCallback(PULSE).attach(tiny_model())
+    for trainer, error, message in (
+        (make_trainer("attached", PULSE), RuntimeError, "has AEES already"),
+        (make_trainer(), RuntimeError, "PulseOptTrainer has AEES already"),
+        (tiny_model(), TypeError, "must be a Trainer"),
+    ):
+        with pytest.raises(error, match=message):
+            PulseOptCallback(PULSE).attach(trainer)
+
+
+def train_unseen(trainer: Any) -> Any:
+    """Train by a training step that is none of ours."""
+    trainer.training_step = lambda *args, **kwargs: Trainer.training_step(trainer, *args, **kwargs)
+    trainer.train()
+    return trainer
 
 
 def test_a_trainer_whose_training_step_went_another_way_is_refused_naming_the_subclass(
-    trainer_of: Any,
+    make_trainer: Make,
 ) -> None:
-    trainer = trainer_of(road="stock")
-    PulseOptCallback(PULSE).attach(trainer)
-    trainer.training_step = lambda *args, **kwargs: Trainer.training_step(trainer, *args, **kwargs)
     with pytest.raises(RuntimeError, match="stands in the place of the `training_step`"):
-        trainer.train()
+        train_unseen(make_trainer("attached", PULSE))
 
 
 @pytest.mark.parametrize("calibration", ["auto", "off"])
 def test_without_arms_a_training_step_that_is_not_seen_trains_as_the_stock_trainer(
-    trainer_of: Any, calibration: str, arguments: Any, caplog: pytest.LogCaptureFixture
+    make_trainer: Make, calibration: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def train(trainer: Any) -> Any:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            return Trainer.training_step(trainer, *args, **kwargs)
-
-        trainer.training_step = step
-        trainer.train()
-        return trainer
-
-    args = arguments(max_steps=60)
-    stock = train(trainer_of(road="stock", args=args))
-    pulse = PulseOptConfig(calibration=calibration)
-    ours = trainer_of(pulse, args=args)
-    train(ours)
+    stock = train_unseen(make_trainer("stock", max_steps=60))
+    ours = train_unseen(make_trainer(pulse={"calibration": calibration}, max_steps=60))
     assert parameters_equal(ours.model, stock.model)
     entries = [
         {key: value for key, value in entry.items() if not key.startswith("pulse/")}
@@ -92,22 +79,18 @@ def test_without_arms_a_training_step_that_is_not_seen_trains_as_the_stock_train
     assert said == (calibration == "auto")
 
 
-def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(trainer_of: Any) -> None:
+def test_a_trainer_that_overrides_its_steps_is_seen_all_the_same(train: Make) -> None:
     class Doubling(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return 2 * super().compute_loss(*args, **kwargs)
 
-    trainer = trainer_of(cls=Doubling)
-    PulseOptCallback(PulseOptConfig(episode_length=1)).attach(trainer)
-    trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert trainer.aees.get_logs()["episode_start_losses"] == logged
-    assert logged[0] > 7  # twice ln 64
+    trainer = train(partial(callback_trainer, base=Doubling), {"episode_length": 1})
+    assert trainer.aees.get_logs()["episode_start_losses"] == logged(trainer)
+    assert logged(trainer)[0] > 7  # twice ln 64
 
 
-def test_after_training_the_trainer_and_its_optimizer_are_as_before(trainer_of: Any) -> None:
-    trainer = trainer_of(PULSE)
-    trainer.train()
+def test_after_training_the_trainer_and_its_optimizer_are_as_before(train: Make) -> None:
+    trainer = train(pulse=PULSE)
     inner = trainer.optimizer.optimizer
     assert not inner._optimizer_step_pre_hooks
     assert not inner._optimizer_step_post_hooks
@@ -116,11 +99,10 @@ def test_after_training_the_trainer_and_its_optimizer_are_as_before(trainer_of: 
 
 
 def test_an_exception_in_training_leaves_neither_a_scaled_lr_nor_hooks_behind(
-    trainer_of: Any,
+    make_trainer: Make,
 ) -> None:
-    trainer = trainer_of(
-        PulseOptConfig(lr_candidates=[3.0], episode_length=4), lr_scheduler_type="constant"
-    )
+    arms = {"lr_candidates": [3.0], "episode_length": 4}
+    trainer = make_trainer(pulse=arms, lr_scheduler_type="constant")
     calls = []
 
     def fail(optimizer: Any, *_: Any) -> None:

@@ -14,13 +14,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from pulseopt_hf import PulseOptConfig, with_pulseopt
 from pulseopt_hf.trainer.card import BEGIN, END, TAGS, table, with_section
+from tests.conftest import Make, logged, stop_after
 
 
-def card_of(trainer: Any) -> Path:
+def write_card(trainer: Any, **kwargs: Any) -> Path:
+    trainer.create_model_card(**kwargs)
     return Path(trainer.args.output_dir) / "README.md"
 
 
@@ -29,165 +31,6 @@ def rows_of(text: str) -> dict[str, list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
     return {first: rest for first, *rest in cells}
-
-
-@pytest.mark.parametrize("road", ["subclass", "attached"])
-def test_the_card_has_plays_knobs_and_learning_rates(trainer_of: Any, road: str) -> None:
-    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=3, calibration="trust_region")
-    trainer = trainer_of(config, road, max_steps=160)
-    trainer.train()
-    for _ in range(2):  # written again, it is there once
-        trainer.create_model_card(model_name="tiny", tags=["mine"])
-    card = ModelCard.load(card_of(trainer))  # raises where metadata is wrong
-    assert set(card.data.tags) >= {*TAGS, "mine"}
-    assert card.text.count("## Learning rate") == card.text.count(BEGIN) == 1
-    rows = rows_of(card.text)
-
-    logs = trainer.aees.get_logs()
-    for value in (0.5, 2.0):
-        episodes = [i for i, played in enumerate(logs["selected_lr_values"]) if played == value]
-        rewards = [logs["episode_rewards"][i] for i in episodes]
-        steps = [
-            logs["episode_end_steps"][i] - logs["episode_start_steps"][i] + 1 for i in episodes
-        ]
-        assert rows[f"x{value:g}"] == [
-            "0",
-            str(len(episodes)),
-            str(sum(steps)),
-            f"{sum(rewards) / len(rewards):+.4f}",
-            f"{min(rewards):+.4f} to {max(rewards):+.4f}",
-        ]
-    used = [e["pulse/learning_rate"] for e in trainer.state.log_history if "loss" in e]
-    assert len(used) == 160
-    assert rows["Effective learning rate"] == [
-        f"{min(used):.4g} to {max(used):.4g}, of the 160 steps logged"
-    ]
-    search = trainer.aees.calibrator.search
-    assert rows["Learning rate that was set"] == ["0.003"]
-    assert rows["Calibrated learning rate"] == [
-        f"{search.learning_rate:.4g}, found in {len(search.trials)} trials"
-    ]
-    assert rows["Episodes"] == [str(len(logs["episode_rewards"]))]
-    assert rows["`lr_candidates`"] == ["`[0.5, 2.0]`"]
-
-
-def test_a_card_says_what_happened_and_no_more(trainer_of: Any) -> None:
-    """A calibrated run of one arm has no arms to list, and no knobs but those that were changed."""
-    trainer = trainer_of(max_steps=60, learning_rate=1e-4)
-    trainer.train()
-    trainer.create_model_card()
-    text = card_of(trainer).read_text()
-    assert "The learning rate was calibrated (`pulseopt_hf`)." in text
-    for word in ("AEES", "Arms", "Knobs", "Episodes"):
-        assert f"{word} " not in text.split(BEGIN)[1]
-    rows = rows_of(text.split(BEGIN)[1])
-    assert set(rows) == {
-        *("---", "value"),
-        *("Learning rate that was set", "Calibrated learning rate", "Effective learning rate"),
-    }
-
-
-def test_a_card_does_not_call_calibrated_what_was_given_up(trainer_of: Any) -> None:
-    trainer = trainer_of(max_steps=60, learning_rate=1e-4)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 3  # amid the search
-
-    trainer.add_callback(Stop())
-    trainer.train()
-    trainer.create_model_card()
-    text = card_of(trainer).read_text()
-    assert "The learning rate is the one that was set (`pulseopt_hf`)." in text
-
-
-def test_with_arms_the_knobs_that_were_changed_or_followed_are_listed(
-    trainer_of: Any,
-) -> None:
-    trainer = trainer_of(PulseOptConfig(lr_candidates=[0.5, 1.0], calibration="off"))
-    trainer.train()
-    trainer.create_model_card()
-    rows = rows_of(card_of(trainer).read_text())
-    assert {row.strip("`") for row in rows if row.startswith("`")} == {
-        *("lr_candidates", "calibration", "episode_length", "seed"),
-    }
-    assert rows["`episode_length`"] == ["`5`"]  # unset, and resolved by the run
-    assert rows["`seed`"] == [f"`{trainer.args.seed}`"]
-
-
-def test_rolled_back_episodes_and_skipped_steps_are_counted(trainer_of: Any) -> None:
-    config = PulseOptConfig(
-        lr_candidates=[1.0, 1e4], episode_length=4, divergence="rollback", seed=0
-    )
-    trainer = trainer_of(config, max_steps=40)
-    trainer.train()
-    trainer.create_model_card()
-    rows = rows_of(card_of(trainer).read_text())
-    assert trainer.aees is not None
-    rolled_back = trainer.aees.get_logs()["episode_outcomes"].count("rolled back")
-    assert rolled_back > 0
-    assert rows["Episodes that were rolled back"] == [str(rolled_back)]
-    assert rows["`divergence`"] == ["`rollback`"]  # of the operational knobs, what was changed
-    assert "`nonfinite`" not in rows
-
-
-def test_the_metadata_is_valid_and_keeps_trainers_scores(trainer_of: Any) -> None:
-    """As far as that can be told offline: the hub's own check is a request to it."""
-    trainer = trainer_of(
-        PulseOptConfig(lr_candidates=[0.5, 1.0]),
-        compute_metrics=lambda predicted: {
-            "accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())
-        },
-    )
-    trainer.train()
-    accuracy = trainer.evaluate()["eval_accuracy"]
-    trainer.create_model_card(
-        tags="mine", tasks="text-generation", dataset_tags="wikitext", dataset="Wikitext"
-    )
-    file = card_of(trainer)
-    data = yaml.safe_load(file.read_text().split("---\n")[1])
-    assert set(data) <= set(inspect.signature(ModelCardData).parameters) | {"model-index"}
-    assert len(data["tags"]) == len(set(data["tags"]))
-    assert set(data["tags"]) == {*TAGS, "mine", "generated_from_trainer"}
-    (result,) = ModelCard.load(file).data.eval_results
-    assert (result.metric_type, result.dataset_type) == ("accuracy", "wikitext")
-    assert result.metric_value == pytest.approx(accuracy, abs=1e-4)
-
-
-class KeepsTheCard(Trainer):
-    """A Trainer that leaves a card alone which is there, as PEFT's part of a card does."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if not (Path(self.args.output_dir) / "README.md").exists():
-            super().create_model_card(*args, **kwargs)
-
-
-def test_written_again_it_takes_nothing_of_the_users(trainer_of: Any) -> None:
-    config = PulseOptConfig(lr_candidates=[0.5, 1.0])
-    trainer = trainer_of(config, cls=with_pulseopt(KeepsTheCard))
-    trainer.train()
-    trainer.create_model_card()
-    file = card_of(trainer)
-    before, rest = file.read_text().split(BEGIN)
-    written, after = rest.split(END)
-    mine, mine_too = "## Learning rate\n\nMine: ü.\n\n", "\n## Learning rate\n\nMine too.\n"
-    file.write_text(f"{before}{mine}{BEGIN}\nold\n{END}{after}{mine_too}", encoding="utf-8")
-    trainer.create_model_card()
-    expected = f"{before}{mine}{BEGIN}{written}{END}{after}{mine_too}"
-    assert file.read_text(encoding="utf-8") == expected
-
-
-def test_a_marker_that_lost_its_other_half_takes_nothing_along() -> None:
-    section = f"{BEGIN}\n\nnew\n\n{END}"
-    for card in (f"text\n{BEGIN}\nmine", f"text\n{END}\nmine", f"{END}\ntext\n{BEGIN}\nmine"):
-        once = with_section(card, section)
-        assert once == f"{card}\n\n{section}\n"
-        assert with_section(once, section) == once
-
-
-def test_a_cell_of_a_table_ends_neither_the_cell_nor_the_row() -> None:
-    rows = table(("a", "b"), [("x|y", "two\nlines <b>")]).splitlines()
-    assert rows == ["| a | b |", "| --- | --- |", "| x\\|y | two lines &lt;b> |"]
 
 
 @pytest.fixture
@@ -222,24 +65,142 @@ def uploaded() -> Iterator[dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("road", ["subclass", "attached"])
-def test_push_to_hub_uploads_a_card_with_the_section(
-    trainer_of: Any, uploaded: dict[str, bytes], road: str
+def test_the_card_has_plays_knobs_and_learning_rates_and_is_pushed_to_the_hub(
+    train: Make, uploaded: dict[str, bytes], road: str
 ) -> None:
-    config = PulseOptConfig(lr_candidates=[0.5, 1.0], episode_length=4)
-    trainer = trainer_of(config, road, hub_model_id="somebody/tiny", hub_token="hf_none")
-    trainer.train()
-    trainer.push_to_hub(tags=["mine"])
+    config = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=3, calibration="trust_region")
+    hub = {"hub_model_id": "somebody/tiny", "hub_token": "hf_none"}
+    trainer = train(road, config, max_steps=160, **hub)
+    write_card(trainer, model_name="tiny", tags=["mine"])
+    trainer.push_to_hub(tags=["mine"])  # written again, it is there once
     assert "model.safetensors" in uploaded
-    card = ModelCard(uploaded["README.md"].decode())
+    card = ModelCard(uploaded["README.md"].decode())  # raises where metadata is wrong
     assert set(card.data.tags) == {*TAGS, "mine", "generated_from_trainer"}
-    assert card.text.count("## Learning rate") == 1
-    assert rows_of(card.text)["Episodes"] == ["6"]
+    assert card.text.count("## Learning rate") == card.text.count(BEGIN) == 1
+    rows = rows_of(card.text)
+
+    logs = trainer.aees.get_logs()
+    for value in (0.5, 2.0):
+        episodes = [i for i, played in enumerate(logs["selected_lr_values"]) if played == value]
+        rewards = [logs["episode_rewards"][i] for i in episodes]
+        steps = [
+            logs["episode_end_steps"][i] - logs["episode_start_steps"][i] + 1 for i in episodes
+        ]
+        assert rows[f"x{value:g}"] == [
+            "0",
+            str(len(episodes)),
+            str(sum(steps)),
+            f"{sum(rewards) / len(rewards):+.4f}",
+            f"{min(rewards):+.4f} to {max(rewards):+.4f}",
+        ]
+    used = logged(trainer, "pulse/learning_rate")
+    assert len(used) == 160
+    assert rows["Effective learning rate"] == [
+        f"{min(used):.4g} to {max(used):.4g}, of the 160 steps logged"
+    ]
+    search = trainer.aees.calibrator.search
+    assert rows["Learning rate that was set"] == ["0.003"]
+    assert rows["Calibrated learning rate"] == [
+        f"{search.learning_rate:.4g}, found in {len(search.trials)} trials"
+    ]
+    assert rows["Episodes"] == [str(len(logs["episode_rewards"]))]
+    assert rows["`lr_candidates`"] == ["`[0.5, 2.0]`"]
 
 
-def test_a_trainer_that_has_not_trained_writes_trainers_card(trainer_of: Any) -> None:
-    cards = []
-    for road in ("stock", "subclass"):
-        trainer = trainer_of(road=road)
-        trainer.create_model_card(model_name="tiny")
-        cards.append(card_of(trainer).read_text())
-    assert cards[0] == cards[1]
+def test_a_card_says_what_happened_and_no_more(train: Make) -> None:
+    """A calibrated run of one arm has no arms to list, and no knobs but those that were changed."""
+    text = write_card(train(max_steps=60, learning_rate=1e-4)).read_text()
+    assert "The learning rate was calibrated (`pulseopt_hf`)." in text
+    for word in ("AEES", "Arms", "Knobs", "Episodes"):
+        assert f"{word} " not in text.split(BEGIN)[1]
+    rows = rows_of(text.split(BEGIN)[1])
+    assert set(rows) == {
+        *("---", "value"),
+        *("Learning rate that was set", "Calibrated learning rate", "Effective learning rate"),
+    }
+
+
+def test_a_card_does_not_call_calibrated_what_was_given_up(train: Make) -> None:
+    trainer = train(max_steps=60, callbacks=[stop_after(3)])  # amid the search
+    text = write_card(trainer).read_text()
+    assert "The learning rate is the one that was set (`pulseopt_hf`)." in text
+
+
+def test_metadata_is_valid_trainers_scores_are_kept_and_changed_or_followed_knobs_are_listed(
+    train: Make,
+) -> None:
+    """As far as that can be told offline: the hub's own check is a request to it."""
+
+    def accuracy(predicted: Any) -> dict[str, float]:
+        return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+    arms = {"lr_candidates": [0.5, 1.0], "calibration": "off"}
+    trainer = train(pulse=arms, compute_metrics=accuracy)
+    scored = trainer.evaluate()["eval_accuracy"]
+    about = {"tags": "mine", "tasks": "text-generation", "dataset_tags": "wikitext"}
+    file = write_card(trainer, dataset="Wikitext", **about)
+    data = yaml.safe_load(file.read_text().split("---\n")[1])
+    assert set(data) <= set(inspect.signature(ModelCardData).parameters) | {"model-index"}
+    assert len(data["tags"]) == len(set(data["tags"]))
+    assert set(data["tags"]) == {*TAGS, "mine", "generated_from_trainer"}
+    (result,) = ModelCard.load(file).data.eval_results
+    assert (result.metric_type, result.dataset_type) == ("accuracy", "wikitext")
+    assert result.metric_value == pytest.approx(scored, abs=1e-4)
+    rows = rows_of(file.read_text())
+    assert {row.strip("`") for row in rows if row.startswith("`")} == {
+        *("lr_candidates", "calibration", "episode_length", "seed"),
+    }
+    assert rows["`episode_length`"] == ["`5`"]  # unset, and resolved by the run
+    assert rows["`seed`"] == [f"`{trainer.args.seed}`"]
+
+
+def test_rolled_back_episodes_and_skipped_steps_are_counted(train: Make) -> None:
+    knobs = {"lr_candidates": [1.0, 1e4], "episode_length": 4, "divergence": "rollback", "seed": 0}
+    trainer = train(pulse=knobs, max_steps=40)
+    rows = rows_of(write_card(trainer).read_text())
+    rolled_back = trainer.aees.get_logs()["episode_outcomes"].count("rolled back")
+    assert rolled_back > 0
+    assert rows["Episodes that were rolled back"] == [str(rolled_back)]
+    assert rows["`divergence`"] == ["`rollback`"]  # of the operational knobs, what was changed
+    assert "`nonfinite`" not in rows
+
+
+class KeepsTheCard(Trainer):
+    """A Trainer that leaves a card alone which is there, as PEFT's part of a card does."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not (Path(self.args.output_dir) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
+
+def test_written_again_it_takes_nothing_of_the_users(train: Make) -> None:
+    trainer = train(with_pulseopt(KeepsTheCard), {"lr_candidates": [0.5, 1.0]})
+    file = write_card(trainer)
+    before, rest = file.read_text().split(BEGIN)
+    written, after = rest.split(END)
+    mine, mine_too = "## Learning rate\n\nMine: ü.\n\n", "\n## Learning rate\n\nMine too.\n"
+    file.write_text(f"{before}{mine}{BEGIN}\nold\n{END}{after}{mine_too}", encoding="utf-8")
+    trainer.create_model_card()
+    expected = f"{before}{mine}{BEGIN}{written}{END}{after}{mine_too}"
+    assert file.read_text(encoding="utf-8") == expected
+
+
+def test_a_marker_that_lost_its_other_half_takes_nothing_along() -> None:
+    section = f"{BEGIN}\n\nnew\n\n{END}"
+    for card in (f"text\n{BEGIN}\nmine", f"text\n{END}\nmine", f"{END}\ntext\n{BEGIN}\nmine"):
+        once = with_section(card, section)
+        assert once == f"{card}\n\n{section}\n"
+        assert with_section(once, section) == once
+
+
+def test_a_cell_of_a_table_ends_neither_the_cell_nor_the_row() -> None:
+    rows = table(("a", "b"), [("x|y", "two\nlines <b>")]).splitlines()
+    assert rows == ["| a | b |", "| --- | --- |", "| x\\|y | two lines &lt;b> |"]
+
+
+def test_a_trainer_that_has_not_trained_writes_trainers_card(make_trainer: Make) -> None:
+    stock, ours = (
+        write_card(make_trainer(road), model_name="tiny").read_text()
+        for road in ("stock", "subclass")
+    )
+    assert stock == ours

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
-from pulseopt_hf import AEES, PulseOptConfig, find_learning_rate
+from pulseopt_hf import AEES, find_learning_rate
 from pulseopt_hf.aees.calibration import TRUSTED
-from tests.conftest import history, parameters_equal, without_dropout
+from tests.conftest import Make, history, on, parameters_equal, take_step, without_dropout
 from tests.engines.ranks import run_ranks
 
 
@@ -23,20 +23,15 @@ def random_state() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2]
 
 
-class Loud(TrainerCallback):
-    """Must rest while the LR is asked for: it would write files, or log to a server."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a callback was called")
-
-
 @pytest.mark.parametrize("kind", ["stock", "subclass", "attached"])
 @pytest.mark.parametrize("setting", ["plain", "bf16", "accumulation", "own optimizer", "trained"])
-def test_a_trainer_is_as_if_it_had_not_been_asked(trainer_of: Any, kind: str, setting: str) -> None:
+def test_a_trainer_is_as_if_it_had_not_been_asked(
+    make_trainer: Make, kind: str, setting: str
+) -> None:
     extra = {"bf16": {"bf16": True}, "accumulation": {"gradient_accumulation_steps": 2}}
 
     def fresh() -> Any:
-        trainer = trainer_of(road=kind, max_steps=60, learning_rate=1e-4, **extra.get(setting, {}))
+        trainer = make_trainer(kind, max_steps=60, learning_rate=1e-4, **extra.get(setting, {}))
         if setting == "own optimizer":
             trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-4)
         if setting == "trained":
@@ -44,7 +39,9 @@ def test_a_trainer_is_as_if_it_had_not_been_asked(trainer_of: Any, kind: str, se
         return trainer
 
     asked, other = fresh(), fresh()
-    asked.add_callback(Loud())
+    # It must rest while the LR is asked for: it would write files, or log to a server.
+    loud = on("on_train_begin", lambda *_, **kwargs: pytest.fail("a callback was called"))
+    asked.add_callback(loud)
     attributes, callbacks = dict(vars(asked)), list(asked.callback_handler.callbacks)
     before, weights = random_state(), copy.deepcopy(asked.model.state_dict())
     modes = [module.training for module in asked.model.modules()]
@@ -70,7 +67,7 @@ def test_a_trainer_is_as_if_it_had_not_been_asked(trainer_of: Any, kind: str, se
     if groups is not None:
         now = asked.optimizer.state_dict()
         torch.testing.assert_close(now, groups, rtol=0, atol=0)
-    asked.remove_callback(Loud)
+    asked.remove_callback(loud)
     for trainer in (asked, other):
         torch.manual_seed(5)
         trainer.train()
@@ -78,19 +75,17 @@ def test_a_trainer_is_as_if_it_had_not_been_asked(trainer_of: Any, kind: str, se
     assert history(asked) == history(other)
 
 
-def test_it_is_what_a_run_would_use(trainer_of: Any) -> None:
-    trainer = trainer_of(max_steps=60, learning_rate=1e-4)
+def test_it_is_what_a_run_would_use(make_trainer: Make) -> None:
+    trainer = make_trainer(max_steps=60, learning_rate=1e-4)
     suggestion = trainer.find_learning_rate()
     trainer.train()
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
     assert trainer.aees.calibrator.search.trials == suggestion.trials
     assert trainer.aees.calibrator.search.learning_rate == suggestion.learning_rate
 
 
-def test_under_ddp_all_ranks_find_the_same(trainer_of: Any, tiny_model: Any) -> None:
+def test_under_ddp_all_ranks_find_the_same(make_trainer: Make, tiny_model: Any) -> None:
     def body(rank: int) -> Any:
-        trainer = trainer_of(road="stock", max_steps=60)
+        trainer = make_trainer("stock", max_steps=60)
         suggestion = find_learning_rate(trainer)
         assert trainer.args.world_size == 2
         assert parameters_equal(trainer.model, tiny_model())
@@ -116,17 +111,12 @@ class Loop:
         return DataLoader(self.data, batch_size=4, shuffle=True, generator=generator)
 
     @staticmethod
-    def loss(model: Any, batch: Any) -> torch.Tensor:
-        loss: torch.Tensor = model(**batch).loss
-        return loss
+    def loss(model: Any, batch: Any) -> Any:
+        return model(**batch).loss
 
-    def ask(self, batches: Any = None) -> Any:
-        return find_learning_rate(
-            model=self.model,
-            optimizer=self.optimizer,
-            batches=self.loader() if batches is None else batches,
-            loss=self.loss,
-        )
+    def ask(self, **given: Any) -> Any:
+        own = {"model": self.model, "optimizer": self.optimizer, "loss": self.loss}
+        return find_learning_rate(**{**own, "batches": self.loader(), **given})
 
     def train(self, steps: int = 60, **kwargs: Any) -> tuple[AEES, list[float]]:
         torch.manual_seed(0)
@@ -134,11 +124,7 @@ class Loop:
         losses: list[float] = []
         while len(losses) < steps:
             for batch in self.loader(len(losses)):
-                aees.step_start(len(losses))
-                self.optimizer.zero_grad()
-                loss = self.loss(self.model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                aees.step_end(loss)
+                loss = take_step(aees, len(losses), partial(self.loss, self.model, batch))
                 losses.append(loss.item())
                 if len(losses) == steps:
                     break
@@ -146,8 +132,12 @@ class Loop:
         return aees, losses
 
 
-def test_a_loop_of_ones_own_is_as_if_it_had_not_been_asked(tiny_model: Any, tiny_data: Any) -> None:
-    loop = Loop(tiny_model(), tiny_data)
+@pytest.fixture
+def loop(tiny_model: Any, tiny_data: Any) -> Loop:
+    return Loop(tiny_model(), tiny_data)
+
+
+def test_a_loop_of_ones_own_is_as_if_it_had_not_been_asked(loop: Loop, tiny_model: Any) -> None:
     loop.model.eval()
     loop.model.lm_head.weight.grad = torch.ones_like(loop.model.lm_head.weight)
     gradient = loop.model.lm_head.weight.grad
@@ -182,10 +172,8 @@ def test_long_rows_are_replayed_no_more_than_it_takes(
     assert part.learning_rate == pytest.approx(whole.learning_rate, rel=0.3)
 
 
-def test_a_loop_of_ones_own_is_calibrated(tiny_model: Any, tiny_data: Any) -> None:
-    loop = Loop(tiny_model(), tiny_data)
+def test_a_loop_of_ones_own_is_calibrated(loop: Loop, tiny_model: Any, tiny_data: Any) -> None:
     aees, losses = loop.train(calibration="auto", lr_candidates=[0.5, 2.0], episode_length=4)
-    assert aees.calibrator is not None
     found = aees.calibrator.search.learning_rate
     assert found is not None
     assert loop.scheduler.base_lrs == [found]
@@ -205,27 +193,17 @@ def test_a_loop_of_ones_own_goes_on_from_its_state(tiny_model: Any, tiny_data: A
         aees, _ = loop.train(steps, calibration="auto")
         state = aees.state_dict()
         aees.remove()
-        restored = AEES(
-            loop.optimizer,
-            model=loop.model,
-            lr_scheduler=loop.scheduler,
-            calibration="auto",
-            seed=0,
-        )
+        kwargs = {"lr_scheduler": loop.scheduler, "calibration": "auto", "seed": 0}
+        restored = AEES(loop.optimizer, model=loop.model, **kwargs)
         restored.load_state_dict(state)
-        assert restored.calibrator is not None
         assert not restored.calibrator.is_searching
         for step in range(steps, steps + 30):
-            restored.step_start(step)
-            loss = loop.loss(loop.model, next(iter(loop.loader())))
-            loss.backward()  # type: ignore[no-untyped-call]
-            restored.step_end(loss)
+            take_step(restored, step, partial(loop.loss, loop.model, next(iter(loop.loader()))))
         assert restored.calibrator.is_done
         assert loop.scheduler.base_lrs == [restored.calibrator.search.learning_rate]
 
 
-def test_what_has_no_model_or_no_lr_is_refused(tiny_model: Any, tiny_data: Any) -> None:
-    loop = Loop(tiny_model(), tiny_data)
+def test_what_has_no_model_or_no_lr_is_refused(loop: Loop) -> None:
     with pytest.raises(TypeError, match="`model`, `optimizer`, `batches` and `loss`"):
         find_learning_rate(model=loop.model, optimizer=loop.optimizer)
     with pytest.raises(ValueError, match="must be 'off' without a model, got 'auto'"):
@@ -244,19 +222,18 @@ def test_few_batches_are_taken_again_and_none_is_said(tiny_model: Any, tiny_data
     assert nothing.limited_by is None
 
 
-def test_the_picture_is_that_of_the_report(tiny_model: Any, tiny_data: Any) -> None:
+def test_the_picture_is_that_of_the_report(loop: Loop) -> None:
     pytest.importorskip("altair", reason="install the extra `report` to run this")
-    suggestion = Loop(tiny_model(), tiny_data).ask()
+    suggestion = loop.ask()
     data = suggestion.plot().to_dict()["datasets"]
     assert len(data["trials"]) == 2 * len(suggestion.trials)
     assert data["star"][0]["rate"] == pytest.approx(suggestion.learning_rate, rel=1e-3)
 
 
-def test_the_knobs_of_a_trainer_do_not_matter(trainer_of: Any) -> None:
+def test_the_knobs_of_a_trainer_do_not_matter(make_trainer: Make) -> None:
     """It is asked for by name, and a run may be too short to calibrate itself."""
-    off = PulseOptConfig(calibration="off", lr_candidates=[0.5, 2.0])
-    trainer = trainer_of(off, max_steps=10)
+    off = {"calibration": "off", "lr_candidates": [0.5, 2.0]}
+    trainer = make_trainer(pulse=off, max_steps=10)
     assert trainer.find_learning_rate().reason is None
     trainer.train()
-    assert trainer.aees is not None
     assert trainer.aees.calibrator is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,40 +14,23 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import Trainer
 
-from pulseopt_hf import PulseOptCallback, PulseOptConfig, PulseOptTrainer
-from tests.conftest import parameters_equal
+from pulseopt_hf import PulseOptTrainer
+from tests.conftest import Make, callback_trainer, logged, parameters_equal
 from tests.engines.ranks import run_ranks
+from tests.engines.trainers import bad_loss
 from tests.versions import needs
 
 SETTINGS = {"lr_candidates": [0.5, 2.0], "episode_length": 4}
-
-
-def spoiling(base: type[Trainer], bad: float, steps: set[int], only_loss: bool = False) -> Any:
-    """Return a subclass whose loss is `bad` at some steps; `only_loss` keeps gradients finite."""
-
-    class Spoiling(base):  # type: ignore[misc, valid-type]
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if self.model.training and self.state.global_step in steps:
-                return loss + bad if only_loss else loss * bad
-            return loss
-
-    return Spoiling
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("only_loss", [False, True], ids=["gradients too", "loss only"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
 def test_a_step_that_is_not_finite_is_skipped_and_counts_nowhere(
-    trainer_of: Any, bad: float, only_loss: bool, max_grad_norm: float
+    train: Make, bad: float, only_loss: bool, max_grad_norm: float
 ) -> None:
-    trainer = trainer_of(
-        PulseOptConfig(**SETTINGS),
-        cls=spoiling(PulseOptTrainer, bad, {2, 3, 9}, only_loss),
-        max_grad_norm=max_grad_norm,
-        lr_scheduler_type="linear",
-    )
-    trainer.train()
+    cls = bad_loss(2, 3, 9, value=bad, only_loss=only_loss)
+    trainer = train(cls, SETTINGS, max_grad_norm=max_grad_norm)
     aees = trainer.aees
     assert aees.skipped_steps == 3
     assert aees.optimizer_steps == 21
@@ -56,49 +40,35 @@ def test_a_step_that_is_not_finite_is_skipped_and_counts_nowhere(
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     # The scheduler advanced 21 times of 24.
     assert trainer.lr_scheduler.last_epoch == 21
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["pulse/skipped_steps"] for entry in entries][1:5] == [0, 1, 2, 2]
+    assert logged(trainer, "pulse/skipped_steps")[1:5] == [0, 1, 2, 2]
 
 
-def test_with_one_arm_skipped_steps_are_logged_once_there_are_some(trainer_of: Any) -> None:
-    trainer = trainer_of(
-        PulseOptConfig(calibration="off"), cls=spoiling(PulseOptTrainer, math.nan, {2, 9})
-    )
-    trainer.train()
+def test_with_one_arm_skipped_steps_are_logged_once_there_are_some(train: Make) -> None:
+    trainer = train(bad_loss(2, 9), {"calibration": "off"})
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     counts = [entry.get("pulse/skipped_steps") for entry in entries]
     assert counts == [None, None, *[1] * 7, *[2] * 15]
     assert "pulse/learning_rate" not in entries[-1]  # it would be `learning_rate`
 
 
-def test_a_skipped_step_changes_no_parameter_and_no_moment(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
-    cls = spoiling(PulseOptTrainer, math.nan, set(range(24)))
-    model = tiny_model()
-    config = PulseOptConfig(**SETTINGS, max_consecutive_skips=100)
-    trainer = cls(model, arguments(), train_dataset=tiny_data, pulse=config)
-    trainer.train()
+def test_a_skipped_step_changes_no_parameter_and_no_moment(train: Make, tiny_model: Any) -> None:
+    trainer = train(bad_loss(*range(24)), {**SETTINGS, "max_consecutive_skips": 100})
     assert trainer.aees.skipped_steps == 24
-    assert parameters_equal(model, tiny_model())
+    assert parameters_equal(trainer.model, tiny_model())
     assert not trainer.optimizer.state
     assert trainer.aees.get_logs()["episode_rewards"] == []
 
 
-def test_the_callback_skips_as_the_subclass_does(trainer_of: Any) -> None:
-    subclass = trainer_of(
-        PulseOptConfig(**SETTINGS), cls=spoiling(PulseOptTrainer, math.inf, {3, 4})
-    )
-    subclass.train()
-    vanilla = trainer_of(cls=spoiling(Trainer, math.inf, {3, 4}))
-    PulseOptCallback(PulseOptConfig(**SETTINGS)).attach(vanilla)
-    vanilla.train()
-    assert vanilla.aees.skipped_steps == 2
-    assert vanilla.aees.get_logs() == subclass.aees.get_logs()
-    assert parameters_equal(vanilla.model, subclass.model)
+def test_the_callback_skips_as_the_subclass_does(train: Make) -> None:
+    subclass = train(bad_loss(3, 4, value=math.inf), SETTINGS)
+    base = bad_loss(3, 4, value=math.inf, base=Trainer)
+    attached = train(partial(callback_trainer, base=base), SETTINGS)
+    assert attached.aees.skipped_steps == 2
+    assert attached.aees.get_logs() == subclass.aees.get_logs()
+    assert parameters_equal(attached.model, subclass.model)
 
 
-def test_one_bad_micro_batch_skips_the_whole_step(trainer_of: Any) -> None:
+def test_one_bad_micro_batch_skips_the_whole_step(train: Make) -> None:
     class OneBad(PulseOptTrainer):
         batches = 0
 
@@ -107,31 +77,22 @@ def test_one_bad_micro_batch_skips_the_whole_step(trainer_of: Any) -> None:
             self.batches += 1
             return loss * math.nan if self.batches == 2 else loss
 
-    trainer = trainer_of(
-        PulseOptConfig(**SETTINGS), cls=OneBad, gradient_accumulation_steps=3, max_steps=8
-    )
-    trainer.train()
+    trainer = train(OneBad, SETTINGS, gradient_accumulation_steps=3, max_steps=8)
     assert trainer.aees.skipped_steps == 1
     assert trainer.aees.optimizer_steps == 7
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_raise_ends_the_run_at_the_step_before_the_update(trainer_of: Any) -> None:
-    trainer = trainer_of(
-        PulseOptConfig(**SETTINGS, nonfinite="raise"), cls=spoiling(PulseOptTrainer, math.nan, {5})
-    )
+def test_raise_ends_the_run_at_the_step_before_the_update(make_trainer: Make) -> None:
+    trainer = make_trainer(bad_loss(5), {**SETTINGS, "nonfinite": "raise"})
     with pytest.raises(ValueError, match="not finite at global step 5; the step's loss is nan"):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_too_many_skips_in_a_row_end_the_run_saying_how_many_and_where(trainer_of: Any) -> None:
-    trainer = trainer_of(
-        PulseOptConfig(**SETTINGS, max_consecutive_skips=4),
-        cls=spoiling(PulseOptTrainer, math.nan, set(range(7, 24))),
-    )
+def test_too_many_skips_in_a_row_end_the_run_saying_how_many_and_where(train: Make) -> None:
     with pytest.raises(RuntimeError, match=r"4 optimizer steps in a row .* global step 10"):
-        trainer.train()
+        train(bad_loss(*range(7, 24)), {**SETTINGS, "max_consecutive_skips": 4})
 
 
 class Meshed(torch.nn.Module):
@@ -152,7 +113,7 @@ class Meshed(torch.nn.Module):
 @needs("transformers", "5.20.0", "clips no mesh of mixed DTensors itself")
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
 def test_gradients_on_several_meshes_are_guarded_by_the_norm_that_trainer_computed(
-    arguments: Any, max_grad_norm: float
+    train: Make, max_grad_norm: float
 ) -> None:
     """torch takes no norm over them; Trainer does, in its own way."""
 
@@ -162,13 +123,12 @@ def test_gradients_on_several_meshes_are_guarded_by_the_norm_that_trainer_comput
         dist.init_process_group("gloo", world_size=1, rank=0)
         mesh = init_device_mesh("cpu", (1,))
         rows = [{"x": torch.randn(4), "labels": i % 2} for i in range(64)]
-        trainer = spoiling(PulseOptTrainer, math.nan, {3})(
-            Meshed(mesh),
-            arguments(max_steps=8, max_grad_norm=max_grad_norm, optim="adamw_torch"),
-            train_dataset=rows,
-            pulse=PulseOptConfig(calibration="off", lr_candidates=[0.5, 1.0], episode_length=2),
+        trainer = train(
+            bad_loss(3),
+            {"calibration": "off", "lr_candidates": [0.5, 1.0], "episode_length": 2},
+            **{"model": Meshed(mesh), "train_dataset": rows, "max_steps": 8},
+            **{"max_grad_norm": max_grad_norm, "optim": "adamw_torch"},
         )
-        trainer.train()
         assert trainer._mixed_mesh_grads  # Trainer took its own way
         finite = all(torch.isfinite(p).all() for p in map(local, trainer.model.parameters()))
         return trainer.aees.skipped_steps, trainer.aees.optimizer_steps, finite

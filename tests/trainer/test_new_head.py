@@ -47,15 +47,9 @@ def found(layers: int, bf16: bool = False, **optimizer: Any) -> float:
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            result: torch.Tensor = model(**batch).loss
-        return result
+            return model(**batch).loss
 
-    suggestion = find_learning_rate(
-        model=model,
-        optimizer=made,
-        batches=batches(),
-        loss=loss,
-    )
+    suggestion = find_learning_rate(model=model, optimizer=made, batches=batches(), loss=loss)
     assert suggestion.reason is None, suggestion.reason
     assert len({trial.step for trial in suggestion.trials}) >= TRUSTED + 1
     return suggestion.learning_rate

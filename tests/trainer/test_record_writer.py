@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer, TrainerCallback
+import torch
+from transformers import Trainer
 
 from pulseopt_hf import PulseOptConfig, with_pulseopt
 from pulseopt_hf.aees.record_format import FILE_NAME, FORMAT_VERSION
@@ -17,7 +18,9 @@ from pulseopt_hf.optim.calibrator import SHORTEST_WATCH
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.trainer.record_writer import RunRecorder
+from tests.conftest import Make, checkpoint, messages, on, raise_at, stop_after
 from tests.engines.ranks import run_ranks
+from tests.trainer.test_calibration import THREE_ARMS
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
 
@@ -39,9 +42,12 @@ def comparable(run: RunData) -> Any:
     return logs, run.episodes, calibration, run.step, run.status, run.knobs, run.base_lr
 
 
-def test_the_record_holds_what_was_logged_and_every_episode(trainer_of: Any) -> None:
-    trainer = trainer_of(CONFIG, run_name="mine", logging_steps=4)
-    trainer.train()
+def logs_of(run: RunData) -> list[dict[str, Any]]:
+    return [{**log.values, "step": log.step} for log in run.logs]
+
+
+def test_the_record_holds_what_was_logged_and_every_episode(train: Make) -> None:
+    trainer = train(pulse=CONFIG, run_name="mine", logging_steps=4)
     written = lines(trainer.args.output_dir)
     assert [line["kind"] for line in written] == [
         *("head", "log", "episode", "log", "episode", "log", "episode", "log", "episode", "log"),
@@ -63,49 +69,46 @@ def test_the_record_holds_what_was_logged_and_every_episode(trainer_of: Any) -> 
     assert times == sorted(times)
 
     run = read_run(trainer.args.output_dir)
-    assert trainer.aees is not None
     assert run.episodes == trainer.aees.controller.records
-    assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
+    assert logs_of(run) == trainer.state.log_history
     assert run.status == "finished"
 
-
-def test_an_evaluation_after_training_is_recorded_too(trainer_of: Any) -> None:
-    trainer = trainer_of(CONFIG)
-    trainer.train()
     metrics = trainer.evaluate()
     run = read_run(trainer.args.output_dir)
     assert run.metrics["eval_loss"] == metrics["eval_loss"]
     assert run.status == "finished"
 
+    trainer.train()  # in the same folder, whose record it replaces
+    assert len(read_run(trainer.args.output_dir).episodes) == 5
+    assert [line["kind"] for line in lines(trainer.args.output_dir)].count("head") == 1
 
-def test_every_road_writes_the_same_record(trainer_of: Any) -> None:
+
+def test_every_road_writes_the_same_record(train: Make) -> None:
     class Other(Trainer):
         pass
 
     runs = []
-    for road in ({}, {"cls": with_pulseopt(Other)}, {"road": "attached"}):
-        trainer = trainer_of(CONFIG, **road)
-        trainer.train()
+    for road in ("subclass", with_pulseopt(Other), "attached"):
+        trainer = train(road, CONFIG)
         runs.append(comparable(read_run(trainer.args.output_dir)))
     assert runs[0] == runs[1] == runs[2]
     assert len(runs[0][1]) == 5
 
 
-def test_nothing_is_written_where_nothing_is_logged(trainer_of: Any) -> None:
-    trainer = trainer_of(CONFIG, logging_strategy="no")
-    trainer.train()
-    assert list(Path(trainer.args.output_dir).iterdir()) == []
-
-
-@pytest.mark.parametrize("road", ["subclass", "attached"])
-def test_nothing_is_written_of_a_neutral_run(trainer_of: Any, road: str) -> None:
-    trainer = trainer_of(PulseOptConfig(lr_candidates=[1.0]), road)
-    trainer.train()
+@pytest.mark.parametrize(
+    ("road", "candidates", "logs"),
+    [("subclass", [1.0], "steps"), ("attached", [1.0], "steps"), ("subclass", [0.5, 1.0], "no")],
+    ids=["subclass", "attached", "nothing is logged"],
+)
+def test_nothing_is_written_of_a_neutral_run(
+    train: Make, road: str, candidates: list[float], logs: str
+) -> None:
+    trainer = train(road, {"lr_candidates": candidates}, logging_strategy=logs)
     assert list(Path(trainer.args.output_dir).iterdir()) == []
 
 
 def test_the_file_is_opened_only_when_trainer_logs(
-    trainer_of: Any, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
     original = RunRecorder._flush
@@ -115,58 +118,36 @@ def test_the_file_is_opened_only_when_trainer_logs(
         original(self)
 
     monkeypatch.setattr(RunRecorder, "_flush", flush)
-    trainer = trainer_of(CONFIG, logging_steps=10)
+    trainer = make_trainer(pulse=CONFIG, logging_steps=10)
     trainer.train()
     assert steps == [0, 10, 20, 24, 24]  # the head, two logs, the summary, the end
 
 
-@pytest.mark.parametrize("step", [1, 5, 7, 23])
-def test_a_resumed_run_reads_as_one_that_never_stopped(trainer_of: Any, step: int) -> None:
+def test_a_resumed_run_reads_as_one_that_never_stopped(train: Make) -> None:
     """In the same folder, whose record goes on beyond the checkpoint."""
-    settings = {"save_strategy": "steps", "save_steps": 1}
-    trainer = trainer_of(CONFIG, **settings)
-    trainer.train()
+    trainer = train(pulse=CONFIG, save_strategy="steps", save_steps=1)
     folder = trainer.args.output_dir
     whole = comparable(read_run(folder))
-    resumed = trainer_of(CONFIG, output_dir=folder, logging_steps=1)
-    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
-    run = read_run(folder)
-    assert comparable(run) == whole
-    assert run.resumed_from == step
-    assert [line["kind"] for line in lines(folder)].count("end") == 1
+    for step in (1, 5, 7, 11, 23):
+        seen: list[RunData] = []
+        look = on("on_step_begin", lambda *_, seen=seen, **kwargs: seen.append(read_run(folder)))
+        own = {"output_dir": folder, "callbacks": [look]}
+        train(pulse=CONFIG, **own, resume=checkpoint(trainer, step))
+        # Lines after the resumed step are gone when it begins.
+        assert seen[0].step == step
+        assert [log.step for log in seen[0].logs] == list(range(1, step + 1))
+        ends = [record.end_step for record in seen[0].episodes]
+        assert ends == [end for end in (4, 9, 14, 19) if end < step]
+        assert seen[0].status == "running"
+        run = read_run(folder)
+        assert comparable(run) == whole
+        assert run.resumed_from == step
+        assert [line["kind"] for line in lines(folder)].count("end") == 1
 
 
-def test_lines_after_the_resumed_step_are_gone_when_it_begins(trainer_of: Any) -> None:
-    seen: list[RunData] = []
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not seen:
-                seen.append(read_run(args.output_dir))
-
-    trainer = trainer_of(CONFIG, save_strategy="steps", save_steps=11)
-    trainer.train()
+def test_trials_are_recorded_and_not_again_by_a_resumed_run(train: Make) -> None:
+    trainer = train(pulse=THREE_ARMS, max_steps=160, save_strategy="steps", save_steps=30)
     folder = trainer.args.output_dir
-    resumed = trainer_of(CONFIG, output_dir=folder)
-    resumed.add_callback(Look())
-    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-11")
-    (run,) = seen
-    assert run.step == 11
-    assert [log.step for log in run.logs] == list(range(1, 12))
-    assert [record.end_step for record in run.episodes] == [4, 9]
-    assert run.status == "running"
-
-
-def test_trials_are_recorded_and_not_again_by_a_resumed_run(trainer_of: Any) -> None:
-    config = PulseOptConfig(
-        lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5
-    )
-    settings = {"max_steps": 160, "save_strategy": "steps", "save_steps": 30}
-    trainer = trainer_of(config, **settings)
-    trainer.train()
-    folder = trainer.args.output_dir
-    assert trainer.aees is not None
-    assert trainer.aees.calibrator is not None
     run = read_run(folder)
     assert run.trials == trainer.aees.calibrator.search.trials != []
     assert run.outcome == trainer.aees.calibrator.outcome
@@ -174,47 +155,45 @@ def test_trials_are_recorded_and_not_again_by_a_resumed_run(trainer_of: Any) -> 
     assert run.calibrated_lr == trainer.aees.calibrator.search.learning_rate is not None
     assert run.base_lrs[40][1] == pytest.approx(run.calibrated_lr * (1 - 40 / 160))
     whole = comparable(run)
-    resumed = trainer_of(config, output_dir=folder, **{**settings, "save_strategy": "no"})
-    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-30")
+    train(pulse=THREE_ARMS, max_steps=160, output_dir=folder, resume=checkpoint(trainer, 30))
     assert comparable(read_run(folder)) == whole
 
 
+def warnings_of_the_record(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in messages(caplog) if "run record" in message]
+
+
 def test_a_full_disk_does_not_end_training_and_warns_once(
-    trainer_of: Any, small_disk: Path, arguments: Any, caplog: pytest.LogCaptureFixture
+    train: Make, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A real one: full from step 8 on, and with room again at step 45."""
-    filler = small_disk / "filler"
-
-    class Fill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 8:
-                with pytest.raises(OSError, match="No space"):
-                    filler.write_bytes(bytes(4 << 20))  # more than there is room for
-            elif state.global_step == 44:
-                seen.append(len(read_run(small_disk / "run").loss))
-            elif state.global_step == 45:
-                filler.unlink()
-
+    filler, folder = small_disk / "filler", str(small_disk / "run")
     seen: list[int] = []
-    args = arguments(output_dir=str(small_disk / "run"), max_steps=60)
-    trainer = trainer_of(CONFIG, args=args)
-    trainer.add_callback(Fill())
-    with caplog.at_level(logging.WARNING, "pulseopt_hf"):
-        trainer.train()
-    (warning,) = [r for r in caplog.records if "run record" in r.getMessage()]
-    assert "could not be written: No space left on device. Training goes on" in warning.getMessage()
+
+    def fill(state: Any, **kwargs: Any) -> None:
+        if state.global_step == 8:
+            with pytest.raises(OSError, match="No space"):
+                filler.write_bytes(bytes(4 << 20))  # more than there is room for
+        elif state.global_step == 44:
+            seen.append(len(read_run(folder).loss))
+        elif state.global_step == 45:
+            filler.unlink()
+
+    own = {"output_dir": folder, "callbacks": [on("on_step_end", fill)]}
+    trainer = train(pulse=CONFIG, max_steps=60, **own)
+    (said,) = warnings_of_the_record(caplog)
+    assert "could not be written: No space left on device. Training goes on" in said
     # Meanwhile what had been written could be read.
     assert 8 <= seen[0] < 44
-    run = read_run(args.output_dir)
-    assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
-    assert run.outcome is not None
+    run = read_run(folder)
+    assert logs_of(run) == trainer.state.log_history
     begun = run.outcome.step + SHORTEST_WATCH
     assert [record.start_step for record in run.episodes] == list(range(begun, 60, 5))
     assert run.status == "finished"
 
 
 def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
-    trainer_of: Any, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = RunRecorder._append
 
@@ -226,64 +205,48 @@ def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
         original(self, content)
 
     monkeypatch.setattr(RunRecorder, "_append", append)
-    trainer = trainer_of(CONFIG)
+    trainer = make_trainer(pulse=CONFIG)
     trainer.train()
     run = read_run(trainer.args.output_dir)
-    assert [{**log.values, "step": log.step} for log in run.logs] == trainer.state.log_history
+    assert logs_of(run) == trainer.state.log_history
     assert len(run.episodes) == 5
 
 
 def test_a_folder_that_cannot_be_written_to_does_not_end_training(
-    trainer_of: Any, caplog: pytest.LogCaptureFixture
+    make_trainer: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = trainer_of(CONFIG)
+    trainer = make_trainer(pulse=CONFIG)
     folder = Path(trainer.args.output_dir)
     folder.rmdir()
     folder.write_text("a file where the folder was")
     trainer.train()
     assert trainer.state.global_step == 24
-    assert len([r for r in caplog.records if "run record" in r.getMessage()]) == 1
+    assert len(warnings_of_the_record(caplog)) == 1
 
 
-def test_an_exception_is_named_in_the_record(trainer_of: Any) -> None:
-    class Break(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 12:
-                raise KeyboardInterrupt
-
-    trainer = trainer_of(CONFIG)
-    trainer.add_callback(Break())
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(
+    ("end", "status", "error"),
+    [(raise_at, "failed", "KeyboardInterrupt"), (stop_after, "stopped", None)],
+)
+def test_a_run_that_ends_early_says_how(
+    end: Any, status: str, error: str | None, make_trainer: Make
+) -> None:
+    trainer = make_trainer(pulse=CONFIG, callbacks=[end(12)])
+    with pytest.raises(KeyboardInterrupt) if error else nullcontext():
         trainer.train()
     run = read_run(trainer.args.output_dir)
-    assert (run.status, run.error, run.step) == ("failed", "KeyboardInterrupt", 12)
-    assert len(run.episodes) == 2
+    assert (run.status, run.error, run.step, run.max_steps) == (status, error, 12, 24)
+    assert [record.end_step for record in run.episodes][:2] == [4, 9]
 
 
-def test_a_run_that_is_told_to_stop_is_neither_finished_nor_failed(trainer_of: Any) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 12
+def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(make_trainer: Make) -> None:
+    odd = {"odd": float("inf"), "big": 10**400, "tensor": torch.ones(()), "word": "x"}
 
-    trainer = trainer_of(CONFIG)
-    trainer.add_callback(Stop())
-    trainer.train()
-    run = read_run(trainer.args.output_dir)
-    assert (run.status, run.step, run.max_steps) == ("stopped", 12, 24)
+    def say(state: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            trainer.log(dict(odd))
 
-
-def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(trainer_of: Any) -> None:
-    import torch
-
-    class Say(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                trainer.log(
-                    {"odd": float("inf"), "big": 10**400, "tensor": torch.ones(()), "word": "x"}
-                )  # type: ignore[dict-item]
-
-    trainer = trainer_of(CONFIG)
-    trainer.add_callback(Say())
+    trainer = make_trainer(pulse=CONFIG, callbacks=[on("on_step_end", say)])
     trainer.train()
     (log,) = [log for log in read_run(trainer.args.output_dir).logs if "odd" in log.values]
     assert {k: v for k, v in log.values.items() if k != "epoch"} == {
@@ -294,11 +257,9 @@ def test_a_number_that_is_not_finite_is_null_and_a_tensor_is_not_read(trainer_of
 
 
 @pytest.mark.distributed
-def test_of_several_ranks_only_the_first_writes(trainer_of: Any) -> None:
+def test_of_several_ranks_only_the_first_writes(train: Make) -> None:
     def body(rank: int) -> Any:
-        trainer = trainer_of(CONFIG)
-        trainer.train()
-        assert trainer.aees is not None
+        trainer = train(pulse=CONFIG)
         recorder = trainer._pulse._recorder
         return trainer.args.output_dir, recorder is not None, trainer.aees.controller.records
 
@@ -307,12 +268,3 @@ def test_of_several_ranks_only_the_first_writes(trainer_of: Any) -> None:
     run = read_run(folder)
     assert run.episodes == records
     assert len(run.loss) == 24
-
-
-def test_a_second_run_in_the_same_folder_replaces_the_record(trainer_of: Any) -> None:
-    trainer = trainer_of(CONFIG)
-    trainer.train()
-    trainer.train()
-    run = read_run(trainer.args.output_dir)
-    assert len(run.episodes) == 5
-    assert [line["kind"] for line in lines(trainer.args.output_dir)].count("head") == 1

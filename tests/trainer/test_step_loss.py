@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pulseopt_hf import PulseOptConfig
-from tests.conftest import history
+from tests.conftest import Make, logged
 
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=1)
 
@@ -29,13 +29,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True, "gradient_accumulation_steps": 2},
     "no token averaging": {"average_tokens_across_devices": False},
     "unclipped": {"max_grad_norm": 0.0},
+    "evaluations in between": {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True},
 }
 
 
 @pytest.mark.parametrize("road", ["subclass", "attached"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_step_loss_is_what_trainer_logs(
-    trainer_of: Any, tiny_data: Any, setting: str, road: str
+    train: Make, tiny_data: Any, setting: str, road: str
 ) -> None:
     # Rows of different lengths, so that averaging over tokens is not averaging over batches.
     data = [
@@ -43,19 +44,11 @@ def test_the_step_loss_is_what_trainer_logs(
         for i, row in enumerate(tiny_data)
     ]
     settings = {"max_steps": 20, **SETTINGS[setting]}
-    trainer = trainer_of(PULSE, road, train_dataset=data, **settings)
-    trainer.train()
-    logged = [entry["loss"] for entry in history(trainer) if "loss" in entry]
-    assert len(logged) == settings["max_steps"]
-    assert trainer.aees.get_logs()["episode_start_losses"] == logged
-    assert len(set(logged)) > 10
-
-
-def test_an_evaluation_in_between_adds_nothing_to_the_step_loss(trainer_of: Any) -> None:
-    trainer = trainer_of(PULSE, eval_strategy="steps", eval_steps=3, eval_on_start=True)
-    trainer.train()
+    trainer = train(road, PULSE, train_dataset=data, **settings)
     trainer.evaluate()
-    entries = history(trainer)
-    assert sum("eval_loss" in entry for entry in entries) == 10
-    logged = [entry["loss"] for entry in entries if "loss" in entry]
-    assert trainer.aees.get_logs()["episode_start_losses"] == logged
+    evaluations = sum("eval_loss" in entry for entry in trainer.state.log_history)
+    assert evaluations == (9 if "eval_steps" in settings else 1)
+    losses = logged(trainer)
+    assert len(losses) == settings["max_steps"]
+    assert trainer.aees.get_logs()["episode_start_losses"] == losses
+    assert len(set(losses)) > 10

@@ -20,10 +20,13 @@ from pulseopt_hf.trainer.upstream import (
     mark_step_skipped,
     run_folder,
 )
+from tests.conftest import Make
+
+SAVES = {"save_strategy": "steps", "save_steps": 2}
 
 
 def test_save_checkpoint_is_where_every_rank_takes_part(
-    trainer_of: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+    train: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But it asks for the state of callbacks on the saving rank alone, which is why we need it."""
     asked: list[str] = []
@@ -42,14 +45,11 @@ def test_save_checkpoint_is_where_every_rank_takes_part(
     monkeypatch.setattr(Trainer, SAVE_CHECKPOINT, save)
     for saves in (True, False):
         monkeypatch.setattr(TrainingArguments, "should_save", saves)
-        args = arguments(save_strategy="steps", save_steps=2, max_steps=2)
-        trainer_of(road="stock", args=args, callbacks=[Stateful()]).train()
+        train("stock", callbacks=[Stateful()], **SAVES, max_steps=2)
     assert saved == [["state"], []]
 
 
-def test_the_checkpoints_folder_is_known_before_it_is_written(
-    tiny_model: Any, tiny_data: Any, arguments: Any
-) -> None:
+def test_the_checkpoints_folder_is_known_before_it_is_written(train: Make) -> None:
     class Watching(Trainer):
         folders: tuple[Path, ...] = ()
 
@@ -60,16 +60,9 @@ def test_the_checkpoints_folder_is_known_before_it_is_written(
             assert (folder / "trainer_state.json").is_file()
             self.folders += (folder,)
 
-    args = arguments(save_strategy="steps", save_steps=2, max_steps=4)
-    trainer = Watching(tiny_model(), args, train_dataset=tiny_data)
-    trainer.train()
+    trainer = train(Watching, **SAVES, max_steps=4)
     assert [folder.name for folder in trainer.folders] == ["checkpoint-2", "checkpoint-4"]
-
-
-def test_the_folder_of_a_run_that_has_begun_is_the_trials_own_in_a_search(trainer_of: Any) -> None:
-    """`tests/trainer/test_trainer.py` has the search."""
-    trainer = trainer_of(road="stock", max_steps=1)
-    trainer.train()
+    # In a search it is the trial's own: tests/trainer/test_trainer.py.
     assert run_folder(trainer) == Path(trainer.args.output_dir)
 
 
@@ -84,7 +77,7 @@ def test_the_mark_is_what_accelerate_reports_as_a_skipped_step(wrapper: type[Any
 
 
 def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler(
-    trainer_of: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+    train: Make, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     skipped = property(lambda self: events.append("asked") or len(events) < 3)
@@ -95,5 +88,5 @@ def test_trainer_asks_for_the_mark_before_it_steps_the_scheduler(
     optimizer.register_step_pre_hook(lambda *_: events.append("step"))
     monkeypatch.setattr(scheduler, "step", lambda: events.append("schedule"))
     optimizers = (optimizer, scheduler)
-    trainer_of(road="stock", model=model, max_steps=2, optimizers=optimizers).train()
+    train("stock", model=model, max_steps=2, optimizers=optimizers)
     assert events == ["step", "asked", "step", "asked", "schedule"]
