@@ -34,6 +34,7 @@ OUT = Path("runs/atlas")
 RESULT = Path(__file__).parent / "results" / "atlas.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "atlas.svg"
 WARMUP = 0.05  # of the steps
+ARMS = "default_arms"  # the method of `compare`
 UNTOUCHED = 5e-5  # the default of `TrainingArguments.learning_rate`
 GRID = [float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3)]
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--settings", help="by default all")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--arms", action="store_true", help=f"`{ARMS}` too, beside the default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
@@ -153,8 +155,9 @@ def main() -> None:
         names = list(QUICK)
     torch.set_num_threads(1)
     prepare(names, options.data, options.out)
+    measured = partial(measure, data=options.data, out=options.out, arms=options.arms)
     with ProcessPoolExecutor(options.processes) as pool:
-        for line in pool.map(partial(measure, data=options.data, out=options.out), names):
+        for line in pool.map(measured, names):
             print(line, flush=True)
     result = {"versions": versions(), "settings": summarise(options.out)}
     print(to_markdown(result))
@@ -208,7 +211,7 @@ def pretrain(name: str, data: Path, out: Path) -> None:
         raise SystemExit(code)
 
 
-def measure(name: str, data: Path, out: Path) -> str:
+def measure(name: str, data: Path, out: Path, *, arms: bool = False) -> str:
     """Run what is missing of a setting, and say in a line how found and tuned LR compare."""
     torch.set_num_threads(1)
     setting, folder = SETTINGS[name], out / name
@@ -228,6 +231,8 @@ def measure(name: str, data: Path, out: Path) -> str:
     losses = tune(loss, setting.guess)
     run("static", UNTOUCHED)
     found = run("default", UNTOUCHED)
+    if arms:
+        run(ARMS, UNTOUCHED)
     best = min(losses, key=lambda rate: losses[rate])
     scale = found["lr_scale"]
     return (
@@ -278,6 +283,8 @@ def _summary(name: str, folder: Path) -> dict[str, Any] | None:
     best = min(losses, key=lambda rate: losses[rate])
     before = ours["loss_before"]
     runs = {"tuned": static[best], "untouched": static[UNTOUCHED], "ours": ours}
+    arms = next((c for c in cells if c["cell"]["method"] == ARMS), None)
+    runs |= {} if arms is None else {"arms": arms}
     scale = ours["lr_scale"]
     return {
         "steps": SETTINGS[name].steps,
@@ -307,9 +314,9 @@ def _best_loss(cell: dict[str, Any]) -> float:
 def to_markdown(result: dict[str, Any]) -> str:
     """Return a table with a row for each setting, and what holds of all."""
     lines = [
-        "| setting | tuned LR | found | found / tuned | excess: untouched 5e-5 | ours "
+        "| setting | tuned LR | found | found / tuned | excess: untouched 5e-5 | ours | with arms "
         "| score: tuned | untouched | ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     settings = result["settings"]
     for name, row in settings.items():
@@ -318,12 +325,13 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {row['tuned']:.1e} | {'' if found is None else f'{found:.1e}'} | "
             f"{'' if ratio is None else f'{ratio:.2f}'} | {_excess(row, 'untouched')} | "
-            f"{_excess(row, 'ours')} | {' | '.join(scores)} |"
+            f"{_excess(row, 'ours')} | {_excess(row, 'arms')} | {' | '.join(scores)} |"
         )
     ratios = {name: ratio for name, row in settings.items() if (ratio := _ratio(row)) is not None}
     learned = [row["excess"] for row in settings.values() if learns(row)]
     excesses = [row["ours"] for row in learned]
     untouched = [row["untouched"] for row in learned]
+    changes = [row["arms"] - row["ours"] for row in learned if "arms" in row]
     within, left_out = (
         [sum(1 / most <= ratio <= most for ratio in kind.values()) for most in (2, 3)]
         for kind in (ratios, leave_one_out(ratios))
@@ -336,7 +344,9 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"in {within[0]} and within 3 in {within[1]}; with radii fitted to the other settings "
             f"alone, in {left_out[0]} and {left_out[1]}. Mean excess of the {len(learned)} where "
             f"the tuned LR learns anything: {_mean(excesses):.3f} "
-            f"(untouched: {_mean(untouched):.3f}).",
+            f"(untouched: {_mean(untouched):.3f}). Arms 0.5, 1 and 2, played by the conservative "
+            f"bandit, change it by {_mean(changes):+.3f} in {len(changes)} of them, by "
+            f"{min(changes):+.3f} to {max(changes):+.3f}.",
             "",
         ]
     )
@@ -348,7 +358,7 @@ def learns(row: dict[str, Any]) -> bool:
 
 
 def _excess(row: dict[str, Any], kind: str) -> str:
-    return f"{row['excess'][kind]:.3f}" if learns(row) else ""
+    return f"{row['excess'][kind]:.3f}" if learns(row) and kind in row["excess"] else ""
 
 
 def has_new_head(name: str) -> bool:

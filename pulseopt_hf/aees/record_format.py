@@ -5,7 +5,7 @@ A run writes it line by line (`pulseopt_hf.trainer.record_writer`), and whoever 
 
 | kind | holds |
 |---|---|
-| `head` | format version, run name, length, knobs, base LR, package versions |
+| `head` | format version, run name, length, knobs, base LR, training arguments, package versions |
 | `log` | what Trainer logged, with its step |
 | `episode` | a closed episode, with its number from 1 |
 | `trial` | a trial of the calibration, with its number from 1 |
@@ -63,6 +63,7 @@ class Head:
         resumed_from: global step of the checkpoint that the run went on from, or `None`.
         left_out: totals of the episodes that a long run's record leaves out.
         left_out_logs: how many lines of the kind `log` it leaves out.
+        arguments: the training arguments, as trackers get them, without folders and names.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Head:
     resumed_from: int | None = None
     left_out: list[ArmTotals] = attribute(default_factory=list)
     left_out_logs: int = 0
+    arguments: dict[str, Any] = attribute(default_factory=dict)
 
     @property
     def left_out_episodes(self) -> int:
@@ -206,7 +208,7 @@ def _head(content: object) -> Head:
             f"has format version {version}, and this release of pulseopt_hf reads up to version "
             f"{FORMAT_VERSION}. Upgrade pulseopt_hf to the release that wrote it."
         )
-    later = ("left_out", "left_out_logs")
+    later = ("left_out", "left_out_logs", "arguments")
     return dataclass_of(Head, content, later=later, versions=_texts, left_out=totals_from_json)
 
 

@@ -131,10 +131,14 @@ def facts(run: RunData) -> Row:
     return found
 
 
+_COLUMNS = ("learning_rate", "max_steps")  # settings that every comparison has a column for
+
+
 def comparison_table(runs: Sequence[RunData], names: Sequence[str]) -> Table:
     """Return a row for each run: how far it got, what it reached, and the settings that differ."""
-    settings = [{key: str(v) for key, v in {**run.knobs, **run.versions}.items()} for run in runs]
-    keys = dict.fromkeys(key for own in settings for key in own)
+    named = [{**run.arguments, **run.knobs, **run.versions} for run in runs]
+    settings = [{key: str(value) for key, value in own.items()} for own in named]
+    keys = dict.fromkeys(key for own in settings for key in own if key not in _COLUMNS)
     differing = [key for key in keys if len({own.get(key) for own in settings}) > 1]
     metrics = list(dict.fromkeys(key for run in runs for key in run.metrics))[:MOST_METRICS]
     rows = [

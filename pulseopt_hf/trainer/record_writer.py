@@ -8,14 +8,14 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import accelerate
 import torch
 import transformers
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from pulseopt_hf import __version__
 from pulseopt_hf.aees.left_out import kept_numbers, settled
@@ -28,8 +28,11 @@ from pulseopt_hf.aees.record_format import (
     NumberedEpisode,
     NumberedTrial,
     RunEvent,
+    Value,
     encode,
+    loggable,
 )
+from pulseopt_hf.config import PulseOptKnobs
 from pulseopt_hf.files import write_whole
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.trainer.upstream import run_folder
@@ -37,6 +40,14 @@ from pulseopt_hf.trainer.upstream import run_folder
 logger = logging.getLogger("pulseopt_hf")
 
 _LOG = "log of "  # and a key of the entry
+_PLACES = (
+    "_dir",
+    "_name",
+    "_token",
+    "_id",
+    "_checkpoint",
+    "local_rank",
+)  # ends of arguments' names
 
 
 class _Noted(NamedTuple):
@@ -116,6 +127,7 @@ class RunRecorder:
                 "accelerate": accelerate.__version__,
             },
             resumed_from=state.global_step or None,
+            arguments=_arguments(args),
         )
         return cls(folder, aees, head, state)
 
@@ -198,6 +210,16 @@ class RunRecorder:
             file.seek(self._offset)
             file.truncate()
             file.write(content)
+
+
+def _arguments(args: TrainingArguments) -> dict[str, Value]:
+    """Return the arguments that are set, but for the knobs and for where a run is."""
+    knobs = {one.name for one in fields(PulseOptKnobs)}
+    return {
+        key: value
+        for key, value in loggable(args.to_sanitized_dict()).items()
+        if value != "None" and key not in knobs and not key.endswith(_PLACES)
+    }
 
 
 def _sort(entry: Mapping[str, Any]) -> str:

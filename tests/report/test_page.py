@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.record_reader import read_run
+from pulseopt_hf.report.tables import comparison_table
 from tests.report.conftest import ARM_PLOTS, DESKTOP, HOSTILE, PHONE, Opened
 
 Open = Callable[..., Opened]
@@ -239,6 +241,17 @@ def test_several_runs_are_compared_in_a_table_that_can_be_sorted(
     opened.page.set_viewport_size({"width": 700, "height": 1000})
     opened.page.emulate_media(media="print")
     until(opened.page, "document.documentElement.scrollWidth <= 700")
+
+
+def test_training_arguments_that_differ_are_compared(eventful: Path) -> None:
+    run = read_run(eventful)
+    assert run.arguments["per_device_train_batch_size"] != 3
+    changed = {"per_device_train_batch_size": 3, "learning_rate": 1.0, "max_steps": 7}
+    other = replace(run, arguments={**run.arguments, **changed})
+    one, three = comparison_table([run, other], ["one", "three"]).rows
+    assert three["per_device_train_batch_size"] == "3"
+    assert [key for key in one if one[key] != three[key]] == ["run", "per_device_train_batch_size"]
+    assert not set(one) & {"seed", "optim", "learning_rate", "max_steps"}
 
 
 def test_several_runs_fit_a_phone(

@@ -60,6 +60,10 @@ def test_the_record_holds_what_was_logged_and_every_episode(train: Make) -> None
     assert head["knobs"]["lr_candidates"] == [0.5, 1.0, 2.0]
     assert head["knobs"]["episode_length"] == 5
     assert head["base_lr"] == pytest.approx(3e-3)
+    arguments = head["arguments"]
+    assert arguments["logging_steps"] == 4
+    assert arguments["per_device_train_batch_size"] == trainer.args.per_device_train_batch_size
+    assert not {"output_dir", "run_name", "lr_candidates", "hub_token"} & set(arguments)
     assert set(head["versions"]) == {"python", "pulseopt-hf", "torch", "transformers", "accelerate"}
     assert head["resumed_from"] is None
     assert written[-1] | {"time": 0} == {
