@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pulseopt_hf.aees.calibration import Trial
@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
 
 def tables_of_run(run: RunData) -> list[Table]:
-    """Return a run's data: arms, episodes, trials, logged values, knobs and versions."""
+    """Return a run's data: arms, episodes, trials, logged values, settings and versions."""
     every, logged = _logged_rows(run)
     some = f", {len(run.episodes):,} of {run.episode_count:,}" if run.left_out else ""
     found = [
@@ -39,12 +39,15 @@ def tables_of_run(run: RunData) -> list[Table]:
         Table("episodes", f"Episodes{some}", episode_rows(run)),
         Table("trials", "Calibration trials", trial_rows(run.trials)),
         Table("logged", f"Logged values{every}", logged),
-        Table("knobs", "Knobs", [{"knob": k, "value": str(v)} for k, v in run.knobs.items()]),
-        Table(
-            "versions", "Versions", [{"package": k, "version": v} for k, v in run.versions.items()]
-        ),
+        Table("knobs", "Knobs", _pairs("knob", run.knobs)),
+        Table("arguments", "Training arguments", _pairs("argument", run.arguments)),
+        Table("versions", "Versions", _pairs("package", run.versions)),
     ]
     return [table for table in found if table.rows]
+
+
+def _pairs(name: str, settings: Mapping[str, object]) -> list[Row]:
+    return [{name: key, "value": str(value)} for key, value in settings.items()]
 
 
 def arm_rows(run: RunData) -> list[Row]:
