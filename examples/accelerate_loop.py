@@ -67,3 +67,4 @@ for name, first, last, reward in zip(
     strict=True,
 ):
     accelerator.print(f"{name:<10} loss {first:.3f} to {last:.3f}  reward {reward:+.4f}")
+accelerator.end_training()  # leaves the process group, if there are several processes

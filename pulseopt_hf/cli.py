@@ -178,7 +178,8 @@ def _train(words: list[str]) -> int:
     from pulseopt_hf.recipes.running import run
 
     asked = {flag: getattr(options, flag) for flag in ("resume", "overwrite", "quiet")}
-    stopped = run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
+    with launching.leaving_ranks():
+        stopped = run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
     if stopped is not None and _is_first_process():
         print(stopped, file=sys.stderr)
     return DONE if stopped is None else FAILED

@@ -6,7 +6,8 @@ import argparse
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pulseopt_hf.errors import UsageError
@@ -89,6 +90,27 @@ def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
     finally:
         signal.signal(signal.SIGINT, before)
     return 0
+
+
+@contextmanager
+def leaving_ranks() -> Iterator[None]:
+    """Leave the process group in the end; a rank that keeps it can abort when Python exits.
+
+    A failed rank keeps it: others may be waiting for it, and NCCL would wait for them. What a user
+    can put right, all ranks meet.
+    """
+    from torch import distributed
+
+    failed = True
+    try:
+        yield
+        failed = False
+    except UsageError:
+        failed = False
+        raise
+    finally:
+        if not failed and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _profile(name: str) -> Path:

@@ -8,12 +8,16 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from pulseopt_hf.cli import main
+from pulseopt_hf.errors import UsageError
+from pulseopt_hf.recipes.launching import leaving_ranks
 from tests.cli.processes import ACCELERATE, ALONE, HERE, RANKS, TIMEOUT, command, interrupted
 from tests.engines.ranks import free_port
 
@@ -63,6 +67,23 @@ def test_a_command_trains_on_two_ranks_in_one_folder(
     assert run.name == "glue-sst2"
     assert last_command(run)["processes"] == 2
     assert last_command(run)["command"] == ["pulseopt-hf", *words, *more]
+
+
+@pytest.mark.parametrize(
+    ("problem", "left"), [(None, True), (UsageError("a"), True), (RuntimeError("a"), False)]
+)
+def test_a_rank_leaves_its_process_group_before_python_exits(
+    problem: Exception | None, left: bool
+) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with suppress(type(problem) if problem else ()), leaving_ranks():
+            if problem:
+                raise problem
+        assert distributed.is_initialized() is not left
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @pytest.mark.distributed
