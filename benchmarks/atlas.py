@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Setting:
         batch: rows of a step.
         rows: training rows; `None` is all.
         options: further keys of the recipe.
+        seeds: how many runs of each LR there are, of which the mean counts.
     """
 
     task: str
@@ -63,6 +65,7 @@ class Setting:
     batch: int
     rows: int | None = None
     options: tuple[str, ...] = ()
+    seeds: int = 1
 
 
 SIX = "{}.csv"  # made of three others
@@ -78,17 +81,23 @@ def _gpt(width: int, layers: int = 2) -> tuple[str, ...]:
     return ("--model_config", sizes)
 
 
+def _fine_tuned(start: str, data: str | None, guess: float = 1e-2) -> Setting:
+    """Return a setting that fine-tunes the model of another, on `sentences` or a text file."""
+    options = _SENTENCES if data is None else ()
+    return Setting("gpt", data, start, guess, 300, 16, None, options)
+
+
 SETTINGS = {
     # Less than one pass, or one.
-    "sst2": Setting("sst2", _SST2, 2, 3e-4, 600, 8),
-    "sst2_short": Setting("sst2", _SST2, 2, 3e-4, 150, 16),
-    "sst2_batch_4": Setting("sst2", _SST2, 2, 3e-4, 600, 4),
-    "sst2_batch_64": Setting("sst2", _SST2, 2, 3e-4, 150, 64),
+    "sst2": Setting("sst2", _SST2, 2, 3e-4, 600, 8, seeds=3),
+    "sst2_short": Setting("sst2", _SST2, 2, 3e-4, 150, 16, seeds=3),
+    "sst2_batch_4": Setting("sst2", _SST2, 2, 3e-4, 600, 4, seeds=3),
+    "sst2_batch_64": Setting("sst2", _SST2, 2, 3e-4, 150, 64, seeds=3),
     "sst2_4_layers": Setting("sst2", _SST2, 4, 1e-4, 600, 8),
     "sst2_minilm": Setting("sst2", _SST2, 6, 1e-4, 300, 16),
     "sst2_lora_4": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "4")),
     "sst2_lora_32": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "32")),
-    "subj": Setting("subj", _SUBJ, 2, 3e-4, 600, 8),
+    "subj": Setting("subj", _SUBJ, 2, 3e-4, 600, 8, seeds=3),
     "subj_adafactor": Setting("subj", _SUBJ, 2, 1e-3, 600, 8, None, ("--optim", "adafactor")),
     "subj_sgd": Setting("subj", _SUBJ, 2, 3e-2, 600, 8, None, _SGD),
     "subj_schedule_free": Setting(
@@ -101,22 +110,23 @@ SETTINGS = {
         None,
         ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant"),
     ),
-    "mpqa": Setting("mpqa", _MPQA, 2, 3e-4, 600, 8),
-    "six_classes": Setting("six_classes", SIX, 2, 1e-4, 600, 8),
+    "mpqa": Setting("mpqa", _MPQA, 2, 3e-4, 600, 8, seeds=3),
+    "six_classes": Setting("six_classes", SIX, 2, 1e-4, 600, 8, seeds=3),
     # Several passes.
-    "sst2_5_passes": Setting("sst2", _SST2, 2, 1e-4, 312, 16, 1000),
-    "sst2_3_passes": Setting("sst2", _SST2, 2, 1e-4, 750, 16, 4000),
+    "sst2_5_passes": Setting("sst2", _SST2, 2, 1e-4, 312, 16, 1000, seeds=3),
+    "sst2_3_passes": Setting("sst2", _SST2, 2, 1e-4, 750, 16, 4000, seeds=3),
     "sst2_8_passes": Setting("sst2", _SST2, 2, 1e-4, 2400, 16, 4800),
     "cola_3_passes": Setting("cola", _COLA, 2, 1e-4, 800, 32),
     "rte_3_passes": Setting("rte", _RTE, 6, 3e-5, 468, 16),
-    "subj_10_passes": Setting("subj", _SUBJ, 2, 1e-4, 312, 16, 500),
-    "mpqa_5_passes": Setting("mpqa", _MPQA, 2, 1e-4, 312, 16, 1000),
-    "six_classes_3_passes": Setting("six_classes", SIX, 2, 1e-4, 281, 32, 3000),
+    "subj_10_passes": Setting("subj", _SUBJ, 2, 1e-4, 312, 16, 500, seeds=3),
+    "mpqa_5_passes": Setting("mpqa", _MPQA, 2, 1e-4, 312, 16, 1000, seeds=3),
+    "six_classes_3_passes": Setting("six_classes", SIX, 2, 1e-4, 281, 32, 3000, seeds=3),
     "wikitext2_8_passes": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, 600),
     # Language models.
     "wikitext2_64": Setting("wikitext2", _WIKI, 0, 1e-2, 600, 16, None, _gpt(64)),
     "wikitext2_128": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, None, _gpt(128)),
     "wikitext2_256": Setting("wikitext2", _WIKI, 0, 3e-3, 300, 16, None, _gpt(256)),
+    "wikitext2_64x4": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, None, _gpt(64, 4)),
     "wikitext2_64x6": Setting("wikitext2", _WIKI, 0, 3e-3, 600, 16, None, _gpt(64, 6)),
     "wikitext2_short": Setting("wikitext2", _WIKI, 0, 1e-2, 150, 16, None, _gpt(64)),
     "wikitext2_long": Setting("wikitext2", _WIKI, 0, 3e-3, 2400, 8, None, _gpt(64)),
@@ -128,11 +138,17 @@ SETTINGS = {
         "wikitext2", _WIKI, 0, 3e-2, 300, 16, None, (*_gpt(64), *_ADAGRAD)
     ),
     "sentences": Setting("sentences", None, 0, 3e-3, 600, 16),
-    "wikitext2_to_sentences": Setting("gpt", None, "wikitext2_64", 1e-2, 300, 16, None, _SENTENCES),
-    "wikitext2_64x6_to_sentences": Setting(
-        "gpt", None, "wikitext2_64x6", 3e-3, 300, 16, None, _SENTENCES
-    ),
-    "sentences_to_wikitext2": Setting("gpt", _WIKI, "sentences", 1e-2, 300, 16),
+    "sentences_64x6": Setting("sentences", None, 0, 3e-3, 600, 16, None, _gpt(64, 6)),
+    # The same models, pretrained.
+    "wikitext2_to_sentences": _fine_tuned("wikitext2_64", None),
+    "wikitext2_long_to_sentences": _fine_tuned("wikitext2_long", None),
+    "wikitext2_128_to_sentences": _fine_tuned("wikitext2_128", None, 3e-3),
+    "wikitext2_64x4_to_sentences": _fine_tuned("wikitext2_64x4", None),
+    "wikitext2_64x6_to_sentences": _fine_tuned("wikitext2_64x6", None, 3e-3),
+    "sentences_to_wikitext2": _fine_tuned("sentences", _WIKI),
+    "sentences_64x6_to_wikitext2": _fine_tuned("sentences_64x6", _WIKI),
+    "wikitext2_to_itself": _fine_tuned("wikitext2_64", _WIKI, 3e-3),
+    "wikitext2_64x6_to_itself": _fine_tuned("wikitext2_64x6", _WIKI, 1e-3),
     # Images.
     "digits": Setting("digits", None, 0, 1e-2, 600, 16),
 }
@@ -219,26 +235,24 @@ def measure(name: str, data: Path, out: Path, *, arms: bool = False) -> str:
     recipe = str(compare_tasks.TASKS_FOLDER / f"{setting.task}.yaml")
     words = options_of(setting, data, out)
 
-    def run(method: str, learning_rate: float) -> dict[str, Any]:
-        return run_in_subprocess(
-            Cell(recipe, words, method, learning_rate, 0, setting.steps), folder
+    def run(method: str, learning_rate: float) -> list[dict[str, Any]]:
+        cells = (
+            Cell(recipe, words, method, learning_rate, seed, setting.steps)
+            for seed in range(setting.seeds)
         )
+        return [run_in_subprocess(cell, folder) for cell in cells]
 
-    def loss(learning_rate: float) -> float:
-        after = run("static", learning_rate)["loss_after"]
-        return math.inf if after is None else after
-
-    losses = tune(loss, setting.guess)
+    losses = tune(lambda rate: _mean_loss(run("static", rate)), setting.guess)
     run("static", UNTOUCHED)
     found = run("default", UNTOUCHED)
     if arms:
         run(ARMS, UNTOUCHED)
     best = min(losses, key=lambda rate: losses[rate])
-    scale = found["lr_scale"]
+    scale = _mean_scale(found)
     return (
         f"{name}: tuned {best:g} ({losses[best]:.4f}), found "
         f"{'nothing' if scale is None else format(scale * UNTOUCHED, '.2e')} "
-        f"({found['loss_after']:.4f})"
+        f"({_mean_loss(found):.4f})"
     )
 
 
@@ -274,32 +288,63 @@ def summarise(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _summary(name: str, folder: Path) -> dict[str, Any] | None:
-    cells = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
-    static = {c["cell"]["learning_rate"]: c for c in cells if c["cell"]["method"] == "static"}
-    ours = next((c for c in cells if c["cell"]["method"] == "default"), None)
+    runs = defaultdict[tuple[str, float], list[dict[str, Any]]](list)
+    for file in sorted(folder.glob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        runs[cell["cell"]["method"], cell["cell"]["learning_rate"]].append(cell)
+    seeds = SETTINGS[name].seeds
+    whole = {key: cells for key, cells in runs.items() if len(cells) >= seeds}
+    static = {rate: cells for (method, rate), cells in sorted(whole.items()) if method == "static"}
+    ours = whole.get(("default", UNTOUCHED))
     if ours is None or UNTOUCHED not in static:
         return None
-    losses = {rate: _loss(cell) for rate, cell in sorted(static.items())}
+    losses = {rate: _mean_loss(cells) for rate, cells in static.items()}
     best = min(losses, key=lambda rate: losses[rate])
-    before = ours["loss_before"]
-    runs = {"tuned": static[best], "untouched": static[UNTOUCHED], "ours": ours}
-    arms = next((c for c in cells if c["cell"]["method"] == ARMS), None)
-    runs |= {} if arms is None else {"arms": arms}
-    scale = ours["lr_scale"]
+    before = ours[0]["loss_before"]
+    kinds = {"tuned": static[best], "untouched": static[UNTOUCHED], "ours": ours}
+    if (ARMS, UNTOUCHED) in whole:
+        kinds["arms"] = whole[ARMS, UNTOUCHED]
+    scale = _mean_scale(ours)
+    gaps = [
+        (_loss(one) - _loss(other)) / (before - losses[best])
+        for one, other in zip(ours, static[best], strict=True)
+    ]
     return {
         "steps": SETTINGS[name].steps,
+        "seeds": seeds,
         "tuned": tuned_lr(losses),
         "found": None if scale is None else scale * UNTOUCHED,
         "loss_before": before,
-        "losses": {f"{rate:g}": static[rate]["loss_after"] for rate in losses},
-        "loss": {kind: run["loss_after"] for kind, run in runs.items()},
+        "losses": {f"{rate:g}": _finite(losses[rate]) for rate in losses},
+        "loss": {kind: _finite(_mean_loss(cells)) for kind, cells in kinds.items()},
         "excess": {
-            kind: excess(run["loss_after"], before, losses[best]) for kind, run in runs.items()
+            kind: excess(_finite(_mean_loss(cells)), before, losses[best])
+            for kind, cells in kinds.items()
         },
-        "metric": ours["metric"],
-        "score": {kind: run["evaluations"][-1][2] for kind, run in runs.items()},
-        "best_loss": {kind: _best_loss(run) for kind, run in runs.items()},
+        "excess_error": None if seeds == 1 else statistics.stdev(gaps) / math.sqrt(seeds),
+        "metric": ours[0]["metric"],
+        "score": {
+            kind: _mean([cell["evaluations"][-1][2] for cell in cells])
+            for kind, cells in kinds.items()
+        },
+        "best_loss": {
+            kind: _mean([_best_loss(cell) for cell in cells]) for kind, cells in kinds.items()
+        },
     }
+
+
+def _mean_loss(cells: list[dict[str, Any]]) -> float:
+    return _mean([_loss(cell) for cell in cells])
+
+
+def _mean_scale(cells: list[dict[str, Any]]) -> float | None:
+    """Return the geometric mean of what the LR was multiplied by."""
+    scales = [cell["lr_scale"] for cell in cells]
+    return None if None in scales else statistics.geometric_mean(scales)
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
 
 
 def _loss(cell: dict[str, Any]) -> float:

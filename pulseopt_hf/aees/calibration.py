@@ -13,20 +13,18 @@ from dataclasses import asdict, dataclass
 from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
+    dataclass_of,
     field,
-    flag,
     integer,
     list_of,
     number,
-    optional,
-    text,
 )
 
 SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
-LAYERS = 2.0  # of a new model, for which `OUTPUT_RADIUS` stands; it grows with their number
+LAYERS = 2.0  # for which `OUTPUT_RADIUS` stands; without a new head it grows with their number
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
@@ -84,7 +82,7 @@ class Outcome:
         reason: why none was found, or `None`.
         step: global step of the decision.
         divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
-            below 1 for a new model with many layers.
+            below 1 for many layers.
     """
 
     set_lr: float
@@ -103,7 +101,7 @@ class Outcome:
         if self.divisor > 1.0:
             divided = f", divided by {self.divisor:.3g} for the repeated passes over the data"
         elif self.divisor < 1.0:
-            divided = f", times {1.0 / self.divisor:.3g} for the layers of a new model"
+            divided = f", times {1.0 / self.divisor:.3g} for its layers"
         return (
             f"Learning rate calibrated: {self.set_lr:.3g} was set, {self.learning_rate:.3g} is "
             f"used ({self.learning_rate / self.set_lr:.3g} times). It is the highest at which one "
@@ -132,8 +130,9 @@ class Calibration:
     A run of n passes over its data divides that by n^PASSES_EXPONENT: with a new head, a pretrained
     model learns the rows by heart in later passes.
 
-    All layers of a new model move its outputs the same way in the first step, and no more in later
-    ones. So the outputs' radius of one with L > LAYERS layers is L / LAYERS times as large.
+    All layers move the outputs of a model the same way in the first step, and no more in later
+    ones. So with L > LAYERS layers their radius is L / LAYERS times as large. Not under a new head,
+    where it is the body's movement that limits the LR.
 
     The search begins far below the LR that was set and goes to half of what the last trial allows:
     the outputs of a model from scratch soon saturate, and a step that hardly moves them further may
@@ -149,19 +148,19 @@ class Calibration:
     Args:
         set_lr: the highest peak LR of all parameter groups, as the user set it, > 0.
         passes: of the run over its data, where that matters; less than one counts as one.
-        new_layers: layers of a new model; `None` for one that was trained before.
+        layers: of the model; 0 under a new head.
 
     Raises:
         ValueError: the LR or the passes are not a number, or not > 0.
     """
 
-    def __init__(self, set_lr: float, passes: float = 1.0, new_layers: int | None = None) -> None:
+    def __init__(self, set_lr: float, passes: float = 1.0, layers: int = 0) -> None:
         for name, value in (("set_lr", set_lr), ("passes", passes)):
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"`{name}` must be a number > 0, got {value!r}.")
         self.set_lr = set_lr
         self.passes = max(1.0, passes)
-        self.new_layers = new_layers
+        self.layers = layers
         self.trials: list[Trial] = []
 
     @property
@@ -195,7 +194,7 @@ class Calibration:
         """The LR found; `None` before the search has ended, and where nothing was found."""
         if len(self._trusted) < TRUSTED:
             return None
-        once = _allowed(self._trusted, self._reach)[0]
+        once = _allowed(self._trusted, self.reach)[0]
         return _bounded(once / self.passes**PASSES_EXPONENT)
 
     @property
@@ -204,7 +203,7 @@ class Calibration:
         if not self._trusted:
             return 1.0
         at_radius = _allowed(self._trusted, 1.0)[0]
-        reached = _allowed(self._trusted, self._reach)[0]
+        reached = _allowed(self._trusted, self.reach)[0]
         return float(self.passes**PASSES_EXPONENT * at_radius / reached)
 
     @property
@@ -215,16 +214,16 @@ class Calibration:
     @property
     def limited_by(self) -> str | None:
         """What limits the LR found: `outputs` or `weights`."""
-        return None if self.learning_rate is None else _allowed(self._trusted, self._reach)[1]
+        return None if self.learning_rate is None else _allowed(self._trusted, self.reach)[1]
 
     def add(self, trial: Trial) -> None:
         """Add a trial that was taken at `next_lr`."""
         self.trials.append(trial)
 
     @property
-    def _reach(self) -> float:
-        """Factor on the outputs' radius."""
-        return max(1.0, (self.new_layers or 0) / LAYERS)
+    def reach(self) -> float:
+        """Factor on the outputs' radius, for the layers."""
+        return max(1.0, self.layers / LAYERS)
 
     @property
     def _trusted(self) -> list[Trial]:
@@ -250,7 +249,7 @@ class Calibration:
         return {
             "set_lr": self.set_lr,
             "passes": self.passes,
-            "new_layers": self.new_layers,
+            "layers": self.layers,
             "trials": [asdict(trial) for trial in self.trials],
         }
 
@@ -262,12 +261,11 @@ class Calibration:
         """
         set_lr = field(state, "set_lr", _positive)
         passes = field(state, "passes", _at_least_one)
-        new_layers = field(state, "new_layers", optional(integer))
+        layers = field(state, "layers", integer)
         trials = field(state, "trials", list_of(trial_from_json))
         if len(trials) > MOST_TRIALS:
             raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(trials)}.")
-        self.set_lr, self.passes, self.trials = set_lr, passes, trials
-        self.new_layers = new_layers
+        self.set_lr, self.passes, self.layers, self.trials = set_lr, passes, layers, trials
 
 
 def trial_from_json(value: object, name: str) -> Trial:
@@ -276,13 +274,8 @@ def trial_from_json(value: object, name: str) -> Trial:
     Raises:
         StateError: an attribute is missing or of another type.
     """
-    return Trial(
-        field(value, "learning_rate", _positive),
-        field(value, "movement", _movement),
-        field(value, "weight_movement", _movement),
-        field(value, "own_batch", flag),
-        field(value, "step", integer),
-    )
+    checks = {"learning_rate": _positive, "movement": _movement, "weight_movement": _movement}
+    return dataclass_of(Trial, value, **checks)
 
 
 def outcome_from_json(value: object, name: str) -> Outcome:
@@ -291,14 +284,8 @@ def outcome_from_json(value: object, name: str) -> Outcome:
     Raises:
         StateError: an attribute is missing or of another type.
     """
-    return Outcome(
-        field(value, "set_lr", _positive),
-        field(value, "learning_rate", _positive),
-        field(value, "limited_by", optional(text)),
-        field(value, "reason", optional(text)),
-        field(value, "step", integer),
-        field(value, "divisor", _positive),
-    )
+    checks = dict.fromkeys(("set_lr", "learning_rate", "divisor"), _positive)
+    return dataclass_of(Outcome, value, **checks)
 
 
 def finite_movement(movement: float) -> float:

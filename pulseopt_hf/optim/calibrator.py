@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from pulseopt_hf.aees import Arm
 from pulseopt_hf.aees.calibration import (
-    NOT_FINITE,
     Calibration,
     Outcome,
     Trial,
@@ -28,7 +28,6 @@ from pulseopt_hf.aees.json_checks import (
     StateError,
     field,
     flag,
-    integer,
     later_field,
     list_of,
     number,
@@ -39,7 +38,7 @@ from pulseopt_hf.optim import base_lr
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.hooks import ArmHooks
 from pulseopt_hf.optim.later_steps import MOST_STEPS, later_steps
-from pulseopt_hf.optim.losses import LossBuffer, has_risen
+from pulseopt_hf.optim.loss_watch import LossWatch
 from pulseopt_hf.optim.newness import newness_of
 from pulseopt_hf.optim.probe import Probe
 from pulseopt_hf.optim.scalars import norm
@@ -52,9 +51,6 @@ from pulseopt_hf.optim.unwrap import (
 )
 
 logger = logging.getLogger("pulseopt_hf.calibration")
-
-SHORTEST_WATCH = 20  # optimizer steps that the net is kept for, at least
-LONGEST_WATCH = 0.05  # share of the run that the LR rises in, and the net is kept for, at most
 
 _PHASES = ("searching", "watching", "done")
 
@@ -104,7 +100,6 @@ class Calibrator:
         self._optimizer, self._scheduler = optimizer, scheduler
         self._hooks, self._agreement = hooks, agreement
         self._only_ask = only_ask
-        self._longest = max(SHORTEST_WATCH, int(LONGEST_WATCH * (max_steps or 0)))
         self._set_lrs = base_lr.peaks(optimizer)
         # Of a step at an LR, how far it goes on average, against the first one at that LR.
         self._pace = later_steps(innermost(optimizer), max_steps or MOST_STEPS) or 1.0
@@ -113,19 +108,13 @@ class Calibrator:
             passes = 1.0  # only such a model learns its rows by heart
         self.search = Calibration(max(self._set_lrs), passes, newness.layers)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.probe = Probe(model, agreement, device, newness.body)
+        self.probe = Probe(model, agreement, device, newness.body, self.search.reach)
         self._buffers = list(model.buffers())
         self._versions = [buffer._version for buffer in self._buffers]
         self._parameters = list(model.parameters()) if is_stepped_by_deepspeed(optimizer) else []
         self._origin = Snapshot(optimizer, parameters=self._parameters)
         self._is_new = False  # whether the optimizer had no state at the origin
-        self._losses = LossBuffer()  # of the trials' steps, all at the origin, and of those watched
-        self._at_origin = 0  # how many of them are the trials'
-        self._watched = 0  # steps since the LR was set
-        self._last_lr = 0.0  # base LR in the step before
-        groups = innermost(optimizer).param_groups
-        pairs = zip(groups, self._set_lrs, strict=True)
-        self._warms_up = any(float(group["lr"]) < peak * (1 - 1e-6) for group, peak in pairs)
+        self._watch = LossWatch(innermost(optimizer), self._set_lrs, max_steps)
         self.outcomes: list[Outcome] = []  # the last one counts
         self.phase = "searching"
         self.probe.listen()
@@ -143,9 +132,7 @@ class Calibrator:
     @property
     def ramp(self) -> float:
         """Factor on the base LR in the step that runs, while the LR rises to what was found."""
-        if self.phase != "watching" or self._warms_up:
-            return 1.0
-        return min(1.0, (self._watched + 1) / self._longest)
+        return self._watch.ramp if self.phase == "watching" else 1.0
 
     @property
     def outcome(self) -> Outcome | None:
@@ -194,26 +181,14 @@ class Calibrator:
             loss: its step loss, shape (), or `None` for a step that did not happen.
             global_step: number of the step in the run.
         """
-        if loss is not None:
-            self._losses.append(loss)
-        if self.phase == "searching":
-            self._at_origin = len(self._losses)
-        elif self.phase == "watching":
-            self._watched += 1
-            if self._watched >= self._longest or (self._warms_up and self._is_warm()):
-                self._judge(global_step)
-
-    def _is_warm(self) -> bool:
-        """Whether the schedule's warm-up is over, and the net was kept long enough."""
-        now = max(float(group["lr"]) for group in innermost(self._optimizer).param_groups)
-        rises, self._last_lr = now > self._last_lr > 0.0, now
-        return self._watched >= SHORTEST_WATCH and not rises
+        if self.phase == "searching" and loss is not None:
+            self._watch.add_origin(loss)
+        elif self.phase == "watching" and self._watch.add(loss):
+            self._judge(global_step)
 
     def agree(self) -> None:
         """Average what was observed over ranks; every rank must call it."""
-        self._losses.agree(self._agreement)
-        agreed = self._losses.agreed
-        self._losses.restore(loss if abs(loss) < NOT_FINITE else NOT_FINITE for loss in agreed)
+        self._watch.agree(self._agreement)
 
     def close(self) -> None:
         """Let go of the model, the hooks on it, and the copy."""
@@ -288,16 +263,14 @@ class Calibrator:
     def _judge(self, step: int) -> None:
         """Look whether the loss has risen, and take the net away."""
         self.agree()
-        losses = self._losses.agreed
         # A loop of one's own that was resumed amid the watch has no origin.
-        risen = has_risen(losses[: self._at_origin], losses[self._at_origin :])
-        if risen and self._origin.is_taken:
+        if self._watch.has_risen and self._origin.is_taken:
             set_lr, used = self.search.set_lr, self.outcomes[-1].learning_rate
             self._origin.restore()
             base_lr.multiply(self._optimizer, self._scheduler, set_lr / used)
             self.give_up(
-                f"at {used:.3g} the loss rose in {self._watched} steps, so the run went back to "
-                "where it began",
+                f"at {used:.3g} the loss rose in {self._watch.steps} steps, so the run went back "
+                "to where it began",
                 step,
             )
         self.phase = "done"
@@ -334,14 +307,9 @@ class Calibrator:
             **self.search.state_dict(),
             "phase": self.phase,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
-            "losses": list(self._losses.agreed),
-            "at_origin": self._at_origin,
-            "watched": self._watched,
-            "last_lr": self._last_lr,
-            "longest": self._longest,
             "is_new": self._is_new,
             "pace": self._pace,
-            "warms_up": self._warms_up,
+            **self._watch.state_dict(),
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -359,28 +327,17 @@ class Calibrator:
         if phase not in _PHASES:
             raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {phase!r}.")
         outcomes = field(state, "outcomes", list_of(outcome_from_json))
-        losses = field(state, "losses", list_of(number))
-        at_origin = field(state, "at_origin", integer)
-        watched = field(state, "watched", integer)
-        last_lr = field(state, "last_lr", number)
-        longest = field(state, "longest", integer)
-        warms_up = field(state, "warms_up", flag)
         is_new = field(state, "is_new", flag)
         pace = later_field(state, "pace", number, before=1.0)
         if not 0.0 < pace <= 1.0:
             raise StateError(f"`pace` must be in (0, 1], got {pace}.")
-        if longest < SHORTEST_WATCH:
-            raise StateError(f"`longest` must be at least {SHORTEST_WATCH}, got {longest}.")
-        if at_origin > len(losses):
-            raise StateError(f"`at_origin` is {at_origin}, and there are {len(losses)} losses.")
+        watch = copy.copy(self._watch)
+        watch.load_state_dict(state)
         self.search.load_state_dict(state)
+        self._watch = watch
         factor = self.search.set_lr / max(self._set_lrs)
         self._set_lrs = [lr * factor for lr in self._set_lrs]
-        self._losses.restore(losses)
-        self.phase, self._at_origin, self.outcomes = phase, at_origin, outcomes
-        self._watched, self._last_lr = watched, last_lr
-        self._longest, self._warms_up, self._is_new = longest, warms_up, is_new
-        self._pace = pace
+        self.phase, self.outcomes, self._is_new, self._pace = phase, outcomes, is_new, pace
         if not self.is_searching:
             self.probe.close()
 

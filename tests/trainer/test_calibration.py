@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig
 from pulseopt_hf.aees import calibration
-from pulseopt_hf.optim import calibrator as calibrators
+from pulseopt_hf.optim import loss_watch
 from tests.conftest import (
     NAMED,
     SHORT,
@@ -34,7 +34,7 @@ from tests.conftest import (
 from tests.engines.ranks import run_ranks
 from tests.optim.test_optimizers import KINDS
 
-WATCHED = calibrators.SHORTEST_WATCH
+WATCHED = loss_watch.SHORTEST_WATCH
 FIRST_EPISODE = TRIAL_STEPS - 1 + WATCHED  # the last trial's batch is trained on
 THREE_ARMS = PulseOptConfig(
     lr_candidates=[0.5, 1.0, 2.0], calibration="trust_region", episode_length=5
@@ -329,7 +329,7 @@ def test_ranks_go_back_alike(train: Make, dice: Any, loose: None) -> None:
 def test_running_statistics_go_back_with_the_rest(
     train: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrators, "has_risen", lambda before, after: True)
+    monkeypatch.setattr(loss_watch, "has_risen", lambda before, after: True)
 
     class Normalised(torch.nn.Module):
         def __init__(self) -> None:

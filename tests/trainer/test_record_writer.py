@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from pulseopt_hf import PulseOptConfig, with_pulseopt
 from pulseopt_hf.aees.record_format import FILE_NAME, FORMAT_VERSION
-from pulseopt_hf.optim.calibrator import SHORTEST_WATCH
+from pulseopt_hf.optim.loss_watch import SHORTEST_WATCH
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.trainer.record_writer import RunRecorder
