@@ -30,7 +30,7 @@ GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
 TRIAL_SHARE = 0.5  # of what a step may move that a trial aims at, since large steps saturate
 READABLE = 0.2  # share of a radius that a trial must reach to count; rounding in bf16 makes 0.1
-FAINT = 0.05  # share of its radius that the outputs' movement must reach, whatever the weights' is
+FAINT = 0.05  # share of the weights' movement that the outputs' must reach, in shares of the radii
 NEAR = 3.0  # factor within which a trial is near the radius
 SMALL = NEAR * NEAR  # how much smaller a trial must be to show that movement answers to the LR
 TRUSTED = 5  # trials near the radius, each of a batch of its own, that end the search
@@ -48,7 +48,8 @@ class Trial:
         movement: how far it moved what the model computes, as a multiple of what 10 % dropout
             does; see `pulseopt_hf.optim.movement`. At most `NOT_FINITE`, which stands for NaN and
             infinity.
-        weight_movement: norm of the change of the weight matrices over their norm; 0 if unknown.
+        weight_movement: RMS change of the elements of the weight matrices that moved, over the RMS
+            of those that were not zero; 0 if unknown.
         own_batch: whether the movement was measured on the batch of the step itself. Such a trial
             overstates the movement and only guides the search.
         step: global step.
@@ -66,9 +67,14 @@ class Trial:
         return max(self.movement / OUTPUT_RADIUS, self.weight_movement / WEIGHT_RADIUS)
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the outputs hardly moved for what happened to the weights."""
+        return self.movement <= FAINT * self.share * OUTPUT_RADIUS
+
+    @property
     def is_near(self) -> bool:
-        """Whether it went about as far as a step may go, and moved the outputs readably."""
-        return READABLE <= self.share <= NEAR and self.movement >= FAINT * OUTPUT_RADIUS
+        """Whether it went about as far as a step may go, and moved the outputs too."""
+        return READABLE <= self.share <= NEAR and not self.is_silent
 
 
 @dataclass(frozen=True)
@@ -297,12 +303,11 @@ def _step_towards(trial: Trial) -> float:
     """Return the factor on a trial's LR that should bring the next one where trials aim at."""
     if trial.movement >= NOT_FINITE or trial.weight_movement >= NOT_FINITE:
         return 1.0 / RETREAT  # how far such a step went says nothing of how far is too far
-    if trial.movement < FAINT * OUTPUT_RADIUS:
+    if trial.is_silent:
         # Rounding hides small movements: trust only that it was too small.
         aim = TRIAL_SHARE * OUTPUT_RADIUS
-        readable = GROWTH if trial.movement <= 0.0 else aim / trial.movement
-        return min(GROWTH, max(NEAR, readable))
-    return max(TRIAL_SHARE / trial.share, 1.0 / RETREAT)
+        return GROWTH if trial.movement <= 0.0 else min(GROWTH, max(NEAR, aim / trial.movement))
+    return min(GROWTH, max(TRIAL_SHARE / trial.share, 1.0 / RETREAT))
 
 
 def _allowed(trials: Sequence[Trial], reach: float) -> tuple[float, str]:

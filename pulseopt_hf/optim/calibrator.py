@@ -227,10 +227,11 @@ class Calibrator:
         return True, repeatable
 
     def _weight_movement(self) -> float:
-        moved, size = self._agreement.mean(self._origin.distance())
-        if size == 0.0:
+        moved, moving, size, sized = self._agreement.mean(self._origin.distance().unbind())
+        if size == 0.0 or moving == 0.0:
             return 0.0
-        return finite_movement(math.sqrt(moved / size) if moved >= 0.0 else math.nan)
+        mean_square = (moved / moving) / (size / sized)
+        return finite_movement(math.sqrt(mean_square) if mean_square >= 0.0 else math.nan)
 
     def _gradient_norms(self) -> Tensor:
         gradients = [p.grad for p in stepped_parameters(self._optimizer) if p.grad is not None]

@@ -110,23 +110,25 @@ class Snapshot:
             group.update(saved)
 
     @torch.no_grad()
-    def distance(self) -> tuple[Tensor, Tensor]:
+    def distance(self) -> Tensor:
         """Return how far the trained matrices have moved since `take`, and how large they were.
 
-        Both are squared L2 norms over this rank's parts of all trained parameters of two or more
-        dimensions, float64 of shape (). One that was all zeros is left out, since any step is
-        infinitely large for it. Computed where the parameters are, one parameter at a time.
+        Both as squared L2 norms and numbers of elements, over this rank's parts of all trained
+        parameters of two or more dimensions: float64 of shape (4,). A matrix that has not moved is
+        left out of the first, one that was all zeros out of the second: under LoRA the first step
+        moves one factor of each product, which is zero, and later ones move the other as far.
+        Computed where the parameters are, one parameter at a time.
         """
-        norms = []
+        norms, counts = [torch.zeros(2)], [0]
         for name, tensor in self._named_tensors():
             if name.startswith("matrix."):
                 now = _local(tensor)
                 before = self._copies[name].to(now.device, non_blocking=True)
                 norms.append(torch.stack([norm(now - before), norm(before)]))
-        if not norms:
-            return torch.zeros(()), torch.zeros(())
-        moved, size = torch.stack(norms).double().square().unbind(dim=1)
-        return torch.where(size > 0.0, moved, 0.0).sum(), size.sum()
+                counts.append(now.numel())
+        squares = torch.stack([pair.to(norms[-1].device) for pair in norms]).double().square()
+        elements = torch.tensor(counts, device=squares.device)[:, None] * (squares != 0.0)
+        return torch.stack([squares.sum(0), elements.sum(0)], dim=1).flatten()
 
     def discard(self) -> None:
         """Let go of the copy and its memory."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pulseopt_hf.aees.calibration import WEIGHT_RADIUS
 from tests.conftest import NAMED, TRIAL_STEPS, Make
 from tests.engines.trainers import Sgd, Watch
 
@@ -32,6 +33,18 @@ def test_with_an_adapter_only_what_is_trained_is_copied(
     # One copy of the trained parameters, in float32; none when the net is gone.
     assert set(copied[: TRIAL_STEPS + 10]) == {4 * trained}
     assert copied[-1] == 0
+
+
+def test_a_step_of_lora_may_move_either_factor_by_a_share_of_the_one_that_is_not_zero(
+    tiny_model: Any, make_trainer: Make
+) -> None:
+    model = lora(tiny_model())
+    factors = [p.detach() for name, p in model.named_parameters() if "lora_A" in name]
+    size = torch.cat([factor.flatten() for factor in factors]).square().mean().sqrt().item()
+    found = make_trainer(pulse=NAMED, model=model, max_steps=60).find_learning_rate()
+    assert found.limited_by == "weights"
+    # The first step of AdamW moves each element of the other factor by the LR.
+    assert found.learning_rate == pytest.approx(WEIGHT_RADIUS * size, rel=0.05)
 
 
 def test_only_the_trainable_parameters_of_lora_get_noise(train: Make, tiny_model: Any) -> None:

@@ -115,11 +115,11 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
         Snapshot(other).load(path)
 
 
-def test_the_distance_is_that_of_matrices_that_were_not_zero() -> None:
+def test_the_distance_is_of_matrices_that_moved_and_the_size_of_those_that_were_not_zero() -> None:
     model, optimizer = make()
     matrix, bias = model[0].weight, model[0].bias
-    zero = torch.nn.Parameter(torch.zeros(3, 3))
-    optimizer.add_param_group({"params": [zero]})
+    zero, still = torch.nn.Parameter(torch.zeros(3, 3)), torch.nn.Parameter(torch.ones(7, 2))
+    optimizer.add_param_group({"params": [zero, still]})
     snapshot = Snapshot(optimizer, model.buffers())
     snapshot.take()
     size = matrix.square().sum().item()
@@ -128,7 +128,11 @@ def test_the_distance_is_that_of_matrices_that_were_not_zero() -> None:
         matrix[1, 1] -= 4.0
         bias += 100.0
         zero += 100.0
-    assert snapshot.distance() == pytest.approx((25.0, size))
+    moved = [25.0 + 9 * 100.0**2, matrix.numel() + 9]
+    assert snapshot.distance().tolist() == pytest.approx([*moved, size + 14, matrix.numel() + 14])
+    with torch.no_grad():
+        zero[0, 0] = torch.nan
+    assert snapshot.distance().isnan().tolist() == [True, False, False, False]
 
 
 def test_buffers_can_stay_where_they_are() -> None:
