@@ -211,7 +211,7 @@ class Controller:
         kind = config.reward
         if config.nonfinite == "skip" and min(losses) + config.reward_epsilon <= 0.0:
             kind = "slope"  # no reward may end a training, and the other has a logarithm
-        reward = episode_reward(
+        score = episode_reward(
             losses,
             kind=kind,
             ema_alpha=config.ema_alpha,
@@ -221,13 +221,14 @@ class Controller:
             clip_max=config.reward_clip_max,
         )
         if outcome is not None:
-            reward = replace(reward, value=config.reward_clip_min)
+            score = replace(score, reward=config.reward_clip_min)
         if self._lr_bandit:
-            self._lr_bandit.update(selection.lr_index, reward.value, selection.context)
+            self._lr_bandit.update(selection.lr_index, score.reward, selection.context)
         noise_bandit = self._noise_bandit(selection.lr_index)
         if noise_bandit:
-            noise_bandit.update(selection.noise_index, reward.value, selection.context)
+            noise_bandit.update(selection.noise_index, score.reward, selection.context)
         record = EpisodeRecord(
+            **asdict(score),
             lr_index=selection.lr_index,
             noise_index=selection.noise_index,
             lr_value=arm.lr_multiplier,
@@ -237,13 +238,6 @@ class Controller:
             end_step=end_step,
             start_loss=losses[0],
             end_loss=losses[-1],
-            ema_start=reward.ema_start,
-            ema_end=reward.ema_end,
-            reward_base=reward.base,
-            reward_instability=reward.instability,
-            reward_penalty=reward.penalty,
-            reward_unclipped=reward.unclipped,
-            reward=reward.value,
             update_norm=update_norm,
             context=selection.context,
             outcome=outcome,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulseopt_hf.aees.json_checks import StateDict, StateError, checks_of, field, list_of
+from pulseopt_hf.aees.reward import Reward
 
 
 @dataclass(frozen=True)
-class EpisodeRecord:
-    """One closed episode. Losses are in the unit of the training loss, rewards dimensionless.
+class EpisodeRecord(Reward):
+    """One closed episode and its reward. Losses are in the unit of the training loss.
 
     Attributes:
         lr_index: index of the arm's LR multiplier among `lr_candidates`.
@@ -23,13 +24,6 @@ class EpisodeRecord:
         end_step: global step of its last optimizer step.
         start_loss: first step loss.
         end_loss: last step loss.
-        ema_start: first smoothed loss.
-        ema_end: last smoothed loss.
-        reward_base: the share by which the loss fell.
-        reward_instability: squared coefficient of variation of the step losses.
-        reward_penalty: what the instability cost.
-        reward_unclipped: `reward_base` minus `reward_penalty`.
-        reward: what the bandits received.
         update_norm: mean L2 norm of the parameters' change in a step; `None` if not measured.
         context: trend of the loss when the arm was chosen; `None` without a context.
         outcome: what the divergence guard did to it; `None` for a sound episode.
@@ -45,13 +39,6 @@ class EpisodeRecord:
     end_step: int
     start_loss: float
     end_loss: float
-    ema_start: float
-    ema_end: float
-    reward_base: float
-    reward_instability: float
-    reward_penalty: float
-    reward_unclipped: float
-    reward: float
     update_norm: float | None
     context: str | None
     outcome: str | None = None

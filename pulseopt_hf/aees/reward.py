@@ -12,22 +12,22 @@ class Reward:
     """One episode's score with its parts, all dimensionless but the EMA ends.
 
     Attributes:
-        value: the score that the bandits receive: `unclipped` within the clip bounds.
-        unclipped: `base - penalty`.
-        base: how far the logarithm of the loss fell, see `episode_reward`.
-        instability: Var(l) / (mean(l)^2 + eps), population variance.
-        penalty: lambda * instability.
         ema_start: first value of the smoothed loss, in the unit of the loss.
         ema_end: last value of the smoothed loss, in the unit of the loss.
+        reward_base: how far the logarithm of the loss fell, see `episode_reward`.
+        reward_instability: Var(l) / (mean(l)^2 + eps), population variance.
+        reward_penalty: lambda * instability.
+        reward_unclipped: `reward_base - reward_penalty`.
+        reward: what the bandits receive: `reward_unclipped` within the clip bounds.
     """
 
-    value: float
-    unclipped: float
-    base: float
-    instability: float
-    penalty: float
     ema_start: float
     ema_end: float
+    reward_base: float
+    reward_instability: float
+    reward_penalty: float
+    reward_unclipped: float
+    reward: float
 
 
 def episode_reward(
@@ -97,13 +97,13 @@ def episode_reward(
     penalty = instability_lambda * instability
     unclipped = base - penalty
     return Reward(
-        value=max(clip_min, min(clip_max, unclipped)),
-        unclipped=unclipped,
-        base=base,
-        instability=instability,
-        penalty=penalty,
         ema_start=losses[0],
         ema_end=ema,
+        reward_base=base,
+        reward_instability=instability,
+        reward_penalty=penalty,
+        reward_unclipped=unclipped,
+        reward=max(clip_min, min(clip_max, unclipped)),
     )
 
 

@@ -35,10 +35,10 @@ def test_the_reward_equals_its_equation(losses: list[float], alpha: float, weigh
     )
     instability = statistics.pvariance(losses) / (statistics.fmean(losses) ** 2 + 1e-8)
     assert reward.ema_end == pytest.approx(ema)
-    assert reward.base == pytest.approx(math.log(losses[0] / ema), abs=1e-4)
-    assert reward.instability == pytest.approx(instability, abs=1e-9)
-    assert reward.unclipped == reward.base - reward.penalty
-    assert reward.value == min(1.0, max(-1.0, reward.unclipped))
+    assert reward.reward_base == pytest.approx(math.log(losses[0] / ema), abs=1e-4)
+    assert reward.reward_instability == pytest.approx(instability, abs=1e-9)
+    assert reward.reward_unclipped == reward.reward_base - reward.reward_penalty
+    assert reward.reward == min(1.0, max(-1.0, reward.reward_unclipped))
 
 
 @given(losses=losses, scale=st.floats(0.1, 10.0))
@@ -47,14 +47,14 @@ def test_the_reward_does_not_depend_on_the_unit_of_the_loss(
 ) -> None:
     one = episode_reward(losses, **PUBLISHED)
     other = episode_reward([scale * loss for loss in losses], **PUBLISHED)
-    assert one.value == pytest.approx(other.value, abs=1e-3)
+    assert one.reward == pytest.approx(other.reward, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["smoothed", "slope"])
 @given(loss=st.floats(1e-3, 1e3), length=st.integers(1, 20))
 def test_a_constant_loss_earns_nothing(kind: str, loss: float, length: int) -> None:
     reward = episode_reward([loss] * length, kind=kind, **PUBLISHED)
-    assert reward.value == pytest.approx(0.0, abs=1e-9)
+    assert reward.reward == pytest.approx(0.0, abs=1e-9)
 
 
 @given(losses=losses, scale=st.floats(0.1, 10.0))
@@ -64,9 +64,9 @@ def test_the_slope_is_that_of_the_best_line_and_has_no_unit(
     reward = episode_reward(losses, kind="slope", **PUBLISHED)
     slope = np.polyfit(range(len(losses)), losses, 1)[0] if len(losses) > 1 else 0.0
     fall = -slope * (len(losses) - 1) / (statistics.fmean(losses) + 1e-8)
-    assert reward.base == pytest.approx(fall, abs=1e-6)
+    assert reward.reward_base == pytest.approx(fall, abs=1e-6)
     scaled = episode_reward([scale * loss for loss in losses], kind="slope", **PUBLISHED)
-    assert scaled.base == pytest.approx(reward.base, abs=1e-4)
+    assert scaled.reward_base == pytest.approx(reward.reward_base, abs=1e-4)
 
 
 def test_the_noise_of_the_slope_lessens_with_the_length_as_it_is_said_to() -> None:
@@ -76,7 +76,7 @@ def test_the_noise_of_the_slope_lessens_with_the_length_as_it_is_said_to() -> No
     def noise(kind: str, length: int) -> float:
         knobs = {**PUBLISHED, "clip_min": -9.0, "clip_max": 9.0, "kind": kind}
         episodes = ([rng.gauss(10.0, 1.0) for _ in range(length)] for _ in range(4000))
-        return statistics.pstdev(episode_reward(losses, **knobs).value for losses in episodes)
+        return statistics.pstdev(episode_reward(losses, **knobs).reward for losses in episodes)
 
     for length in (20, 100):
         assert noise("slope", length) == pytest.approx(0.1 * math.sqrt(12 / length), rel=0.1)
@@ -86,8 +86,8 @@ def test_the_noise_of_the_slope_lessens_with_the_length_as_it_is_said_to() -> No
 def test_a_step_of_the_loss_counts_wherever_in_the_episode_it_is() -> None:
     early, late = [2.0] * 3 + [1.0] * 17, [2.0] * 17 + [1.0] * 3
     for losses in (early, late):
-        assert episode_reward(losses, kind="slope", **PUBLISHED).value > 0.2
-        assert episode_reward(losses[::-1], kind="slope", **PUBLISHED).value < -0.2
+        assert episode_reward(losses, kind="slope", **PUBLISHED).reward > 0.2
+        assert episode_reward(losses[::-1], kind="slope", **PUBLISHED).reward < -0.2
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_the_slope_rewards_a_fall_of_a_loss_of_any_sign(shift: float) -> None:
     losses = [1.5 - 0.1 * k + shift for k in range(11)]
     falling = episode_reward(losses, kind="slope", **PUBLISHED)
     rising = episode_reward(losses[::-1], kind="slope", **PUBLISHED)
-    assert falling.value > 0 > rising.value
-    assert math.isfinite(falling.instability)
+    assert falling.reward > 0 > rising.reward
+    assert math.isfinite(falling.reward_instability)
 
 
 @pytest.mark.parametrize("kind", ["smoothed", "slope"])
 def test_losses_of_zero_have_a_reward(kind: str) -> None:
-    assert episode_reward([0.0] * 4, kind=kind, **PUBLISHED).value == 0.0
+    assert episode_reward([0.0] * 4, kind=kind, **PUBLISHED).reward == 0.0
