@@ -47,8 +47,14 @@ class LossWatch:
 
     @property
     def ramp(self) -> float:
-        """Factor on the base LR in the step that runs; 1 where the schedule has a warm-up."""
-        return 1.0 if self._warms_up else min(1.0, (self.steps + 1) / self._longest)
+        """Factor on the base LR in the step that runs.
+
+        Where the schedule has a warm-up, it gives back the steps of it that went into the trials.
+        """
+        step = self.steps + 1
+        if self._warms_up:
+            return step / (step + self._at_origin)
+        return min(1.0, step / self._longest)
 
     def add_origin(self, loss: float | Tensor) -> None:
         """Note the loss of a step at the origin, shape ()."""
