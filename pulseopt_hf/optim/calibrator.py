@@ -132,7 +132,9 @@ class Calibrator:
     @property
     def ramp(self) -> float:
         """Factor on the base LR in the step that runs, while the LR rises to what was found."""
-        return self._watch.ramp if self.phase == "watching" else 1.0
+        if self.phase != "watching":
+            return 1.0
+        return self._watch.ramp(len({trial.step for trial in self.search.trials}))
 
     @property
     def outcome(self) -> Outcome | None:

@@ -45,16 +45,14 @@ class LossWatch:
         self._last_lr = 0.0  # base LR in the step before
         self.steps = 0  # since the LR was set
 
-    @property
-    def ramp(self) -> float:
-        """Factor on the base LR in the step that runs.
+    def ramp(self, trial_steps: int) -> float:
+        """Return the factor on the base LR in the step that runs.
 
-        Where the schedule has a warm-up, it gives back the steps of it that went into the trials.
+        Args:
+            trial_steps: how many went into trials; a warm-up of the schedule has them back.
         """
         step = self.steps + 1
-        if self._warms_up:
-            return step / (step + self._at_origin)
-        return min(1.0, step / self._longest)
+        return step / (step + trial_steps) if self._warms_up else min(1.0, step / self._longest)
 
     def add_origin(self, loss: float | Tensor) -> None:
         """Note the loss of a step at the origin, shape ()."""
