@@ -359,19 +359,25 @@ def _best_loss(cell: dict[str, Any]) -> float:
 def to_markdown(result: dict[str, Any]) -> str:
     """Return a table with a row for each setting, and what holds of all."""
     lines = [
-        "| setting | tuned LR | found | found / tuned | excess: untouched 5e-5 | ours | with arms "
-        "| score: tuned | untouched | ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | seeds | tuned LR | found | found / tuned | excess: untouched 5e-5 | ours "
+        "| with arms | score: tuned | untouched | ours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     settings = result["settings"]
     for name, row in settings.items():
         found, ratio = row["found"], _ratio(row)
-        scores = (_score(row["score"][kind]) for kind in ("tuned", "untouched", "ours"))
-        lines.append(
-            f"| {name} | {row['tuned']:.1e} | {'' if found is None else f'{found:.1e}'} | "
-            f"{'' if ratio is None else f'{ratio:.2f}'} | {_excess(row, 'untouched')} | "
-            f"{_excess(row, 'ours')} | {_excess(row, 'arms')} | {' | '.join(scores)} |"
-        )
+        cells = [
+            name,
+            str(row["seeds"]),
+            f"{row['tuned']:.1e}",
+            "" if found is None else f"{found:.1e}",
+            "" if ratio is None else f"{ratio:.2f}",
+            _excess(row, "untouched"),
+            _excess(row, "ours") + _error(row),
+            _excess(row, "arms"),
+            *(_score(row["score"][kind]) for kind in ("tuned", "untouched", "ours")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     ratios = {name: ratio for name, row in settings.items() if (ratio := _ratio(row)) is not None}
     learned = [row["excess"] for row in settings.values() if learns(row)]
     excesses = [row["ours"] for row in learned]
@@ -381,6 +387,13 @@ def to_markdown(result: dict[str, Any]) -> str:
         [sum(1 / most <= ratio <= most for ratio in kind.values()) for most in (2, 3)]
         for kind in (ratios, leave_one_out(ratios))
     )
+    arms = (
+        " Arms 0.5, 1 and 2, played by the conservative bandit, change it by "
+        f"{_mean(changes):+.3f} in {len(changes)} of them, by {min(changes):+.3f} to "
+        f"{max(changes):+.3f}."
+        if changes
+        else ""
+    )
     return "\n".join(
         [
             *lines,
@@ -389,9 +402,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"in {within[0]} and within 3 in {within[1]}; with radii fitted to the other settings "
             f"alone, in {left_out[0]} and {left_out[1]}. Mean excess of the {len(learned)} where "
             f"the tuned LR learns anything: {_mean(excesses):.3f} "
-            f"(untouched: {_mean(untouched):.3f}). Arms 0.5, 1 and 2, played by the conservative "
-            f"bandit, change it by {_mean(changes):+.3f} in {len(changes)} of them, by "
-            f"{min(changes):+.3f} to {max(changes):+.3f}.",
+            f"(untouched: {_mean(untouched):.3f}).{arms}",
             "",
         ]
     )
@@ -404,6 +415,10 @@ def learns(row: dict[str, Any]) -> bool:
 
 def _excess(row: dict[str, Any], kind: str) -> str:
     return f"{row['excess'][kind]:.3f}" if learns(row) and kind in row["excess"] else ""
+
+
+def _error(row: dict[str, Any]) -> str:
+    return f" ± {row['excess_error']:.3f}" if learns(row) and row["seeds"] > 1 else ""
 
 
 def has_new_head(name: str) -> bool:
