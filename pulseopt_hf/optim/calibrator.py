@@ -132,9 +132,7 @@ class Calibrator:
     @property
     def ramp(self) -> float:
         """Factor on the base LR in the step that runs, while the LR rises to what was found."""
-        if self.phase != "watching":
-            return 1.0
-        return self._watch.ramp(len({trial.step for trial in self.search.trials}))
+        return self._watch.ramp if self.phase == "watching" else 1.0
 
     @property
     def outcome(self) -> Outcome | None:

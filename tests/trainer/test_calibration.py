@@ -119,10 +119,9 @@ def test_what_is_found_is_the_base_lr_everywhere(train: Make, caplog: Any) -> No
         rates = logged(trainer, "learning_rate")
         assert rates[3] == pytest.approx(3e-5)  # of the schedule that was set, while it is tried
         for step in range(TRIAL_STEPS, 60):
-            # The warm-up gets its steps back while the net hangs; no event tells a log of it.
+            # The warm-up gets the trials' steps back; no event tells a log of it.
             watched = step - TRIAL_STEPS + 2  # the last trial's batch is trained on
-            is_less = step < FIRST_EPISODE and road != "events"
-            share = watched / (watched + TRIAL_STEPS) if is_less else 1.0
+            share = 1.0 if road == "events" else min(1.0, watched / min(step + 1, 11))
             shape = min(step / 10, (60 - step) / 50)
             assert rates[step] == pytest.approx(found * share * shape)
         assert messages(caplog) == [str(outcome)]
