@@ -23,7 +23,7 @@ from pulseopt_hf.report.commands import report
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.wording import counted, described
 
-_ARMS = ("--lr_candidates", "0.5", "1.0", "2.0")
+_ARMS = ("--bandit", "conservative_ucb", "--lr_candidates", "0.5", "1.0", "2.0")
 _UNTOUCHED = ("--calibration", "off", "--eval_on_start", "false", "--eval_strategy", "no")
 _PYTHON = os.path.relpath(sys.executable)
 

@@ -20,7 +20,7 @@ def test_the_quickstart_shows_what_was_found_earned_and_won_and_each_fact_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    code = quickstart.main(["--max_steps", "60", "--output_dir", str(folder)])
+    code = quickstart.main(["--max_steps", "120", "--output_dir", str(folder)])
     output = capsys.readouterr().out
     assert code == 0
     run = read_run(folder)
@@ -39,7 +39,7 @@ def test_the_quickstart_shows_what_was_found_earned_and_won_and_each_fact_once(
     assert found.startswith("Learning rate calibrated: 5e-05 was set, ")
     for arm in run.arms():
         assert f"x{arm.lr_multiplier:g} {arm.mean:+.4f} in {arm.plays} episode" in arms
-    assert f"After 60 steps: eval loss {ours:.3f}, perplexity " in won
+    assert f"After 120 steps: eval loss {ours:.3f}, perplexity " in won
     assert f"With 5e-05 untouched: eval loss {untouched:.3f}, perplexity " in won
     assert won.endswith(f"That is {untouched - ours:.3f} lower.")
     assert str(folder / "report.html") in page

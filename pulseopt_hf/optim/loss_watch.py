@@ -14,7 +14,6 @@ from pulseopt_hf.aees.json_checks import (
     field,
     flag,
     integer,
-    later_field,
     list_of,
     number,
 )
@@ -44,24 +43,12 @@ class LossWatch:
         self._losses = LossBuffer()
         self._at_origin = 0  # how many of them
         self._last_lr = 0.0  # base LR in the step before
-        self._rose = 0  # steps that the schedule's warm-up went on for
         self.steps = 0  # since the LR was set
 
     @property
     def ramp(self) -> float:
-        """Factor on the base LR in the step that runs.
-
-        A warm-up of the schedule gets the steps back that passed at the origin.
-        """
-        step = self.steps + 1
-        if not self._warms_up:
-            return min(1.0, step / self._longest)
-        rose = self._rose + (self._rose == self.steps and self._lr > self._last_lr)
-        return min(1.0, step / (rose + self._at_origin))
-
-    @property
-    def _lr(self) -> float:
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+        """Factor on the base LR in the step that runs; 1 where the schedule has a warm-up."""
+        return 1.0 if self._warms_up else min(1.0, (self.steps + 1) / self._longest)
 
     def add_origin(self, loss: float | Tensor) -> None:
         """Note the loss of a step at the origin, shape ()."""
@@ -76,11 +63,14 @@ class LossWatch:
         """
         if loss is not None:
             self._losses.append(loss)
-        rises, self._last_lr = self._lr > self._last_lr, self._lr
-        self._rose += rises and self._rose == self.steps
         self.steps += 1
-        is_warm = self._warms_up and self.steps >= SHORTEST_WATCH and not rises
-        return is_warm or self.steps >= self._longest
+        return self.steps >= self._longest or (self._warms_up and self._is_warm())
+
+    def _is_warm(self) -> bool:
+        """Whether the schedule's warm-up is over, and the watch was long enough."""
+        now = max(float(group["lr"]) for group in self._optimizer.param_groups)
+        rises, self._last_lr = now > self._last_lr > 0.0, now
+        return self.steps >= SHORTEST_WATCH and not rises
 
     def agree(self, agreement: Agreement) -> None:
         """Average the losses over ranks; every rank must call it."""
@@ -101,7 +91,6 @@ class LossWatch:
             "at_origin": self._at_origin,
             "watched": self.steps,
             "last_lr": self._last_lr,
-            "rose": self._rose,
             "longest": self._longest,
             "warms_up": self._warms_up,
         }
@@ -116,7 +105,6 @@ class LossWatch:
         at_origin = field(state, "at_origin", integer)
         steps = field(state, "watched", integer)
         last_lr = field(state, "last_lr", number)
-        rose = later_field(state, "rose", integer, before=steps)
         longest = field(state, "longest", integer)
         warms_up = field(state, "warms_up", flag)
         if longest < SHORTEST_WATCH:
@@ -125,6 +113,5 @@ class LossWatch:
             raise StateError(f"`at_origin` is {at_origin}, and there are {len(losses)} losses.")
         self._losses = LossBuffer()
         self._losses.restore(losses)
-        self._at_origin, self.steps = at_origin, steps
-        self._last_lr, self._rose = last_lr, rose
+        self._at_origin, self.steps, self._last_lr = at_origin, steps, last_lr
         self._longest, self._warms_up = longest, warms_up

@@ -119,11 +119,7 @@ def test_what_is_found_is_the_base_lr_everywhere(train: Make, caplog: Any) -> No
         rates = logged(trainer, "learning_rate")
         assert rates[3] == pytest.approx(3e-5)  # of the schedule that was set, while it is tried
         for step in range(TRIAL_STEPS, 60):
-            # The warm-up gets the trials' steps back; no event tells a log of it.
-            watched = step - TRIAL_STEPS + 2  # the last trial's batch is trained on
-            share = 1.0 if road == "events" else min(1.0, watched / min(step + 1, 11))
-            shape = min(step / 10, (60 - step) / 50)
-            assert rates[step] == pytest.approx(found * share * shape)
+            assert rates[step] == pytest.approx(found * min(step / 10, (60 - step) / 50))
         assert messages(caplog) == [str(outcome)]
         trainers.append(trainer)
     one, two, three = trainers
