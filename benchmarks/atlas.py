@@ -73,6 +73,7 @@ _SST2, _SUBJ, _MPQA = "glue/sst2/{}.csv", "text/subj/{}.csv", "text/mpqa/{}.csv"
 _COLA, _RTE, _WIKI = "glue/cola/{}.csv", "glue/rte/{}.csv", "wikitext2/{}.txt"
 _SENTENCES = ("--dataset_name", "embedded:sentences", "--separate_texts", "true")
 _SGD = ("--optim", "sgd", "--optim_args", "momentum=0.9")
+_LORA = ("--lora_r", "8", "--lora_alpha", "16")
 _RMSPROP, _ADAGRAD = ("--optim", "rmsprop"), ("--optim", "adagrad")
 
 
@@ -81,10 +82,10 @@ def _gpt(width: int, layers: int = 2) -> tuple[str, ...]:
     return ("--model_config", sizes)
 
 
-def _fine_tuned(start: str, data: str | None, guess: float = 1e-2) -> Setting:
+def _fine_tuned(start: str, data: str | None, guess: float = 1e-2, *options: str) -> Setting:
     """Return a setting that fine-tunes the model of another, on `sentences` or a text file."""
-    options = _SENTENCES if data is None else ()
-    return Setting("gpt", data, start, guess, 300, 16, None, options)
+    words = (*_SENTENCES, *options) if data is None else options
+    return Setting("gpt", data, start, guess, 300, 16, None, words)
 
 
 SETTINGS = {
@@ -145,6 +146,8 @@ SETTINGS = {
     "wikitext2_128_to_sentences": _fine_tuned("wikitext2_128", None, 3e-3),
     "wikitext2_64x4_to_sentences": _fine_tuned("wikitext2_64x4", None),
     "wikitext2_64x6_to_sentences": _fine_tuned("wikitext2_64x6", None, 3e-3),
+    "wikitext2_to_sentences_lora": _fine_tuned("wikitext2_64", None, 1e-2, *_LORA),
+    "wikitext2_64x6_to_sentences_lora": _fine_tuned("wikitext2_64x6", None, 1e-2, *_LORA),
     "sentences_to_wikitext2": _fine_tuned("sentences", _WIKI),
     "sentences_64x6_to_wikitext2": _fine_tuned("sentences_64x6", _WIKI),
     "wikitext2_to_itself": _fine_tuned("wikitext2_64", _WIKI, 3e-3),

@@ -100,6 +100,16 @@ def test_a_measure_that_does_not_answer_to_the_lr_decides_nothing(
     assert len(search.trials) == MOST_TRIALS
 
 
+@pytest.mark.parametrize("set_lr", [1e-6, 1e-2, 10.0])
+def test_the_weights_decide_where_the_outputs_move_a_twentieth_as_far_and_not_below(
+    set_lr: float,
+) -> None:
+    search = run(Model(1e-2 / 0.07, weight_lr=1e-2), set_lr)
+    assert search.learning_rate == pytest.approx(1e-2, rel=0.01)
+    assert search.limited_by == "weights"
+    assert run(Model(1e-2 / 0.03, weight_lr=1e-2), set_lr).failed
+
+
 @pytest.mark.parametrize("movement", [math.nan, math.inf, 1e12, NOT_FINITE])
 def test_a_movement_that_is_not_finite_counts_as_the_largest(movement: float) -> None:
     assert finite_movement(movement) == NOT_FINITE
