@@ -90,15 +90,15 @@ def _fine_tuned(start: str, data: str | None, guess: float = 1e-2, *options: str
 
 SETTINGS = {
     # Less than one pass, or one.
-    "sst2": Setting("sst2", _SST2, 2, 3e-4, 600, 8, seeds=3),
+    "sst2": Setting("sst2", _SST2, 2, 3e-4, 600, 8),
     "sst2_short": Setting("sst2", _SST2, 2, 3e-4, 150, 16, seeds=3),
-    "sst2_batch_4": Setting("sst2", _SST2, 2, 3e-4, 600, 4, seeds=3),
+    "sst2_batch_4": Setting("sst2", _SST2, 2, 3e-4, 600, 4),
     "sst2_batch_64": Setting("sst2", _SST2, 2, 3e-4, 150, 64, seeds=3),
     "sst2_4_layers": Setting("sst2", _SST2, 4, 1e-4, 600, 8),
     "sst2_minilm": Setting("sst2", _SST2, 6, 1e-4, 300, 16),
     "sst2_lora_4": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "4")),
     "sst2_lora_32": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "32")),
-    "subj": Setting("subj", _SUBJ, 2, 3e-4, 600, 8, seeds=3),
+    "subj": Setting("subj", _SUBJ, 2, 3e-4, 600, 8),
     "subj_adafactor": Setting("subj", _SUBJ, 2, 1e-3, 600, 8, None, ("--optim", "adafactor")),
     "subj_sgd": Setting("subj", _SUBJ, 2, 3e-2, 600, 8, None, _SGD),
     "subj_schedule_free": Setting(
@@ -111,11 +111,11 @@ SETTINGS = {
         None,
         ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant"),
     ),
-    "mpqa": Setting("mpqa", _MPQA, 2, 3e-4, 600, 8, seeds=3),
-    "six_classes": Setting("six_classes", SIX, 2, 1e-4, 600, 8, seeds=3),
+    "mpqa": Setting("mpqa", _MPQA, 2, 3e-4, 600, 8),
+    "six_classes": Setting("six_classes", SIX, 2, 1e-4, 600, 8),
     # Several passes.
     "sst2_5_passes": Setting("sst2", _SST2, 2, 1e-4, 312, 16, 1000, seeds=3),
-    "sst2_3_passes": Setting("sst2", _SST2, 2, 1e-4, 750, 16, 4000, seeds=3),
+    "sst2_3_passes": Setting("sst2", _SST2, 2, 1e-4, 750, 16, 4000),
     "sst2_8_passes": Setting("sst2", _SST2, 2, 1e-4, 2400, 16, 4800),
     "cola_3_passes": Setting("cola", _COLA, 2, 1e-4, 800, 32),
     "rte_3_passes": Setting("rte", _RTE, 6, 3e-5, 468, 16),
