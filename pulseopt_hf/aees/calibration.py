@@ -18,13 +18,14 @@ from pulseopt_hf.aees.json_checks import (
     integer,
     list_of,
     number,
+    optional,
 )
 
 SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
-LAYERS = 2.0  # for which `OUTPUT_RADIUS` stands; without a new head it grows with their number
+LAYERS = 2.0  # of a new model, for which `OUTPUT_RADIUS` stands; it grows with their number
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
 RETREAT = 30.0  # divisor after a trial whose outputs are not finite
@@ -88,7 +89,7 @@ class Outcome:
         reason: why none was found, or `None`.
         step: global step of the decision.
         divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
-            below 1 for many layers.
+            below 1 for a new model with many layers.
     """
 
     set_lr: float
@@ -107,7 +108,7 @@ class Outcome:
         if self.divisor > 1.0:
             divided = f", divided by {self.divisor:.3g} for the repeated passes over the data"
         elif self.divisor < 1.0:
-            divided = f", times {1.0 / self.divisor:.3g} for its layers"
+            divided = f", times {1.0 / self.divisor:.3g} for the layers of a new model"
         return (
             f"Learning rate calibrated: {self.set_lr:.3g} was set, {self.learning_rate:.3g} is "
             f"used ({self.learning_rate / self.set_lr:.3g} times). It is the highest at which one "
@@ -136,9 +137,8 @@ class Calibration:
     A run of n passes over its data divides that by n^PASSES_EXPONENT: with a new head, a pretrained
     model learns the rows by heart in later passes.
 
-    All layers move the outputs of a model the same way in the first step, and no more in later
-    ones. So with L > LAYERS layers their radius is L / LAYERS times as large. Not under a new head,
-    where it is the body's movement that limits the LR.
+    All layers of a new model move its outputs the same way in the first step, and no more in later
+    ones. So the outputs' radius of one with L > LAYERS layers is L / LAYERS times as large.
 
     The search begins far below the LR that was set and goes to half of what the last trial allows:
     the outputs of a model from scratch soon saturate, and a step that hardly moves them further may
@@ -154,19 +154,19 @@ class Calibration:
     Args:
         set_lr: the highest peak LR of all parameter groups, as the user set it, > 0.
         passes: of the run over its data, where that matters; less than one counts as one.
-        layers: of the model; 0 under a new head.
+        new_layers: layers of a new model; `None` for one that was trained before.
 
     Raises:
         ValueError: the LR or the passes are not a number, or not > 0.
     """
 
-    def __init__(self, set_lr: float, passes: float = 1.0, layers: int = 0) -> None:
+    def __init__(self, set_lr: float, passes: float = 1.0, new_layers: int | None = None) -> None:
         for name, value in (("set_lr", set_lr), ("passes", passes)):
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"`{name}` must be a number > 0, got {value!r}.")
         self.set_lr = set_lr
         self.passes = max(1.0, passes)
-        self.layers = layers
+        self.new_layers = new_layers
         self.trials: list[Trial] = []
 
     @property
@@ -200,7 +200,7 @@ class Calibration:
         """The LR found; `None` before the search has ended, and where nothing was found."""
         if len(self._trusted) < TRUSTED:
             return None
-        once = _allowed(self._trusted, self.reach)[0]
+        once = _allowed(self._trusted, self._reach)[0]
         return _bounded(once / self.passes**PASSES_EXPONENT)
 
     @property
@@ -209,7 +209,7 @@ class Calibration:
         if not self._trusted:
             return 1.0
         at_radius = _allowed(self._trusted, 1.0)[0]
-        reached = _allowed(self._trusted, self.reach)[0]
+        reached = _allowed(self._trusted, self._reach)[0]
         return float(self.passes**PASSES_EXPONENT * at_radius / reached)
 
     @property
@@ -220,16 +220,16 @@ class Calibration:
     @property
     def limited_by(self) -> str | None:
         """What limits the LR found: `outputs` or `weights`."""
-        return None if self.learning_rate is None else _allowed(self._trusted, self.reach)[1]
+        return None if self.learning_rate is None else _allowed(self._trusted, self._reach)[1]
 
     def add(self, trial: Trial) -> None:
         """Add a trial that was taken at `next_lr`."""
         self.trials.append(trial)
 
     @property
-    def reach(self) -> float:
-        """Factor on the outputs' radius, for the layers."""
-        return max(1.0, self.layers / LAYERS)
+    def _reach(self) -> float:
+        """Factor on the outputs' radius."""
+        return max(1.0, (self.new_layers or 0) / LAYERS)
 
     @property
     def _trusted(self) -> list[Trial]:
@@ -255,7 +255,7 @@ class Calibration:
         return {
             "set_lr": self.set_lr,
             "passes": self.passes,
-            "layers": self.layers,
+            "new_layers": self.new_layers,
             "trials": [asdict(trial) for trial in self.trials],
         }
 
@@ -267,11 +267,12 @@ class Calibration:
         """
         set_lr = field(state, "set_lr", _positive)
         passes = field(state, "passes", _at_least_one)
-        layers = field(state, "layers", integer)
+        new_layers = field(state, "new_layers", optional(integer))
         trials = field(state, "trials", list_of(trial_from_json))
         if len(trials) > MOST_TRIALS:
             raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(trials)}.")
-        self.set_lr, self.passes, self.layers, self.trials = set_lr, passes, layers, trials
+        self.set_lr, self.passes, self.trials = set_lr, passes, trials
+        self.new_layers = new_layers
 
 
 def trial_from_json(value: object, name: str) -> Trial:

@@ -108,7 +108,7 @@ class Calibrator:
             passes = 1.0  # only such a model learns its rows by heart
         self.search = Calibration(max(self._set_lrs), passes, newness.layers)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.probe = Probe(model, agreement, device, newness.body, self.search.reach)
+        self.probe = Probe(model, agreement, device, newness.body)
         self._buffers = list(model.buffers())
         self._versions = [buffer._version for buffer in self._buffers]
         self._parameters = list(model.parameters()) if is_stepped_by_deepspeed(optimizer) else []

@@ -105,7 +105,7 @@ def distance(before: Reading, after: Reading) -> float:
     return float((after.values - before.values).square().sum())
 
 
-def unit(before: Reading, noisy: Reading, reach: float = 1.0) -> float:
+def unit(before: Reading, noisy: Reading) -> float:
     """Return the squared distance that counts as one unit of movement.
 
     Noise moves embeddings of a trained encoder further than any good step does, as far as their
@@ -114,11 +114,10 @@ def unit(before: Reading, noisy: Reading, reach: float = 1.0) -> float:
     Args:
         before: a reading.
         noisy: the same output's under `noise`.
-        reach: factor on the radius of the outputs for their layers, which embeddings do without.
     """
     if before.is_embedding:
         spread = before.values - before.values.mean(dim=0)
-        return (EMBEDDING_UNIT / reach) ** 2 * float(spread.square().sum())
+        return EMBEDDING_UNIT**2 * float(spread.square().sum())
     return distance(before, noisy) * (BODY_UNIT**2 if before.is_body else 1.0)
 
 

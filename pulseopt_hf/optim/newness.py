@@ -22,14 +22,14 @@ class Newness:
     """What of a model is new.
 
     Attributes:
+        layers: number of layers of a model that is new as a whole; `None` for one that was trained.
         has_new_head: whether a model that was trained has a head that was not.
         body: what gives that head its input: the last layer, where layers are in a list.
-        layers: of a model without such a head.
     """
 
+    layers: int | None = None
     has_new_head: bool = False
     body: nn.Module | None = None
-    layers: int = 0
 
 
 @torch.no_grad()
@@ -70,9 +70,9 @@ def newness_of(model: nn.Module, agreement: Agreement) -> Newness:
             known += count
             new += count * is_new
             has_new_head |= is_new and outer
-    if not has_new_head or new > MOSTLY * known:
+    if new > MOSTLY * known:
         return Newness(layers=len(layers))
-    return Newness(has_new_head, layers[-1] if layers else None)
+    return Newness(None, has_new_head, layers[-1] if layers and has_new_head else None)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -61,7 +61,6 @@ class Probe:
         agreement: how ranks agree; all of them replay equally many calls.
         device: device of the parameters.
         body: last layer of a model whose head is new, which is read beside the outputs.
-        reach: factor on the radius of the outputs, see `unit`.
     """
 
     def __init__(
@@ -70,11 +69,10 @@ class Probe:
         agreement: Agreement,
         device: torch.device,
         body: nn.Module | None = None,
-        reach: float = 1.0,
     ) -> None:
         self._agreement = agreement
         self._device = device
-        self._body, self._reach = body, reach
+        self._body = body
         self._modules = list(_wrappers(model))
         self._depth = 0
         self._rows = 0
@@ -147,8 +145,7 @@ class Probe:
                 with noise(self._modules[0]):
                     (noisy,) = self._replay([calls[index]], seed=DRAWS * index + draw)
                 for before, after in zip(self._before[index], noisy, strict=True):
-                    one = unit(before, after, self._reach)
-                    self._units[index][before.is_body] += one / DRAWS
+                    self._units[index][before.is_body] += unit(before, after) / DRAWS
 
     def end_step(self) -> None:
         """Keep the calls of the step that ends, for the trials of later ones."""

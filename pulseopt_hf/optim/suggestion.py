@@ -30,7 +30,7 @@ class Suggestion:
         set_lr: the LR that was set.
         reason: why nothing was found, or `None`.
         divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
-            below 1 for many layers.
+            below 1 for a new model with many layers.
         replayed_rows: rows of the forward passes without gradient that measured the trials.
     """
 

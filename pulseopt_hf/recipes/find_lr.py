@@ -111,7 +111,7 @@ def _advice(suggestion: Suggestion, shown: str) -> list[str]:
     if suggestion.divisor > 1.0:
         divided = f" That was divided by {suggestion.divisor:.2g} for the repeated passes."
     elif suggestion.divisor < 1.0:
-        divided = f" A model of many layers may take {1.0 / suggestion.divisor:.2g} times that."
+        divided = f" A new model of many layers may take {1.0 / suggestion.divisor:.2g} times that."
     return [
         "A step may move the outputs, which are what the model computes, at most "
         f"{OUTPUT_RADIUS:g} times as far as",

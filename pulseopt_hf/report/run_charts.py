@@ -118,7 +118,7 @@ def trials_plot(
 
     A line leads to where the limit `limited_by`, `outputs` or `weights`, is reached. The LR that
     was found is marked on it: there, or lower by `divisor` for repeated passes over the data, or
-    higher by it for many layers.
+    higher by it for the layers of a new model.
     Where `limited_by` is `None` nothing was found.
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]

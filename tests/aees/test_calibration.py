@@ -42,8 +42,10 @@ class Model:
         return Trial(lr, movement, WEIGHT_RADIUS * lr / self.weight_lr, step == 0, step)
 
 
-def run(model: Model, set_lr: float, passes: float = 1.0, layers: int = 0) -> Calibration:
-    search = Calibration(set_lr, passes, layers)
+def run(
+    model: Model, set_lr: float, passes: float = 1.0, new_layers: int | None = None
+) -> Calibration:
+    search = Calibration(set_lr, passes, new_layers)
     for step in range(100):
         while not search.is_done:
             search.add(model.trial(search.next_lr, step))
@@ -128,7 +130,7 @@ def test_the_state_is_json_and_continues_exactly_from_every_trial() -> None:
         search = Calibration(1e-2)
         for trial in whole.trials[:stop]:
             search.add(trial)
-        restored = Calibration(1.0, passes=5.0, layers=3)
+        restored = Calibration(1.0, passes=5.0, new_layers=3)
         restored.load_state_dict(json.loads(json.dumps(search.state_dict())))
         assert restored.next_lr == search.next_lr
         assert restored.batch_is_done == search.batch_is_done
@@ -168,14 +170,14 @@ def test_passes_over_the_data_divide_the_lr_of_a_pretrained_model(passes: float)
     assert search.limited_by == "outputs"
 
 
-def test_the_outputs_may_move_further_the_more_layers_there_are() -> None:
+def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() -> None:
     for layers, factor in ((0, 1.0), (2, 1.0), (8, 4.0), (12, 6.0)):
-        search = run(Model(1e-3, weight_lr=1e3), 1e-5, layers=layers)
+        search = run(Model(1e-3, weight_lr=1e3), 1e-5, new_layers=layers)
         assert search.learning_rate == pytest.approx(factor * 1e-3, rel=0.01)
         assert search.limited_by == "outputs"
         assert search.divisor == pytest.approx(1.0 / factor)
     # The weights' radius stays.
-    search = run(Model(1e-3, weight_lr=2e-3), 1e-5, layers=12)
+    search = run(Model(1e-3, weight_lr=2e-3), 1e-5, new_layers=12)
     assert search.learning_rate == pytest.approx(2e-3, rel=0.01)
     assert search.limited_by == "weights"
 
@@ -196,7 +198,7 @@ def test_an_outcome_is_one_line_with_both_lrs_and_how_to_keep_the_old_one() -> N
     several = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 2.9))
     assert "too far, divided by 2.9 for the repeated passes over the data. To keep" in several
     deep = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 0.25))
-    assert "too far, times 4 for its layers. To keep" in deep
+    assert "too far, times 4 for the layers of a new model. To keep" in deep
     kept = str(Outcome(2e-5, 2e-5, None, "it is zero", 5))
     assert kept == (
         "The learning rate is not calibrated: it is zero. The one that was set is used."

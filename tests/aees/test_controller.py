@@ -74,7 +74,7 @@ def test_knobs_that_only_watch_over_a_run_may_change() -> None:
         ({"noise_bandits": [{}]}, "`noise_bandits` must have 0 items"),
         ({"lr_bandit": None}, "mapping with `plays`"),
         ({"episode": {"lr_index": 3, "noise_index": 0, "context": None}}, "names no candidate"),
-        ({"records": {}}, "has no `lr_index`"),
+        ({"records": {}}, "has no `ema_start`"),
         ({"rewards": [0.0]}, "differ in length"),
     ],
 )

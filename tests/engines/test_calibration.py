@@ -21,7 +21,7 @@ def found_by(trainer: Any) -> dict[str, Any]:
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
         "trials": [asdict(trial) for trial in search.trials],
-        "layers": search.layers,
+        "layers": search.new_layers,
         "found": search.learning_rate,
         "used": max(trainer.lr_scheduler.base_lrs),
         "losses": logged(trainer),

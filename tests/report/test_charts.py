@@ -302,7 +302,7 @@ def test_the_lr_that_was_found_is_marked_where_its_movement_reaches_what_is_allo
     (star,), (first, last) = stars(plot), plot.data["line"]
     assert star["rate"] == pytest.approx(run.calibrated_lr, rel=1e-7)
     # The limit is reached where the line ends, and the LR lies on it, divided for repeated passes,
-    # or beyond, for many layers.
+    # or beyond, for the layers of a new model.
     assert star["share"] == 1.0 / divisor
     assert last["share"] == max(1.0, star["share"])
     for row in (first, star):
