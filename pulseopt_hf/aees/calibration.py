@@ -281,8 +281,9 @@ def trial_from_json(value: object, name: str) -> Trial:
     Raises:
         StateError: an attribute is missing or of another type.
     """
-    checks = {"learning_rate": _positive, "movement": _movement, "weight_movement": _movement}
-    return dataclass_of(Trial, value, **checks)
+    return dataclass_of(
+        Trial, value, learning_rate=_positive, movement=_movement, weight_movement=_movement
+    )
 
 
 def outcome_from_json(value: object, name: str) -> Outcome:
@@ -291,8 +292,9 @@ def outcome_from_json(value: object, name: str) -> Outcome:
     Raises:
         StateError: an attribute is missing or of another type.
     """
-    checks = dict.fromkeys(("set_lr", "learning_rate", "divisor"), _positive)
-    return dataclass_of(Outcome, value, **checks)
+    return dataclass_of(
+        Outcome, value, set_lr=_positive, learning_rate=_positive, divisor=_positive
+    )
 
 
 def finite_movement(movement: float) -> float:
