@@ -112,7 +112,7 @@ def reward(losses: list[float], kind: str) -> float:
         epsilon=knobs.reward_epsilon,
         clip_min=knobs.reward_clip_min,
         clip_max=knobs.reward_clip_max,
-    ).value
+    ).reward
 
 
 def main() -> None:
