@@ -94,10 +94,10 @@ def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
 
 @contextmanager
 def leaving_ranks() -> Iterator[None]:
-    """Leave the process group in the end; a rank that keeps it can abort when Python exits.
+    """Leave the process group at the end; a rank that keeps it can abort when Python exits.
 
-    A failed rank keeps it: others may be waiting for it, and NCCL would wait for them. What a user
-    can put right, all ranks meet.
+    A rank that failed keeps it, as others may wait for it, and NCCL would wait for them. A
+    `UsageError` is raised on all ranks.
     """
     from torch import distributed
 
