@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pulseopt_hf.aees.arms import Arm
@@ -27,9 +27,9 @@ from pulseopt_hf.aees.episode_record import (
 from pulseopt_hf.aees.json_checks import (
     StateDict,
     StateError,
+    anything,
     field,
     integer,
-    later_field,
     list_of,
     optional,
     shorten,
@@ -246,18 +246,13 @@ class Controller:
         self.records.append(record)
         closed = self.closed
         if settled(closed) == closed:
-            self._leave_out([*kept_numbers(closed - 1), closed])
-        self.episode = None
-        return record
-
-    def _leave_out(self, numbers: Sequence[int]) -> None:
-        """Keep of the records, which have these numbers, those that are to be kept."""
-        kept = set(kept_numbers(self.closed))
-        if len(kept) < len(self.records):
-            numbered = list(zip(numbers, self.records, strict=True))
+            kept = set(kept_numbers(closed))
+            numbered = list(zip([*kept_numbers(closed - 1), closed], self.records, strict=True))
             gone = [record for number, record in numbered if number not in kept]
             self.records = [record for number, record in numbered if number in kept]
             self.left_out = sum_up(gone, self.left_out)
+        self.episode = None
+        return record
 
     def sound_loss(self) -> float | None:
         """Return the smoothed loss that the last sound episode ended with, if there was one."""
@@ -313,11 +308,11 @@ class Controller:
                 f"The saved state has version {version}, this release of pulseopt_hf reads "
                 f"version {STATE_VERSION}. Resume with the release that wrote it."
             )
-        check_settings(field(state, "settings", _anything), self.config)
+        check_settings(field(state, "settings", anything), self.config)
         records = field(state, "records", records_from_json)
-        left_out: list[ArmTotals] = later_field(state, "left_out", totals_from_json, before=[])
+        left_out: list[ArmTotals] = field(state, "left_out", totals_from_json)
         closed = len(records) + sum(arm.plays for arm in left_out)
-        if left_out and len(records) != len(kept_numbers(closed)):
+        if len(records) != len(kept_numbers(closed)):
             raise StateError(
                 f"`records` has {len(records)} of {closed} episodes and must have "
                 f"{len(kept_numbers(closed))}."
@@ -325,13 +320,12 @@ class Controller:
         episode = field(state, "episode", optional(self._episode_from_json))
         fresh = Controller(self.config)
         if fresh._lr_bandit:
-            fresh._lr_bandit.load_state_dict(field(state, "lr_bandit", _anything))
-        saved = field(state, "noise_bandits", list_of(_anything, len(fresh._noise_bandits)))
+            fresh._lr_bandit.load_state_dict(field(state, "lr_bandit", anything))
+        saved = field(state, "noise_bandits", list_of(anything, len(fresh._noise_bandits)))
         for bandit, bandit_state in zip(fresh._noise_bandits, saved, strict=True):
             bandit.load_state_dict(bandit_state)
         self._lr_bandit, self._noise_bandits = fresh._lr_bandit, fresh._noise_bandits
         self.records, self.left_out, self.episode = records, left_out, None
-        self._leave_out(range(1, self.closed + 1))  # an earlier release has kept all
         if episode is not None:
             self.open(*episode)
 
@@ -356,7 +350,7 @@ def check_settings(saved: object, config: PulseOptConfig) -> None:
     differing = [
         f"`{name}` was {shorten(old)} and is now {new!r}"
         for name, new in method_settings(config).items()
-        if (old := _saved_setting(saved, name)) != new
+        if (old := field(saved, name, anything)) != new
     ]
     if differing:
         raise StateError(
@@ -366,16 +360,6 @@ def check_settings(saved: object, config: PulseOptConfig) -> None:
         )
 
 
-# What knobs meant before they were there: version 1 was saved without them.
-_BEFORE = {"calibration": "off", "bandit": "discounted_ucb", "reward": "smoothed"}
-
-
-def _saved_setting(saved: object, name: str) -> object:
-    if name in _BEFORE and isinstance(saved, Mapping) and name not in saved:
-        return _BEFORE[name]
-    return field(saved, name, _anything)
-
-
 def _bandit_factory(config: PulseOptConfig) -> BanditFactory:
     if config.control_mode == "random":
         return RandomBandit
@@ -383,7 +367,3 @@ def _bandit_factory(config: PulseOptConfig) -> BanditFactory:
     if config.context_mode == "trend":
         return functools.partial(TrendBandit, bandit=bandit)
     return bandit
-
-
-def _anything(value: object, name: str) -> object:
-    return value

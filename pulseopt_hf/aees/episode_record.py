@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,6 @@ _ATTRIBUTE_OF_KEY = {
 _CONTEXT_KEY = "context_buckets"
 _OUTCOME_KEY = "episode_outcomes"
 LOG_KEYS = (*_ATTRIBUTE_OF_KEY, _CONTEXT_KEY)
-_LATER = ("outcome", "learning_rate")  # columns that the first saved states lack
 
 
 def to_logs(
@@ -103,12 +102,10 @@ def records_to_json(records: Sequence[EpisodeRecord]) -> StateDict:
 
 def records_from_json(value: object, name: str) -> list[EpisodeRecord]:
     """Rebuild what `records_to_json` returned."""
-    columns: dict[str, list[Any]] = {}
-    for column, check in checks_of(EpisodeRecord).items():
-        if column in _LATER and isinstance(value, Mapping) and column not in value:
-            columns[column] = [None] * len(columns["reward"])
-        else:
-            columns[column] = field(value, column, list_of(check))
+    columns = {
+        column: field(value, column, list_of(check))
+        for column, check in checks_of(EpisodeRecord).items()
+    }
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
         raise StateError(f"The columns of `{name}` differ in length: {sorted(lengths)}.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -32,13 +32,6 @@ def field(state: object, name: str, check: Callable[[object, str], T]) -> T:
     if name not in state:
         raise StateError(f"The saved state has no `{name}`.")
     return check(state[name], name)
-
-
-def later_field(state: object, name: str, check: Callable[[object, str], T], *, before: T) -> T:
-    """Return `field`, or `before` from a state that was saved before there was the field."""
-    if isinstance(state, Mapping) and name not in state:
-        return before
-    return field(state, name, check)
 
 
 def integer(value: object, name: str) -> int:
@@ -114,27 +107,19 @@ def list_of(
     return check_list
 
 
-def dataclass_of(
-    kind: type[T], value: object, *, later: Collection[str] = (), **checks: Check
-) -> T:
+def dataclass_of(kind: type[T], value: object, **checks: Check) -> T:
     """Rebuild an instance of a dataclass from a mapping of its fields.
 
     Args:
         kind: the dataclass.
         value: the mapping; it may have other items as well.
-        later: fields that states of earlier releases lack; they get their default.
         **checks: of fields whose type alone does not say what they may be.
 
     Raises:
         StateError: a field is missing or of another type.
     """
-    lacking = {name for name in later if isinstance(value, Mapping) and name not in value}
-    content = {
-        name: field(value, name, check)
-        for name, check in {**checks_of(kind), **checks}.items()
-        if name not in lacking
-    }
-    return kind(**content)
+    wanted = {**checks_of(kind), **checks}
+    return kind(**{name: field(value, name, check) for name, check in wanted.items()})
 
 
 def checks_of(kind: type) -> dict[str, Check]:

@@ -208,8 +208,7 @@ def _head(content: object) -> Head:
             f"has format version {version}, and this release of pulseopt_hf reads up to version "
             f"{FORMAT_VERSION}. Upgrade pulseopt_hf to the release that wrote it."
         )
-    later = ("left_out", "left_out_logs", "arguments")
-    return dataclass_of(Head, content, later=later, versions=_texts, left_out=totals_from_json)
+    return dataclass_of(Head, content, versions=_texts, left_out=totals_from_json)
 
 
 def _texts(value: object, name: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -28,7 +28,6 @@ from pulseopt_hf.aees.json_checks import (
     StateError,
     field,
     flag,
-    later_field,
     list_of,
     number,
     text,
@@ -319,17 +318,12 @@ class Calibrator:
         Raises:
             StateError: the state is damaged.
         """
-        if isinstance(state, Mapping) and "outcomes" not in state:
-            raise StateError(
-                "The saved calibration is of an earlier release of pulseopt_hf, where it worked "
-                "otherwise. Resume with that release, or start a new run."
-            )
         phase = field(state, "phase", text)
         if phase not in _PHASES:
             raise StateError(f"`phase` must be one of {', '.join(_PHASES)}, got {phase!r}.")
         outcomes = field(state, "outcomes", list_of(outcome_from_json))
         is_new = field(state, "is_new", flag)
-        pace = later_field(state, "pace", number, before=1.0)
+        pace = field(state, "pace", number)
         if not 0.0 < pace <= 1.0:
             raise StateError(f"`pace` must be in (0, 1], got {pace}.")
         watch = copy.copy(self._watch)

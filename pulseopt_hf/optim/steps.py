@@ -17,7 +17,6 @@ from pulseopt_hf.aees.json_checks import (
     anything,
     field,
     integer,
-    later_field,
     number,
     optional,
 )
@@ -359,8 +358,8 @@ class EpisodicSteps:
         skipped = field(state, "skipped_steps", integer)
         consecutive = field(state, "consecutive_skips", integer)
         noise_seed = field(state, "noise_seed", integer)
-        learning_rate = later_field(state, "learning_rate", optional(number), before=None)
-        calibration = later_field(state, "calibration", anything, before=None)
+        learning_rate = field(state, "learning_rate", optional(number))
+        calibration = field(state, "calibration", anything)
         episodes = self._episodes.resumed(state)
         if self.calibrator is not None and calibration is not None:
             self.calibrator.load_state_dict(calibration)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import pulseopt_hf
-from pulseopt_hf import AEES, PulseOptConfig
+from pulseopt_hf import PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError, left_out
 from tests.robustness.fuzz import (
     LOADED,
@@ -89,18 +87,6 @@ def test_a_newer_version_names_itself_and_what_to_do() -> None:
         Controller(PulseOptConfig(**SETTINGS)).load_state_dict({**state, "version": 99})
 
 
-def test_a_state_of_the_first_version_still_loads() -> None:
-    """Written by the release before calibration and the divergence guard."""
-    file = Path(__file__).parent / "state_version_1.json"
-    state = json.loads(file.read_text())
-    assert "calibration" not in state["controller"]["settings"]
-    assert "outcome" not in state["controller"]["records"]
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=3, seed=0)
-    aees.load_state_dict(state)
-    assert aees.get_logs()["episode_rewards"] == state["controller"]["records"]["reward"]
-
-
 def test_totals_that_cannot_be_are_refused(few_kept: None) -> None:
     """Those of an arm that is there twice, and of other episodes than are left out."""
     aees = played()
@@ -115,23 +101,6 @@ def test_totals_that_cannot_be_are_refused(few_kept: None) -> None:
     ):
         with pytest.raises(StateError, match=said):
             Controller(aees.config).load_state_dict({**state, "left_out": wrong})
-
-
-@pytest.mark.parametrize("phase", ["trials", "done"])
-def test_a_calibration_of_an_earlier_kind_is_refused(phase: str) -> None:
-    """One that measured losses, and whose trials were steps of the run; as it was saved."""
-    trial = {"scale": 0.0033, "loss_movement": 0.0001, "weight_movement": 0.0006}
-    trial |= {"probe_before": 3.8788, "probe_after": 3.8781, "step": 0, "kept": False}
-    saved = {"phase": phase, "ramp": True, "scale": 0.8868, "unit": 3.8788, "trials": [trial]}
-    saved |= {"max_steps": 60, "origin": [3.8483, 3.869], "probes": 3, "step": 2, "steps_before": 2}
-    loop, state = Calibrating(), calibrations()["searching"]
-    before = loop.aees.state_dict()
-    message = refusal(loop.aees, {**state, "calibration": saved})
-    assert message is not None
-    assert "is of an earlier release of pulseopt_hf" in message
-    assert loop.aees.state_dict() == before
-    assert refusal(loop.aees, state) is None
-    assert len(loop.aees.get_logs()["calibration_trials"]) > 3
 
 
 @pytest.mark.parametrize("calibration", ["searching", "watching", "done", None])
