@@ -29,7 +29,6 @@ from pulseopt_hf.trainer.card import section
 from pulseopt_hf.trainer.record_writer import RunRecorder
 from tests.conftest import (
     ARMS,
-    give_losses,
     history,
     make_arguments,
     on,
@@ -205,31 +204,6 @@ def test_a_record_that_cannot_be_thinned_is_thinned_later(
     run = read_run(trainer.args.output_dir)
     assert run.episodes == trainer.aees.controller.records
     assert run.status == "finished"
-
-
-def test_a_checkpoint_with_all_episodes_still_loads(
-    few_kept: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As releases wrote it that left nothing out."""
-
-    def play(episodes: int) -> AEES:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-        aees = AEES(optimizer, lr_candidates=[0.5, 1.0], episode_length=2, seed=0)
-        return give_losses(aees, [2.0 - 0.01 * step for step in range(2 * episodes)])
-
-    bounded = play(60)
-    monkeypatch.undo()
-    saved = json.loads(json.dumps(play(60).state_dict()))
-    assert saved["controller"].pop("left_out") == []
-    assert len(saved["controller"]["records"]["reward"]) == 60
-    keep_few(monkeypatch)
-    resumed = play(0)
-    resumed.load_state_dict(saved)
-    assert resumed.controller.records == bounded.controller.records
-    assert resumed.controller.closed == 60
-    for one, other in zip(resumed.controller.totals(), bounded.controller.totals(), strict=True):
-        assert (one.plays, one.steps, one.lowest) == (other.plays, other.steps, other.lowest)
-        assert (one.mean, one.spread) == pytest.approx((other.mean, other.spread))
 
 
 def our_part(checkpoint: Path) -> int:
