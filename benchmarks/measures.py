@@ -11,7 +11,8 @@ about 32 rows of other batches, as the root mean square over the batches:
 - body: the same of what the last layer returns;
 - logits: change of the logits, without what classes share;
 - Fisher: change of log p(y), with y as the model predicts it before the step;
-- weights: norm of the change of the weight matrices over their norm.
+- weights: root mean square of the change of the weight matrices over theirs, of those that move and
+  of those that are not zero.
 
 `--write` puts the result into `benchmarks/results/measures.json`.
 """
@@ -37,7 +38,10 @@ from pulseopt_hf.optim.newness import newness_of
 RESULT = common.RESULTS / "measures.json"
 MEASURES = ("outputs", "body", "logits", "Fisher", "weights")
 ROWS, BATCHES, DRAWS = 32, 5, 4
-KINDS = ("a new head on a trained model", "the same with adapters", "no new head")
+KINDS = (
+    *("a new head on a trained model", "a new head and adapters"),
+    *("no new head", "no new head, but adapters"),
+)
 
 
 def measure(name: str, tuned: float, data: Path, out: Path) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def measure(name: str, tuned: float, data: Path, out: Path) -> dict[str, Any]:
             squares["weights"].append(weights(model, start))
             model.load_state_dict(start)
     found = {key: math.sqrt(statistics.fmean(values)) for key, values in squares.items() if values}
-    kind = KINDS[2] if not newness.has_new_head else KINDS["lora" in setting.task]
+    kind = KINDS[2 * (not newness.has_new_head) + ("lora" in name)]
     return {"tuned": tuned, "kind": kind, **found}
 
 
@@ -134,14 +138,17 @@ def fisher(before: list[list[Reading]], after: list[list[Reading]]) -> float:
 
 
 def weights(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> float:
-    """Return the squared norm of the change of the trained matrices over their squared norm."""
-    pairs = [
-        (parameter.detach(), start[name])
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.dim() > 1 and float(start[name].norm()) > 0.0
+    """Return the mean square change of the trained matrices over their mean square.
+
+    Those that stood still do not count in the first, those that were zero not in the second.
+    """
+    matrices = {n: p for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
+    moves = [matrices[name].detach() - start[name] for name in matrices]
+    means = [
+        torch.cat([one.flatten() for one in some if one.any()]).square().mean().item()
+        for some in (moves, [start[name] for name in matrices])
     ]
-    moved = sum(float((now - then).square().sum()) for now, then in pairs)
-    return moved / sum(float(then.square().sum()) for _, then in pairs)
+    return means[0] / means[1]
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from benchmarks import (
     measures,
     overhead,
     planted_bandit,
+    regimes,
     small_models,
 )
 from benchmarks.knobs_page import knobs_page
@@ -42,6 +43,8 @@ TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
     (METHOD, "planted bandit", planted_bandit.RESULT, planted_bandit.to_markdown),
     (METHOD, "measures", measures.RESULT, measures.to_markdown),
     (METHOD, "ablation", ablation.RESULT, ablation.to_markdown),
+    (METHOD, "regimes", regimes.RESULT, regimes.to_short_markdown),
+    (BENCHMARK, "regimes", regimes.RESULT, regimes.to_markdown),
     (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "atlas", atlas.RESULT, atlas.to_markdown),
