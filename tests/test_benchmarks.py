@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
+import torch
 
-from benchmarks import compare_tasks, tables
+from benchmarks import compare_tasks, held_out, tables
+from pulseopt_hf.aees import controller
 from pulseopt_hf.aees.calibration import OUTPUT_RADIUS, WEIGHT_RADIUS
-from tests.conftest import run_python
+from pulseopt_hf.trainer import session
+from tests.conftest import Make, run_python
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "`scaled_ucb`, `slope`"
@@ -43,6 +49,46 @@ def test_the_pictures_of_the_documentation_are_made_from_a_run(tmp_path: Path) -
     made = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
     assert set(made) == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
     assert min(made.values()) > 1000
+
+
+@pytest.fixture
+def rows_to_hold_out(make_trainer: Make, tiny_data: Any, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Return a maker of Trainers whose rows can be held out; designs change modules."""
+    monkeypatch.setattr(controller, "episode_reward", controller.episode_reward)
+    monkeypatch.setattr(session, "passes_over_data", session.passes_over_data)
+    rows = datasets.Dataset.from_list(
+        [{k: v.tolist() for k, v in row.items()} for row in tiny_data]
+    )
+    pulse = {"lr_candidates": [0.5, 1.0], "episode_length": 6, "calibration": "off"}
+    return lambda: make_trainer(pulse=pulse, train_dataset=rows)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_reward_is_the_fall_of_the_loss_of_the_rows_held_out(
+    rows_to_hold_out: Make, average: bool
+) -> None:
+    trainer = held_out.reward(rows_to_hold_out(), average)
+    assert len(trainer.train_dataset) == 70 - 1
+    reader = trainer.callback_handler.callbacks[-1]
+    before = reader.losses().mean().item()
+    trainer.train()
+    after = reader.losses().mean().item()
+    rewards = trainer.aees.get_logs()["episode_rewards"]
+    assert len(rewards) == 4
+    # An average goes on after the step that ends an episode.
+    assert sum(rewards) == pytest.approx(math.log(before / after), abs=0.05 if average else 1e-5)
+    assert (reader._average is not None) == average
+
+
+def test_the_lr_falls_where_the_loss_of_the_rows_held_out_rises(
+    rows_to_hold_out: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([[1.0, 1.2], [0.9, 0.9], [1.4, 1.5]])
+    monkeypatch.setattr(held_out.Drop, "losses", lambda *_: torch.tensor(next(losses)))
+    trainer = held_out.drop(rows_to_hold_out())
+    trainer.train()
+    assert next(losses, None) is None
+    assert set(trainer.lr_scheduler.base_lrs) == {held_out.DROP * trainer.args.learning_rate}
 
 
 @pytest.mark.slow
