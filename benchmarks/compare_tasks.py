@@ -132,7 +132,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         near = sorted({c["learning_rate"] for c in cells if counts(c["learning_rate"], tuned)})
         for row in content["scores"]:
             seeds = len({cell["seed"] for cell in cells if cell["method"] == row["method"]})
-            place = (task, f"{tuned:g}", f"{near[0]:g} to {near[-1]:g}", row["method"])
+            place = (task, f"{tuned:.2g}", f"{near[0]:g} to {near[-1]:g}", row["method"])
             rows.append((*place, str(seeds), *_shown(row)))
     for method, row in overall(result).items():
         rows.append(("**mean**", "", "", method, "", *_shown(row)))
