@@ -1,8 +1,8 @@
 """Designs that steer the LR by training rows held out: tried by `benchmarks/regimes.py`.
 
 Each changes a Trainer of ours, for one training in a process of its own. A fiftieth of the training
-rows, at most 256, is held out and never trained on. Their losses are read in eval mode where an
-episode ends; that is not charged for.
+rows, at most 256, is held out and never trained on. Their losses are read in eval mode
+every few steps, which is not charged for.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def reward(trainer: Any, average: bool) -> Any:
 
 
 def drop(trainer: Any) -> Any:
-    """Lower the LR where the loss of the rows held out lies above its lowest by over its error.
+    """Lower the LR where the loss of the rows held out has risen by more than its standard error.
 
     The passes over the data divide nothing then: the rows held out show what they do.
     """

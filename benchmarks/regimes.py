@@ -127,11 +127,11 @@ _PLAYED = {
 _DESIGNS = {*_OVERFIT, *_AVERAGES}
 _ABOUT = {
     "static": "the base LR",
-    "lower": "one arm of 0.7",
     "random": "arms at random",
     "published": "arms by the published bandit and reward",
     "scaled_ucb": "arms by the scaled bandit",
     "conservative_ucb": "arms by the conservative bandit",
+    "lower": "one arm of 0.7",
     "noise": "noise of 0, 0.3 and 1 times a gradient's RMS by the conservative bandit",
     "random_noise": "the same noise at random",
     "constant_noise": "noise of 1 times a gradient's RMS",
@@ -151,9 +151,9 @@ def methods_of(task: Task) -> dict[str, Method]:
     noise = "--noise_mode relative --noise_candidates"
     played = {name: f"{arms} {words}" for name, words in _PLAYED.items()}
     words = {
-        "lower": f"{one} --lr_candidates 0.7",
         **{"static": "--calibration off", task.reference: one, **played},
         **{"plateau": f"{one} {_PLATEAU}", "greedy": f"{one} {_GREEDY}"},
+        "lower": f"{one} --lr_candidates 0.7",
         **{"noise": f"{one} {noise} 0.0 0.3 1.0 {_PLAYED['conservative_ucb']}"},
         **{"random_noise": f"{one} {noise} 0.0 0.3 1.0 {_PLAYED['random']}"},
         **{"constant_noise": f"{one} {noise} 1.0", "held_out": played["conservative_ucb"]},
