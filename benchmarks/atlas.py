@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -155,6 +155,7 @@ SETTINGS = {
     # Images.
     "digits": Setting("digits", None, 0, 1e-2, 600, 16),
 }
+_COMPARED = ("tuned", "untouched", "ours")  # of runs that are compared
 # One of each kind, and short.
 QUICK = ("sst2_short", "sst2_5_passes", "mpqa_5_passes", "wikitext2_short", "digits")
 
@@ -378,7 +379,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             _excess(row, "untouched"),
             _excess(row, "ours") + _error(row),
             _excess(row, "arms"),
-            *(_score(row["score"][kind]) for kind in ("tuned", "untouched", "ours")),
+            *(_score(row["score"][kind]) for kind in _COMPARED),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     ratios = {name: ratio for name, row in settings.items() if (ratio := _ratio(row)) is not None}
@@ -444,13 +445,35 @@ def leave_one_out(ratios: dict[str, float]) -> dict[str, float]:
     return fitted
 
 
-def to_short_markdown(result: dict[str, Any]) -> str:
+def to_losses_markdown(result: dict[str, Any]) -> str:
     """Return a table of the final eval losses: tuned by hand, at 5e-5 as it is, and ours."""
-    lines = ["| setting | tuned by hand | untouched 5e-5 | ours |", "|---|---|---|---|"]
+    return _losses("setting", {name: [row] for name, row in result["settings"].items()})
+
+
+def to_short_markdown(result: dict[str, Any]) -> str:
+    """Return the same table with a row for each kind of setting: the means over them."""
+    kinds = defaultdict[str, list[dict[str, Any]]](list)
     for name, row in result["settings"].items():
-        losses = (f"{row['loss'][kind]:.3f}" for kind in ("tuned", "untouched", "ours"))
-        lines.append(f"| {name} | {' | '.join(losses)} |")
+        kinds[_kind(name)].append(row)
+    return _losses("settings", {f"{kind} ({len(kinds[kind])})": kinds[kind] for kind in kinds})
+
+
+def _losses(head: str, rows: Mapping[str, list[dict[str, Any]]]) -> str:
+    lines = [f"| {head} | tuned by hand | untouched 5e-5 | ours |", "|---|---|---|---|"]
+    for name, own in rows.items():
+        means = (_mean([row["loss"][kind] for row in own]) for kind in _COMPARED)
+        lines.append(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     return "\n".join(lines) + "\n"
+
+
+def _kind(name: str) -> str:
+    setting = SETTINGS[name]
+    if has_new_head(name):
+        passes = "one pass" if passes_once(name) else "several passes"
+        return f"classifier from pretrained MiniLM, {passes}"
+    if setting.task == "digits":
+        return "image classifier from scratch"
+    return f"language model, {'pretrained' if setting.layers else 'from scratch'}"
 
 
 def draw(result: dict[str, Any], file: Path) -> None:

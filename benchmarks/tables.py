@@ -48,6 +48,7 @@ TABLES: list[tuple[Path, str, Path, Callable[[Any], str]]] = [
     (BENCHMARK, "tasks", compare_tasks.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "small models", small_models.RESULT, compare_tasks.to_markdown),
     (BENCHMARK, "atlas", atlas.RESULT, atlas.to_markdown),
+    (BENCHMARK, "losses", atlas.RESULT, atlas.to_losses_markdown),
     (BENCHMARK, "overhead", overhead.RESULT, overhead.to_markdown),
     (BENCHMARK, "gpu", gpu.RESULT, gpu.to_markdown),
     (README, "atlas", atlas.RESULT, atlas.to_short_markdown),
