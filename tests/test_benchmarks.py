@@ -55,7 +55,7 @@ def test_the_pictures_of_the_documentation_are_made_from_a_run(tmp_path: Path) -
 def rows_to_hold_out(make_trainer: Make, tiny_data: Any, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Return a maker of Trainers whose rows can be held out; designs change modules."""
     monkeypatch.setattr(controller, "episode_reward", controller.episode_reward)
-    monkeypatch.setattr(session, "passes_over_data", session.passes_over_data)
+    monkeypatch.setattr(session, "length_of_run", session.length_of_run)
     rows = datasets.Dataset.from_list(
         [{k: v.tolist() for k, v in row.items()} for row in tiny_data]
     )

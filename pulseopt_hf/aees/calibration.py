@@ -15,6 +15,7 @@ from pulseopt_hf.aees.json_checks import (
     StateError,
     dataclass_of,
     field,
+    from_one,
     integer,
     list_of,
     number,
@@ -25,6 +26,8 @@ SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
 PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
+SHORT_RUN = 600  # optimizer steps; the LR of a shorter run is higher
+STEPS_EXPONENT = 1.0 / 2.0  # of the share of these steps that it has, by which the LR is divided
 LAYERS = 2.0  # of a new model, for which `OUTPUT_RADIUS` stands; it grows with their number
 FIRST_SCALE = 1.0 / 300.0  # of the LR that was set, where the search begins
 GROWTH = 100.0  # most that the LR is multiplied by from one trial to the next
@@ -88,8 +91,8 @@ class Outcome:
         limited_by: why the LR is not higher: `outputs` or `weights`; `None` if none was found.
         reason: why none was found, or `None`.
         step: global step of the decision.
-        divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
-            below 1 for a new model with many layers.
+        factor: what the LR at the limit was multiplied by.
+        factor_for: what for, or `None` if the factor is about 1.
     """
 
     set_lr: float
@@ -97,22 +100,19 @@ class Outcome:
     limited_by: str | None
     reason: str | None
     step: int
-    divisor: float = 1.0
+    factor: float = 1.0
+    factor_for: str | None = None
 
     def __str__(self) -> str:
         """Say it in one line."""
         if self.reason is not None:
             return not_calibrated(self.reason)
         moved = "what the model computes" if self.limited_by == "outputs" else "the weights"
-        divided = ""
-        if self.divisor > 1.0:
-            divided = f", divided by {self.divisor:.3g} for the repeated passes over the data"
-        elif self.divisor < 1.0:
-            divided = f", times {1.0 / self.divisor:.3g} for the layers of a new model"
+        times = f", times {self.factor:.3g} for {self.factor_for}" if self.factor_for else ""
         return (
             f"Learning rate calibrated: {self.set_lr:.3g} was set, {self.learning_rate:.3g} is "
             f"used ({self.learning_rate / self.set_lr:.3g} times). It is the highest at which one "
-            f"step does not move {moved} too far{divided}. To keep {self.set_lr:.3g}, set "
+            f"step does not move {moved} too far{times}. To keep {self.set_lr:.3g}, set "
             "calibration='off'."
         )
 
@@ -134,8 +134,9 @@ class Calibration:
     over trials b near the radius, each on a batch of its own: batches differ, and one that happens
     to be balanced hardly moves a classifier.
 
-    A run of n passes over its data divides that by n^PASSES_EXPONENT: with a new head, a pretrained
-    model learns the rows by heart in later passes.
+    A pretrained model with a new head is another matter: it learns the rows by heart in later
+    passes, and in a short run its head does not get far. So n passes divide that by
+    n^PASSES_EXPONENT, and T < SHORT_RUN steps by (T / SHORT_RUN)^STEPS_EXPONENT.
 
     All layers of a new model move its outputs the same way in the first step, and no more in later
     ones. So the outputs' radius of one with L > LAYERS layers is L / LAYERS times as large.
@@ -154,18 +155,26 @@ class Calibration:
     Args:
         set_lr: the highest peak LR of all parameter groups, as the user set it, > 0.
         passes: of the run over its data, where that matters; less than one counts as one.
+        steps: of the run, where that matters.
         new_layers: layers of a new model; `None` for one that was trained before.
 
     Raises:
-        ValueError: the LR or the passes are not a number, or not > 0.
+        ValueError: the LR, the passes or the steps are not a number, or not > 0.
     """
 
-    def __init__(self, set_lr: float, passes: float = 1.0, new_layers: int | None = None) -> None:
-        for name, value in (("set_lr", set_lr), ("passes", passes)):
+    def __init__(
+        self,
+        set_lr: float,
+        passes: float = 1.0,
+        steps: int = SHORT_RUN,
+        new_layers: int | None = None,
+    ) -> None:
+        for name, value in (("set_lr", set_lr), ("passes", passes), ("steps", steps)):
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"`{name}` must be a number > 0, got {value!r}.")
         self.set_lr = set_lr
         self.passes = max(1.0, passes)
+        self.steps = steps
         self.new_layers = new_layers
         self.trials: list[Trial] = []
 
@@ -200,17 +209,22 @@ class Calibration:
         """The LR found; `None` before the search has ended, and where nothing was found."""
         if len(self._trusted) < TRUSTED:
             return None
-        once = _allowed(self._trusted, self._reach)[0]
-        return _bounded(once / self.passes**PASSES_EXPONENT)
+        return _bounded(_allowed(self._trusted, self._reach)[0] * self._length_factor)
 
     @property
-    def divisor(self) -> float:
-        """What the LR is divided by that moves a model to its radius; see `Outcome`."""
+    def factor(self) -> float:
+        """What the LR is multiplied by that moves a model to its radius."""
         if not self._trusted:
             return 1.0
         at_radius = _allowed(self._trusted, 1.0)[0]
-        reached = _allowed(self._trusted, self._reach)[0]
-        return float(self.passes**PASSES_EXPONENT * at_radius / reached)
+        return self._length_factor * _allowed(self._trusted, self._reach)[0] / at_radius
+
+    @property
+    def factor_for(self) -> str | None:
+        """What that factor is for; `None` if it is about 1."""
+        if f"{self.factor:.2g}" == "1":
+            return None
+        return "the length of the run" if self.new_layers is None else "the layers of a new model"
 
     @property
     def failed(self) -> bool:
@@ -230,6 +244,11 @@ class Calibration:
     def _reach(self) -> float:
         """Factor on the outputs' radius."""
         return max(1.0, (self.new_layers or 0) / LAYERS)
+
+    @property
+    def _length_factor(self) -> float:
+        share = min(1.0, self.steps / SHORT_RUN)
+        return float(self.passes**-PASSES_EXPONENT * share**-STEPS_EXPONENT)
 
     @property
     def _trusted(self) -> list[Trial]:
@@ -255,6 +274,7 @@ class Calibration:
         return {
             "set_lr": self.set_lr,
             "passes": self.passes,
+            "steps": self.steps,
             "new_layers": self.new_layers,
             "trials": [asdict(trial) for trial in self.trials],
         }
@@ -267,11 +287,12 @@ class Calibration:
         """
         set_lr = field(state, "set_lr", _positive)
         passes = field(state, "passes", _at_least_one)
+        steps = field(state, "steps", from_one)
         new_layers = field(state, "new_layers", optional(integer))
         trials = field(state, "trials", list_of(trial_from_json))
         if len(trials) > MOST_TRIALS:
             raise StateError(f"`trials` must be at most {MOST_TRIALS}, got {len(trials)}.")
-        self.set_lr, self.passes, self.trials = set_lr, passes, trials
+        self.set_lr, self.passes, self.steps, self.trials = set_lr, passes, steps, trials
         self.new_layers = new_layers
 
 
@@ -292,9 +313,7 @@ def outcome_from_json(value: object, name: str) -> Outcome:
     Raises:
         StateError: an attribute is missing or of another type.
     """
-    return dataclass_of(
-        Outcome, value, set_lr=_positive, learning_rate=_positive, divisor=_positive
-    )
+    return dataclass_of(Outcome, value, set_lr=_positive, learning_rate=_positive, factor=_positive)
 
 
 def finite_movement(movement: float) -> float:

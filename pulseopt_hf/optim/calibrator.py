@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from pulseopt_hf.aees import Arm
 from pulseopt_hf.aees.calibration import (
+    SHORT_RUN,
     Calibration,
     Outcome,
     Trial,
@@ -82,6 +83,9 @@ class Calibrator:
         max_steps: optimizer steps of the run, or `None` where that is not known.
         passes: of the run over its data.
         only_ask: whether to leave the base LR as it is.
+
+    Raises:
+        ValueError: `max_steps` or `passes` is out of range.
     """
 
     def __init__(
@@ -96,6 +100,8 @@ class Calibrator:
         *,
         only_ask: bool = False,
     ) -> None:
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"`max_steps` must be at least 1, got {max_steps!r}.")
         self._optimizer, self._scheduler = optimizer, scheduler
         self._hooks, self._agreement = hooks, agreement
         self._only_ask = only_ask
@@ -103,9 +109,9 @@ class Calibrator:
         # Of a step at an LR, how far it goes on average, against the first one at that LR.
         self._pace = later_steps(innermost(optimizer), max_steps or MOST_STEPS) or 1.0
         newness = newness_of(model, agreement)
-        if not newness.has_new_head:
-            passes = 1.0  # only such a model learns its rows by heart
-        self.search = Calibration(max(self._set_lrs), passes, newness.layers)
+        self.search = Calibration(max(self._set_lrs), new_layers=newness.layers)
+        if newness.has_new_head:  # else the length of the run does not matter
+            self.search = Calibration(max(self._set_lrs), passes, max_steps or SHORT_RUN)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.probe = Probe(model, agreement, device, newness.body)
         self._buffers = list(model.buffers())
@@ -246,7 +252,8 @@ class Calibrator:
                 f"what the model computes did not answer to it in {len(search.trials)} trials", step
             )
             return
-        outcome = Outcome(search.set_lr, found, search.limited_by, None, step, search.divisor)
+        limit, factor = search.limited_by, (search.factor, search.factor_for)
+        outcome = Outcome(search.set_lr, found, limit, None, step, *factor)
         if self._only_ask:
             self.outcomes.append(outcome)
             self.phase = "done"

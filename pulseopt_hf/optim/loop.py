@@ -57,6 +57,9 @@ class AEES(EpisodicSteps):
         model: the model as the loop calls it. Calibration needs it, and replays its first calls.
         passes: number of passes of the loop over its data, > 0. With several, calibration lowers
             the LR of a pretrained model with a new head.
+        max_steps: optimizer steps of the loop, >= 1, if that is known. In a short run, calibration
+            raises the LR of a pretrained model with a new head; in a long one, the rise to the LR
+            found takes longer.
         distributed: whether ranks agree on arms under `torch.distributed`. `False` lets each rank
             decide by itself.
         **knobs: those of `PulseOptConfig`, with the defaults of `PulseOptConfig.published()` and
@@ -81,6 +84,7 @@ class AEES(EpisodicSteps):
         lr_scheduler: Scheduler | None = None,
         model: nn.Module | None = None,
         passes: float = 1.0,
+        max_steps: int | None = None,
         distributed: bool = True,
         **knobs: Any,
     ) -> None:
@@ -101,7 +105,7 @@ class AEES(EpisodicSteps):
             if reason is not None:
                 logger.warning(not_calibrated(reason))
             else:
-                self.calibrate(model, lr_scheduler, passes=passes)
+                self.calibrate(model, lr_scheduler, max_steps, passes)
 
     @classmethod
     def from_config(

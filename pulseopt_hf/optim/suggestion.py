@@ -29,8 +29,8 @@ class Suggestion:
         trials: the trial steps, see `Trial`.
         set_lr: the LR that was set.
         reason: why nothing was found, or `None`.
-        divisor: what the LR at the limit was divided by: above 1 for repeated passes over the data,
-            below 1 for a new model with many layers.
+        factor: what the LR at the limit was multiplied by.
+        factor_for: what for, or `None` if the factor is about 1.
         replayed_rows: rows of the forward passes without gradient that measured the trials.
     """
 
@@ -39,7 +39,8 @@ class Suggestion:
     trials: list[Trial]
     set_lr: float
     reason: str | None = None
-    divisor: float = 1.0
+    factor: float = 1.0
+    factor_for: str | None = None
     replayed_rows: int = 0
 
     @classmethod
@@ -49,9 +50,17 @@ class Suggestion:
         rows = calibrator.probe.replayed_rows
         if outcome is None:
             reason = "the data ended before the search did"
-            return cls(search.set_lr, None, search.trials, search.set_lr, reason, 1.0, rows)
-        found, limit, divisor = outcome.learning_rate, outcome.limited_by, outcome.divisor
-        return cls(found, limit, search.trials, search.set_lr, outcome.reason, divisor, rows)
+            return cls(search.set_lr, None, search.trials, search.set_lr, reason, 1.0, None, rows)
+        return cls(
+            outcome.learning_rate,
+            outcome.limited_by,
+            search.trials,
+            search.set_lr,
+            outcome.reason,
+            outcome.factor,
+            outcome.factor_for,
+            rows,
+        )
 
     def plot(self) -> Any:
         """Return the report's chart of the trials, an Altair chart.
@@ -61,7 +70,7 @@ class Suggestion:
         """
         from pulseopt_hf.report.run_charts import trials_plot
 
-        found = self.learning_rate, self.limited_by, self.set_lr, self.divisor
+        found = self.learning_rate, self.limited_by, self.set_lr, self.factor
         return trials_plot(self.trials, *found).altair_chart()
 
 
@@ -71,6 +80,7 @@ def suggest(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
     passes: float,
+    max_steps: int | None,
 ) -> Suggestion:
     """Find the LR for a loop of one's own; see `pulseopt_hf.find_learning_rate`."""
     reason = why_not_calibrate(optimizer, PulseOptConfig(calibration="trust_region"))
@@ -78,7 +88,7 @@ def suggest(
         raise ValueError(not_calibrated(reason))
     parameters = list(all_parameters(optimizer))
     aees = AEES(optimizer)
-    calibrator = aees.calibrate(model, None, passes=passes, only_ask=True)
+    calibrator = aees.calibrate(model, None, max_steps, passes, only_ask=True)
     try:
         with kept_random_state(device_of(innermost(optimizer))), kept_model(model, parameters):
             model.train()

@@ -107,16 +107,14 @@ def _advice(suggestion: Suggestion, shown: str) -> list[str]:
     """Say what the number is, and what to do with it."""
     if suggestion.reason is not None:
         return [f"No learning rate was found: {suggestion.reason}. This one is set:"]
-    divided = ""
-    if suggestion.divisor > 1.0:
-        divided = f" That was divided by {suggestion.divisor:.2g} for the repeated passes."
-    elif suggestion.divisor < 1.0:
-        divided = f" A new model of many layers may take {1.0 / suggestion.divisor:.2g} times that."
+    times = ""
+    if suggestion.factor_for is not None:
+        times = f" This is {suggestion.factor:.2g} times that, for {suggestion.factor_for}."
     return [
         "A step may move the outputs, which are what the model computes, at most "
         f"{OUTPUT_RADIUS:g} times as far as",
         f"10% dropout does, and the weights by at most {WEIGHT_RADIUS:.0%}. "
-        f"The {suggestion.limited_by} are what limits it.{divided}",
+        f"The {suggestion.limited_by} are what limits it.{times}",
         "",
         f"To train with it, set `learning_rate: {shown}` and `calibration: off`. Without these",
         f"lines, a run of at least {SHORTEST_RUN} steps finds its learning rate by itself.",

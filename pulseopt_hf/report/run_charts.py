@@ -101,8 +101,8 @@ def calibration_plot(run: RunData) -> Plot | None:
     outcome, found = run.outcome, run.calibrated_lr
     failed = outcome is not None and found is None
     title = "Why no learning rate was found" if failed else "How the learning rate was found"
-    limit, divisor = (None, 1.0) if outcome is None else (outcome.limited_by, outcome.divisor)
-    return trials_plot(run.trials, found, limit, run.base_lr, divisor, title, finding(run))
+    limit, factor = (None, 1.0) if outcome is None else (outcome.limited_by, outcome.factor)
+    return trials_plot(run.trials, found, limit, run.base_lr, factor, title, finding(run))
 
 
 def trials_plot(
@@ -110,16 +110,15 @@ def trials_plot(
     found: float | None,
     limited_by: str | None,
     set_lr: float,
-    divisor: float = 1.0,
+    factor: float = 1.0,
     title: str = "Calibration",
     text: str = "",
 ) -> Plot:
     """Draw how far each trial went, over its LR.
 
     A line leads to where the limit `limited_by`, `outputs` or `weights`, is reached. The LR that
-    was found is marked on it: there, or lower by `divisor` for repeated passes over the data, or
-    higher by it for the layers of a new model.
-    Where `limited_by` is `None` nothing was found.
+    was found is marked on it, at `factor` times the limit. Where `limited_by` is `None` nothing was
+    found.
     """
     points = [row for measure in _MEASURES for row in _movements(trials, measure)]
     data: dict[str, Rows] = {"trials": points, "limit": [{"share": 1.0, "label": "the limit"}]}
@@ -130,8 +129,8 @@ def trials_plot(
         label = f"found: {found:.3g}\nlimited by the {limited_by}"
         rates.append({"rate": rounded(found), "label": label, "top": _FOUND_AT, "found": True})
         lowest = min([found, *(trial.learning_rate for trial in trials)])
-        highest = found * divisor
-        data["star"] = [{"rate": rounded(found), "share": rounded(1.0 / divisor)}]
+        highest = found / factor
+        data["star"] = [{"rate": rounded(found), "share": rounded(factor)}]
         data["line"] = [
             {"rate": rounded(r), "share": rounded(r / highest), "measure": f"{limited_by} moved"}
             for r in (lowest, max(found, highest))  # movements grow in proportion to the LR

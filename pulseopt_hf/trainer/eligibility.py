@@ -1,8 +1,9 @@
-"""What a Trainer's run says to calibration: whether it is to be done, and for how many passes."""
+"""What a Trainer's run says to calibration: whether it is to be done, and how long the run is."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sized
 from typing import Any
 
@@ -66,19 +67,22 @@ def why_not_calibrate(trainer: Any, config: PulseOptConfig, max_steps: int) -> s
     return calibrator.why_not_calibrate(trainer.optimizer, config)
 
 
-def passes_over_data(arguments: TrainingArguments, batches: object) -> float:
-    """Return how often a run goes over its training data, at least 1.
+def length_of_run(arguments: TrainingArguments, batches: object) -> tuple[int | None, float]:
+    """Return the optimizer steps of a run, and how often it goes over its training data.
 
     Args:
         arguments: those of the run.
-        batches: what it iterates over; without a length, `max_steps` does not say how often.
+        batches: what it iterates over. Without a length, `max_steps` does not say how often, which
+            counts as once, and a number of epochs does not say how many steps, which is `None`.
     """
-    if arguments.max_steps <= 0:
-        return max(1.0, float(arguments.num_train_epochs))
+    steps, passes = arguments.max_steps, max(1.0, float(arguments.num_train_epochs))
     if not isinstance(batches, Sized) or not has_length(batches):
-        return 1.0
-    micro_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-    return max(1.0, micro_batches / max(1, len(batches)))
+        return (steps, 1.0) if steps > 0 else (None, passes)
+    per_pass = max(1, math.ceil(len(batches) / arguments.gradient_accumulation_steps))
+    if steps > 0:
+        micro_batches = steps * arguments.gradient_accumulation_steps
+        return steps, max(1.0, micro_batches / max(1, len(batches)))
+    return math.ceil(arguments.num_train_epochs * per_pass), passes
 
 
 def unsupervised(trainer_class: type) -> str | None:

@@ -31,6 +31,7 @@ def find_learning_rate(
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     passes: float = 1.0,
+    max_steps: int | None = None,
 ) -> Suggestion:
     """Find the learning rate without training: take a few trial steps and undo each.
 
@@ -51,7 +52,8 @@ def find_learning_rate(
         batches: for your own loop: what it iterates over.
         loss: for your own loop: calls the model with a batch and returns the loss, shape ().
         passes: for your own loop: its number of passes over the data. A Trainer's arguments
-            already say it.
+            already say it, and the next one.
+        max_steps: for your own loop: its number of optimizer steps, if that is known.
 
     Returns:
         The learning rate, what limits it, and the trials.
@@ -68,7 +70,7 @@ def find_learning_rate(
                 "`find_learning_rate` takes a Trainer, or `model`, `optimizer`, `batches` and "
                 "`loss` of a loop of your own."
             )
-        return suggest(model, optimizer, batches, loss, passes)
+        return suggest(model, optimizer, batches, loss, passes, max_steps)
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "Under DeepSpeed the learning rate cannot be found without training, since its engine "

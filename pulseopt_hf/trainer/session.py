@@ -21,7 +21,7 @@ from pulseopt_hf.optim.movement import loss_of
 from pulseopt_hf.trainer import deepspeed
 from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
-from pulseopt_hf.trainer.eligibility import is_to_calibrate, passes_over_data
+from pulseopt_hf.trainer.eligibility import is_to_calibrate, length_of_run
 from pulseopt_hf.trainer.log_values import log_episode, log_values
 from pulseopt_hf.trainer.nonfinite import NonFiniteGuard
 from pulseopt_hf.trainer.patches import MethodPatches
@@ -166,13 +166,10 @@ class PulseSession:
         if not resuming:
             calibrates = is_to_calibrate(trainer, config, state.max_steps, asked=self.only_ask)
         if calibrates:
-            aees.calibrate(
-                trainer.model_wrapped,
-                trainer.lr_scheduler,
-                state.max_steps,
-                passes_over_data(self._asked or trainer.args, batches),
-                only_ask=self.only_ask,
-            )
+            steps, passes = length_of_run(self._asked or trainer.args, batches)
+            steps = steps if self.only_ask else state.max_steps
+            model, scheduler = trainer.model_wrapped, trainer.lr_scheduler
+            aees.calibrate(model, scheduler, steps, passes, only_ask=self.only_ask)
         if resuming:
             self._resume(aees, state.global_step, saved)
         self._aees = self.latest = trainer.aees = aees

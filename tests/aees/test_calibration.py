@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pytest
 
@@ -42,10 +43,8 @@ class Model:
         return Trial(lr, movement, WEIGHT_RADIUS * lr / self.weight_lr, step == 0, step)
 
 
-def run(
-    model: Model, set_lr: float, passes: float = 1.0, new_layers: int | None = None
-) -> Calibration:
-    search = Calibration(set_lr, passes, new_layers)
+def run(model: Model, set_lr: float, **of_the_run: Any) -> Calibration:
+    search = Calibration(set_lr, **of_the_run)
     for step in range(100):
         while not search.is_done:
             search.add(model.trial(search.next_lr, step))
@@ -130,7 +129,7 @@ def test_the_state_is_json_and_continues_exactly_from_every_trial() -> None:
         search = Calibration(1e-2)
         for trial in whole.trials[:stop]:
             search.add(trial)
-        restored = Calibration(1.0, passes=5.0, new_layers=3)
+        restored = Calibration(1.0, passes=5.0, steps=70, new_layers=3)
         restored.load_state_dict(json.loads(json.dumps(search.state_dict())))
         assert restored.next_lr == search.next_lr
         assert restored.batch_is_done == search.batch_is_done
@@ -147,6 +146,7 @@ TRIAL = Trial(1e-3, 0.0, 0.0, True, 0)
     [
         *(("set_lr", value, "`set_lr`") for value in (0.0, math.nan, "high")),
         *(("passes", value, "`passes`") for value in (0.5, math.nan)),
+        *(("steps", value, "`steps`") for value in (0, 1.5)),
         ("trials", [{"learning_rate": 1.0}], "`movement`"),
         ("trials", "x", "`trials`"),
         ("trials", [{"learning_rate": 1.0, "movement": -1.0}], "`movement`"),
@@ -164,10 +164,22 @@ def test_a_damaged_state_is_refused(key: str, value: object, message: str) -> No
 
 @pytest.mark.parametrize("passes", [0.3, 1.0, 3.0, 10.0])
 def test_passes_over_the_data_divide_the_lr_of_a_pretrained_model(passes: float) -> None:
-    search = run(Model(1e-3, weight_lr=1e3), 1e-5, passes)
+    search = run(Model(1e-3, weight_lr=1e3), 1e-5, passes=passes)
     divisor = max(1.0, passes) ** PASSES_EXPONENT
     assert search.learning_rate == pytest.approx(1e-3 / divisor, rel=0.01)
     assert search.limited_by == "outputs"
+    assert search.factor == pytest.approx(1.0 / divisor)
+    assert search.factor_for == ("the length of the run" if passes > 1.0 else None)
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(54, 10 / 3), (150, 2.0), (600, 1.0), (9999, 1.0)])
+def test_a_short_run_takes_a_higher_lr_and_a_long_one_no_lower(steps: int, factor: float) -> None:
+    search = run(Model(1e-3, weight_lr=1e3), 1e-5, steps=steps)
+    assert search.learning_rate == pytest.approx(factor * 1e-3, rel=0.01)
+    assert search.factor == pytest.approx(factor)
+    assert search.factor_for == ("the length of the run" if factor > 1.0 else None)
+    several = run(Model(1e-3, weight_lr=1e3), 1e-5, passes=8.0, steps=steps)
+    assert several.factor == pytest.approx(factor / 4.0)
 
 
 def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() -> None:
@@ -175,7 +187,8 @@ def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() ->
         search = run(Model(1e-3, weight_lr=1e3), 1e-5, new_layers=layers)
         assert search.learning_rate == pytest.approx(factor * 1e-3, rel=0.01)
         assert search.limited_by == "outputs"
-        assert search.divisor == pytest.approx(1.0 / factor)
+        assert search.factor == pytest.approx(factor)
+        assert search.factor_for == ("the layers of a new model" if factor > 1.0 else None)
     # The weights' radius stays.
     search = run(Model(1e-3, weight_lr=2e-3), 1e-5, new_layers=12)
     assert search.learning_rate == pytest.approx(2e-3, rel=0.01)
@@ -183,9 +196,11 @@ def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() ->
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-def test_passes_and_an_lr_that_are_none_are_refused(value: float) -> None:
+def test_a_length_and_an_lr_that_are_none_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="`passes` must be a number > 0"):
-        Calibration(1e-3, value)
+        Calibration(1e-3, passes=value)
+    with pytest.raises(ValueError, match="`steps` must be a number > 0"):
+        Calibration(1e-3, steps=value)
     with pytest.raises(ValueError, match="`set_lr` must be a number > 0"):
         Calibration(value)
 
@@ -195,9 +210,7 @@ def test_an_outcome_is_one_line_with_both_lrs_and_how_to_keep_the_old_one() -> N
     assert "\n" not in found
     for part in ("2e-05 was set", "0.00026 is used", "(13 times)", "calibration='off'"):
         assert part in found
-    several = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 2.9))
-    assert "too far, divided by 2.9 for the repeated passes over the data. To keep" in several
-    deep = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 0.25))
+    deep = str(Outcome(2e-5, 2.6e-4, "outputs", None, 5, 4.0, "the layers of a new model"))
     assert "too far, times 4 for the layers of a new model. To keep" in deep
     kept = str(Outcome(2e-5, 2e-5, None, "it is zero", 5))
     assert kept == (

@@ -1,4 +1,4 @@
-"""A run that goes over its data several times is calibrated for that."""
+"""A run that is short, or goes over its data several times, is calibrated for that."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from pulseopt_hf import AEES, find_learning_rate
+from pulseopt_hf.aees.calibration import SHORT_RUN
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.optim import calibrator
 from pulseopt_hf.optim.newness import Newness
@@ -26,7 +27,12 @@ def as_if_pretrained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(calibrator, "newness_of", lambda *args: new_head)
 
 
-def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not(
+def factor_of(steps: int, passes: float) -> float:
+    """Return the factor on the LR, for fewer steps than `SHORT_RUN`."""
+    return float((SHORT_RUN / steps) ** 0.5 * passes ** (-2 / 3))
+
+
+def test_the_length_counts_for_a_real_pretrained_model_and_not_for_a_real_new_one(
     make_trainer: Make, tiny_model: Any, tiny_data: Any
 ) -> None:
     pretrained = AutoModelForSequenceClassification.from_pretrained(
@@ -37,30 +43,31 @@ def test_a_real_pretrained_model_is_divided_for_passes_and_a_real_new_one_is_not
         for index, row in enumerate(tiny_data[:ROWS])
     ]
     settings = {"max_steps": -1, "num_train_epochs": 7, "per_device_train_batch_size": BATCH}
-    for model, data, divisor in (
-        (pretrained, rows, 7 ** (2 / 3)),
+    for model, data, factor in (
+        (pretrained, rows, factor_of(7 * ROWS // BATCH, 7)),
         (tiny_model(), tiny_data[:ROWS], 1.0),
     ):
         found = make_trainer(model=model, train_dataset=data, **settings).find_learning_rate()
         assert found.reason is None
-        assert found.divisor == pytest.approx(divisor)
+        assert found.factor == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("road", OURS)
 @pytest.mark.parametrize(
-    ("settings", "passes"),
+    ("settings", "steps", "passes"),
     [
-        ({"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1}, 1.0),
-        ({"max_steps": -1, "num_train_epochs": 7}, 7.0),
-        ({"max_steps": -1, "num_train_epochs": 7.5}, 7.5),
-        ({"max_steps": 60}, 60 * BATCH / ROWS),
-        ({"max_steps": 60, "gradient_accumulation_steps": 2}, 60 * 2 * BATCH / ROWS),
+        ({"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1}, ROWS, 1.0),
+        ({"max_steps": -1, "num_train_epochs": 7}, 56, 7.0),
+        ({"max_steps": -1, "num_train_epochs": 7.5}, 60, 7.5),
+        ({"max_steps": -1, "num_train_epochs": 15, "gradient_accumulation_steps": 2}, 60, 15.0),
+        ({"max_steps": 60}, 60, 60 * BATCH / ROWS),
+        ({"max_steps": 60, "gradient_accumulation_steps": 2}, 60, 60 * 2 * BATCH / ROWS),
         # Data without a length counts as one pass.
-        ({"max_steps": 60, "train_dataset": Stream(make_rows()[:ROWS] * 10)}, 1.0),
+        ({"max_steps": 60, "train_dataset": Stream(make_rows()[:ROWS] * 10)}, 60, 1.0),
     ],
 )
 def test_the_arguments_say_how_often_and_what_is_asked_for_is_what_training_finds(
-    make_trainer: Make, road: str, settings: Any, passes: float, tiny_data: Any
+    make_trainer: Make, road: str, settings: Any, steps: int, passes: float, tiny_data: Any
 ) -> None:
     data = {"train_dataset": tiny_data[:ROWS], "per_device_train_batch_size": BATCH}
     trainer = make_trainer(road, NAMED, **{**data, **settings})
@@ -68,16 +75,20 @@ def test_the_arguments_say_how_often_and_what_is_asked_for_is_what_training_find
     trainer.train()
     search = calibrator_of(trainer).search
     assert search.learning_rate == asked.learning_rate is not None
-    assert search.passes == passes
-    assert search.divisor == pytest.approx(passes ** (2 / 3))
-    assert calibrator_of(trainer).outcome.divisor == search.divisor
+    assert (search.steps, search.passes) == (steps, passes)
+    assert search.factor == pytest.approx(factor_of(steps, passes))
+    assert calibrator_of(trainer).outcome.factor == search.factor
+    assert calibrator_of(trainer).outcome.factor_for == "the length of the run"
 
 
 def test_a_loop_of_ones_own_says_it(tiny_model: Any, tiny_data: Any) -> None:
     found = []
-    for passes in (1.0, 8.0):
+    for length in ({}, {"passes": 8.0}, {"max_steps": 150}):
         loop = Loop(tiny_model(), tiny_data[:ROWS])
-        found.append(loop.ask(passes=passes).learning_rate)
-        aees = AEES(loop.optimizer, model=loop.model, calibration="auto", passes=passes)
-        assert aees.calibrator.search.passes == passes
-    assert found[0] / found[1] == pytest.approx(4.0)
+        found.append(loop.ask(**length).learning_rate)
+        aees = AEES(loop.optimizer, model=loop.model, calibration="auto", **length)
+        assert aees.calibrator.search.passes == length.get("passes", 1.0)
+        assert aees.calibrator.search.steps == length.get("max_steps", SHORT_RUN)
+    assert [lr / found[0] for lr in found] == pytest.approx([1.0, 1 / 4, 2.0], rel=1e-3)
+    with pytest.raises(ValueError, match="`max_steps` must be at least 1, got 0"):
+        AEES(loop.optimizer, model=loop.model, calibration="auto", max_steps=0)
