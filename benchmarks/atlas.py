@@ -99,6 +99,7 @@ SETTINGS = {
     "sst2_lora_4": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "4")),
     "sst2_lora_32": Setting("sst2_lora", _SST2, 4, 1e-3, 600, 8, None, ("--lora_r", "32")),
     "subj": Setting("subj", _SUBJ, 2, 3e-4, 600, 8),
+    "subj_short": Setting("subj", _SUBJ, 2, 3e-4, 150, 16, seeds=3),
     "subj_adafactor": Setting("subj", _SUBJ, 2, 1e-3, 600, 8, None, ("--optim", "adafactor")),
     "subj_sgd": Setting("subj", _SUBJ, 2, 3e-2, 600, 8, None, _SGD),
     "subj_schedule_free": Setting(
@@ -112,6 +113,7 @@ SETTINGS = {
         ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant"),
     ),
     "mpqa": Setting("mpqa", _MPQA, 2, 3e-4, 600, 8),
+    "mpqa_short": Setting("mpqa", _MPQA, 2, 3e-4, 150, 16, seeds=3),
     "six_classes": Setting("six_classes", SIX, 2, 1e-4, 600, 8),
     # Several passes.
     "sst2_5_passes": Setting("sst2", _SST2, 2, 1e-4, 312, 16, 1000, seeds=3),
