@@ -25,7 +25,7 @@ from pulseopt_hf.aees.json_checks import (
 SHORTEST_RUN = 50  # optimizer steps; a shorter run has none to spare
 OUTPUT_RADIUS = 3.3  # how far one step may move what the model computes, see `Trial.movement`
 WEIGHT_RADIUS = 0.25  # share of its norm by which one step may move the weights
-PASSES_EXPONENT = 2.0 / 3.0  # of the number of passes, by which the LR is divided
+PASSES_EXPONENT = 4.0 / 5.0  # of the number of passes, by which the LR is divided
 SHORT_RUN = 600  # optimizer steps; the LR of a shorter run is higher
 STEPS_EXPONENT = 1.0 / 2.0  # of the share of these steps that it has, by which the LR is divided
 LAYERS = 2.0  # of a new model, for which `OUTPUT_RADIUS` stands; it grows with their number

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from pulseopt_hf import AEES, find_learning_rate
-from pulseopt_hf.aees.calibration import SHORT_RUN
+from pulseopt_hf.aees.calibration import PASSES_EXPONENT, SHORT_RUN
 from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.optim import calibrator
 from pulseopt_hf.optim.newness import Newness
@@ -29,7 +29,7 @@ def as_if_pretrained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 def factor_of(steps: int, passes: float) -> float:
     """Return the factor on the LR, for fewer steps than `SHORT_RUN`."""
-    return float((SHORT_RUN / steps) ** 0.5 * passes ** (-2 / 3))
+    return float((SHORT_RUN / steps) ** 0.5 * passes**-PASSES_EXPONENT)
 
 
 def test_the_length_counts_for_a_real_pretrained_model_and_not_for_a_real_new_one(
@@ -85,12 +85,12 @@ def test_the_arguments_say_how_often_and_what_is_asked_for_is_what_training_find
 
 def test_a_loop_of_ones_own_says_it(tiny_model: Any, tiny_data: Any) -> None:
     found = []
-    for length in ({}, {"passes": 8.0}, {"max_steps": 150}):
+    for length in ({}, {"passes": 32.0}, {"max_steps": 150}):
         loop = Loop(tiny_model(), tiny_data[:ROWS])
         found.append(loop.ask(**length).learning_rate)
         aees = AEES(loop.optimizer, model=loop.model, calibration="auto", **length)
         assert aees.calibrator.search.passes == length.get("passes", 1.0)
         assert aees.calibrator.search.steps == length.get("max_steps", SHORT_RUN)
-    assert [lr / found[0] for lr in found] == pytest.approx([1.0, 1 / 4, 2.0], rel=1e-3)
+    assert [lr / found[0] for lr in found] == pytest.approx([1.0, 1 / 16, 2.0], rel=1e-3)
     with pytest.raises(ValueError, match="`max_steps` must be at least 1, got 0"):
         AEES(loop.optimizer, model=loop.model, calibration="auto", max_steps=0)
