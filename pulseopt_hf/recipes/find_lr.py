@@ -109,7 +109,10 @@ def _advice(suggestion: Suggestion, shown: str) -> list[str]:
         return [f"No learning rate was found: {suggestion.reason}. This one is set:"]
     times = ""
     if suggestion.factor_for is not None:
-        times = f" This is {suggestion.factor:.2g} times that, for {suggestion.factor_for}."
+        times = (
+            f"\nThe learning rate is {suggestion.factor:.2g} times what they allow, for "
+            f"{suggestion.factor_for}."
+        )
     return [
         "A step may move the outputs, which are what the model computes, at most "
         f"{OUTPUT_RADIUS:g} times as far as",
