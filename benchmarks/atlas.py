@@ -159,7 +159,7 @@ SETTINGS = {
 }
 _COMPARED = ("tuned", "untouched", "ours")  # of runs that are compared
 # One of each kind, and short.
-QUICK = ("sst2_short", "sst2_5_passes", "mpqa_5_passes", "wikitext2_short", "digits")
+QUICK = ("sst2_short", "sst2_5_passes", "wikitext2_short", "digits")
 
 
 def main() -> None:

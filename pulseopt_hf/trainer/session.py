@@ -167,7 +167,8 @@ class PulseSession:
             calibrates = is_to_calibrate(trainer, config, state.max_steps, asked=self.only_ask)
         if calibrates:
             steps, passes = length_of_run(self._asked or trainer.args, batches)
-            steps = steps if self.only_ask else state.max_steps
+            if not self.only_ask:
+                steps = state.max_steps  # as Trainer counts; when asked, it is told a few
             model, scheduler = trainer.model_wrapped, trainer.lr_scheduler
             aees.calibrate(model, scheduler, steps, passes, only_ask=self.only_ask)
         if resuming:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,20 @@ def test_where_no_trial_is_taken_there_is_no_picture(
         "2e-05",
     ]
     assert list(work.iterdir()) == []
+
+
+def test_what_the_length_of_the_run_makes_of_the_limit_is_said(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = calibration.Trial(1e-4, 3.3, 0.01, own_batch=False, step=1)
+    found = Suggestion(2e-4, "outputs", [trial], 2e-5, factor=2.0)
+    for factor_for in (None, "the length of the run"):
+        suggestion = replace(found, factor_for=factor_for)
+        monkeypatch.setattr(find_lr, "_ask", lambda *words, s=suggestion: (s, True))
+        assert main(["find-lr", "glue/cola"]) == 0
+        said = capsys.readouterr().out
+        line = "The learning rate is 2 times what they allow, for the length of the run."
+        assert (line in said.splitlines()) == (factor_for is not None)
 
 
 @pytest.mark.parametrize(
