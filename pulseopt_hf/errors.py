@@ -14,12 +14,13 @@ class UsageError(ValueError):
     """A recipe, a command line, a file or a name is wrong; the run has not begun.
 
     Args:
-        problems: one line each, which names the key or file, and the fix.
+        problems: one each, which names the key or file, and the fix. A value that is quoted in one
+            may have line breaks; the problem has none.
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems: Sequence[str] = problems
+        self.problems: Sequence[str] = [" ".join(problem.splitlines()) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 def call_all(calls: Iterable[Callable[[], _Result]]) -> list[_Result]:

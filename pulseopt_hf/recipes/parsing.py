@@ -183,9 +183,13 @@ def _converted(key: str, value: Any, parser: HfArgumentParser) -> Any:
     try:
         return parser._get_values(action, words)
     except argparse.ArgumentError as error:
-        raise UsageError(f"`{key}`: {error.message}.") from error
+        raise UsageError(_refused(key, error)) from error
     except ValueError as error:  # argparse drops the word `--`
         raise UsageError(f"`{key}`: {value!r} is not a value.") from error
+
+
+def _refused(key: str, error: argparse.ArgumentError) -> str:
+    return f"`{key}`: {error.message.rstrip('.')}."
 
 
 def _from_command_line(
@@ -197,7 +201,7 @@ def _from_command_line(
         _, unknown = parser.parse_known_args(options, namespace)
     except argparse.ArgumentError as error:
         key = str(error.argument_name).split("/")[0].removeprefix("--")
-        wrong.append(f"`{key}`: {error.message}.")
+        wrong.append(_refused(key, error))
         return {}
     after_unknown = False
     for word in unknown:

@@ -177,8 +177,16 @@ def test_a_file_of_settings_must_be_there_and_hold_a_mapping(key: str, tmp_path:
 
 
 def test_whatever_trainer_raises_over_a_value_is_a_problem_of_the_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
     (told,) = problems(tmp_path, "deepspeed: {zero_optimization: 5}", "--use_cpu")
     assert "Trainer refuses a value: AttributeError: " in told
+
+
+def test_a_problem_is_one_line_whatever_value_it_quotes(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, 'do_train: "a\\nb\\u2028c"\n')
+    assert len(line.splitlines()) == 1
+    assert "`do_train`: Truthy value expected: got a b c but" in line
+    assert not line.endswith("..")
 
 
 def test_every_key_has_help() -> None:
