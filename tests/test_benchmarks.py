@@ -150,6 +150,18 @@ def test_small_models_are_trained_from_a_wrong_lr() -> None:
     assert found["default"] < found["static"] / 3
 
 
+def test_other_kinds_are_trained_at_multiples_of_the_lr_found(tmp_path: Path) -> None:
+    words = ("other_kinds", "--kinds", "resnet", "--steps", "60", "--out", tmp_path)
+    table = run(*words).splitlines()[-4:]
+    found, untouched, *_, ours, _, _ = map(float, table[2].split("|")[2:-1])
+    assert found > 1e-3
+    assert ours < untouched / 2
+    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert len(kept) == 5
+    assert run(*words).splitlines()[-4:] == table
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == kept
+
+
 def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(tmp_path: Path) -> None:
     before = compare_tasks.RESULT.read_text()
     words = ("--data", tmp_path, "--tasks", "sentences", "--methods", "static,prodigy")
