@@ -60,14 +60,17 @@ def _pretrained(head: str, adapter: Any = None, **settings: Any) -> Any:
     return model if adapter is None else peft.get_peft_model(model, adapter)
 
 
-def _texts(label: Callable[[str, dict[str, Any]], Any], key: str = "labels") -> tuple[Any, ...]:
-    """Return the sentences of the help texts with what `label` makes of each, and the tokenizer."""
+def _texts(label: Callable[[str, dict[str, Any]], Any]) -> tuple[Any, ...]:
+    """Return the sentences of the help texts with what `label` makes of each, and the tokenizer.
+
+    That is the label, or a mapping where there are several.
+    """
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm_folder())
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         found = dict(tokenizer(row["text"], truncation=True, max_length=48))
         made = label(row["text"], found)
-        return {**found, **(made if isinstance(made, dict) else {key: made})}
+        return {**found, **(made if isinstance(made, dict) else {"labels": made})}
 
     rows = embedded.language_modelling().map(encode, remove_columns="text")
     return rows["train"], rows["validation"], tokenizer
@@ -90,7 +93,7 @@ def token_classes() -> Kind:
         return [match[0] if match else 0 for match in matches]
 
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm_folder())
-    *rows, tokenizer = _texts(label)
+    *rows, _ = _texts(label)
     new_model = partial(_pretrained, "TokenClassification", num_labels=len(endings) + 1)
     return new_model, *rows, DataCollatorForTokenClassification(tokenizer)
 
@@ -108,7 +111,7 @@ def spans() -> Kind:
 
 
 def adapter(config: type[Any], **settings: Any) -> Kind:
-    """Tell sentences with an article, by an adapter and a new head on frozen weights."""
+    """Whether a sentence has the word "the", by an adapter and a new head on frozen weights."""
     *rows, tokenizer = _texts(lambda text, _: int("the" in text.lower().split()))
     own = config(task_type="SEQ_CLS", **settings)
     new_model = partial(_pretrained, "SequenceClassification", own, num_labels=2)
@@ -143,12 +146,12 @@ def sorting(name: str, **settings: Any) -> Kind:
     return new_model, made(rows[:6400]), made(rows[6400:]), default_data_collator
 
 
-def digits(new_model: Callable[[], Any], key: str = "pixel_values") -> Kind:
+def digits(new_model: Callable[[], Any]) -> Kind:
     """Scikit-learn's digits."""
 
     def pixels(row: dict[str, Any]) -> dict[str, Any]:
         image = torch.tensor(row["image"]) / 127.5 - 1.0
-        return {key: image[None].tolist(), "labels": row["label"]}
+        return {"pixel_values": image[None].tolist(), "labels": row["label"]}
 
     data = embedded.digits()
     rows = [data[part].map(pixels, remove_columns=["image", "label"]) for part in data]
@@ -236,7 +239,6 @@ def train(kind: Kind, learning_rate: float | None, steps: int) -> dict[str, Any]
         trainer = (PulseOptTrainer if learning_rate is None else Trainer)(
             new_model(), arguments, collator, rows, validation
         )
-        trainer.can_return_loss = True  # spans have labels of other names
         if learning_rate is None:
             arguments.max_steps = steps_after_calibration(trainer, steps, BATCH)
         before = trainer.evaluate()["eval_loss"]
