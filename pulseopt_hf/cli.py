@@ -26,11 +26,7 @@ DONE, FAILED, BAD_USAGE = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    Raises:
-        SystemExit: help or the version was shown, or SIGTERM ended `watch`.
-    """
+    """Run a command and return its exit code; help, and SIGTERM in `watch`, raise `SystemExit`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     words.sort(key="--debug".__eq__)  # it may stand anywhere, and goes last
     return guarded(lambda: _run(words), debug="--debug" in words)

@@ -24,11 +24,7 @@ class UsageError(ValueError):
 
 
 def call_all(calls: Iterable[Callable[[], _Result]]) -> list[_Result]:
-    """Make every call and return the results.
-
-    Raises:
-        UsageError: some calls raised one; this one has the problems of all.
-    """
+    """Make every call and return the results, or raise the problems of all as one `UsageError`."""
     results, problems = [], list[str]()
     for call in calls:
         try:

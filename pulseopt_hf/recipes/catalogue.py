@@ -28,14 +28,7 @@ def profiles() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """Return the file of a recipe, a launch profile or the script for Slurm.
-
-    Args:
-        name: a name as `names()` and `profiles()` list it, `SLURM`, or the path of a YAML file.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
+    """Return the file of a recipe, a launch profile or `SLURM`, by its name or its path."""
     if name in _all():
         return _all()[name]
     path = Path(name)

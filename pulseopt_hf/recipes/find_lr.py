@@ -26,15 +26,10 @@ _ENDINGS = (".svg", ".png")
 
 
 def find_lr(words: Sequence[str]) -> bool:
-    """Print the learning rate of a recipe. Nothing is written but the picture that is asked for.
+    """Print the learning rate of a recipe, and return whether one was found.
 
-    The last line is the number alone: the one that was found, or else the one that is set.
-
-    Args:
-        words: the recipe, the option `--plot` and the recipe's keys.
-
-    Returns:
-        Whether a learning rate was found.
+    The last line is the number alone: the one that was found, or else the one that is set. Nothing
+    is written but the picture that is asked for.
     """
     parser = Parser("find-lr", takes_recipe=True)
     about = "save the picture of the trials, as .svg or .png"

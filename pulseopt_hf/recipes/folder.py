@@ -37,14 +37,8 @@ def choose(
     """Choose the run folder, and the checkpoint to continue from. Nothing is written.
 
     The folder is the one that the user named, or the first free one of `runs/NAME`,
-    `runs/NAME-2`, ...; to resume or overwrite, the last one that is taken.
-
-    Returns:
-        The folder, which need not exist yet; the checkpoint, if any; and a line for each later
-        checkpoint that was passed over.
-
-    Raises:
-        UsageError: the folder holds another run, or there is nothing to resume.
+    `runs/NAME-2`, ...; to resume or overwrite, the last one that is taken. With it come the
+    checkpoint, if any, and a line for each later checkpoint that was passed over.
     """
     path = _folder(resolved, resume=resume, overwrite=overwrite)
     named = resolved.training.resume_from_checkpoint

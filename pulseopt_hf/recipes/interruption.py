@@ -16,10 +16,6 @@ class Interruption(TrainerCallback):
     """Ends a run at Ctrl-C or SIGTERM with a checkpoint, after the step that is under way.
 
     A second Ctrl-C ends it at once. Use it as a context manager round `train()`.
-
-    Args:
-        trainer: the Trainer.
-        write: takes a line for the user.
     """
 
     def __init__(self, trainer: Trainer, write: Callable[[str], object]) -> None:

@@ -230,12 +230,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 def problems(recipe: RecipeArguments, given: Mapping[str, Any]) -> Iterator[str]:
     """Check a recipe's keys, each alone and against each other; the knobs check themselves.
 
-    Args:
-        recipe: its own keys.
-        given: every key that is set, Trainer's too.
-
-    Yields:
-        A line for each problem.
+    `given` has every key that is set, Trainer's too.
     """
     for bound, (holds, keys) in _BOUNDS.items():
         for key in keys:

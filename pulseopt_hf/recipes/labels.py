@@ -17,11 +17,7 @@ from pulseopt_hf.recipes.splits import Split
 class Labels:
     """The labels of a recipe: classes, which are indices or names, or the numbers of a regression.
 
-    Attributes:
-        of: the label of each row, for every split but those to predict.
-
-    Raises:
-        UsageError: a label is none of the classes, or not a number in the recipe's range.
+    `of` has the label of each row, for every split but those to predict.
     """
 
     def __init__(self, recipe: RecipeArguments, splits: list[Split]) -> None:

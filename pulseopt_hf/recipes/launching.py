@@ -41,20 +41,10 @@ def is_launched() -> bool:
 
 
 def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
-    """Start this command in several processes, and wait for them.
+    """Start the command `words` in several processes, and wait for them.
 
-    Ctrl-C and SIGTERM reach each of them, which saves a checkpoint before it ends.
-
-    Args:
-        options: as parsed.
-        words: those of the command line from the command on; each process gets all of them.
-
-    Returns:
-        The exit code of the process that failed first, or 0; `None` where there is nothing to
-        launch.
-
-    Raises:
-        UsageError: there is no such profile, or another launcher has started this process.
+    Ctrl-C and SIGTERM reach each of them, which saves a checkpoint before it ends. Returns the exit
+    code of the process that failed first, or 0; `None` where there is nothing to launch.
     """
     given = {name: getattr(options, name) for name in _OPTIONS}
     arguments = [w for name, x in given.items() if x is not None for w in (f"--{name}", x)]

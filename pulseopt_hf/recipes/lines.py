@@ -28,11 +28,7 @@ from pulseopt_hf.report.wording import described, event_line
 
 
 class Lines:
-    """Writes lines to the screen, above a progress bar, and to a file once there is one.
-
-    Args:
-        quiet: keep the screen empty.
-    """
+    """Writes lines to the screen unless `quiet`, above a progress bar, and to `file` if set."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet

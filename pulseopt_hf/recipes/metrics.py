@@ -97,10 +97,7 @@ def computing(
 ) -> Callable[[Any], dict[str, float]] | None:
     """Return Trainer's `compute_metrics`, or `None` where there are no metrics.
 
-    Args:
-        names: of `METRICS`.
-        predicted: makes the predictions to score of what the model returned.
-        expected: makes the references of the labels.
+    `predicted` makes predictions of what the model returned, `expected` references of the labels.
     """
     if not names:
         return None

@@ -19,13 +19,10 @@ _METRIC = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman"
 
 
 def write_card(path: Path, resolved: Resolved, results: dict[str, Any], rate: str | None) -> None:
-    """Write `README.md` in the form that the hub reads.
+    """Write `README.md` into the run folder, in the form that the hub reads.
 
-    Args:
-        path: the run folder.
-        resolved: the recipe.
-        results: the content of `all_results.json`.
-        rate: the section on what was done to the LR, if anything was.
+    `results` is the content of `all_results.json`; `rate` is the section on what was done to the
+    LR, if anything was.
     """
     recipe = resolved.recipe
     model, dataset = recipe.model_name_or_path, recipe.dataset_name

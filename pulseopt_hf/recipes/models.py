@@ -37,12 +37,7 @@ def check(recipe: RecipeArguments) -> None:
 
 
 def load_config(recipe: RecipeArguments, **settings: Any) -> Any:
-    """Load or make the model's configuration, and check that it fits the task.
-
-    Args:
-        recipe: the recipe.
-        **settings: what the task sets in it, such as `num_labels`.
-    """
+    """Load or make the model's configuration with the task's settings; check that it fits."""
     folder, kind = model_folder(recipe), str(recipe.model_type)
     if folder is None:
         with usage_error(f"`model_type`: `{kind}` cannot be made{nearest(kind, CONFIG_MAPPING)}"):

@@ -45,11 +45,7 @@ _PATHS = (
 
 @cache
 def recipe_parser(task: str | None = None) -> HfArgumentParser:
-    """Return the parser of all keys of a task's recipes, which raises instead of exiting.
-
-    Raises:
-        UsageError: the task needs TRL, which is not installed.
-    """
+    """Return the parser of all keys of a task's recipes, which raises instead of exiting."""
     classes: Any = [RecipeArguments, RecipeTrainingArguments]
     if task in TRL_TASKS:
         with usage_error(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`", ImportError):
@@ -88,14 +84,8 @@ class Resolved:
 def resolve(name: str, options: Sequence[str]) -> Resolved:
     """Read a recipe, override it by the command line, and check the result.
 
-    All is checked that can be found wrong without the hub, rows or weights.
-
-    Args:
-        name: a shipped recipe's name or a file's path.
-        options: the command line's `--key value` words.
-
-    Raises:
-        UsageError: with a line for everything that is wrong, not only the first.
+    All is checked that can be found wrong without the hub, rows or weights. The `UsageError` has a
+    line for everything that is wrong, not only the first.
     """
     path = catalogue.find(name)
     if name in catalogue.profiles():

@@ -48,13 +48,9 @@ def prepare(resolved: Resolved) -> tasks.Task:
 def make_trainer(
     resolved: Resolved, task: tasks.Task, write: Lines | None = None, *, outcomes: bool = True
 ) -> PulseOptTrainer:
-    """Build the Trainer of a recipe.
+    """Build the Trainer of a recipe, which reports its progress if it can `write`.
 
-    Args:
-        resolved: the recipe.
-        task: what `prepare` made of it.
-        write: takes lines on its progress, if that is to be reported.
-        outcomes: whether what came of a calibration is among them.
+    `outcomes` says whether it reports what came of a calibration too.
     """
     with usage_error(f"`task: {resolved.recipe.task}`", ValueError):
         trainer = task.make_trainer(resolved.training)
@@ -92,18 +88,10 @@ def run(
 ) -> str | None:
     """Train, evaluate and predict as a recipe says, and write the run folder.
 
-    Nothing is written before recipe, data, tokenizer and model have been checked.
-
-    Args:
-        resolved: the recipe.
-        command: the words of the command line, for the record.
-        resume: continue from the last whole checkpoint.
-        overwrite: replace the run in the run folder.
-        quiet: write nothing to the screen.
-        conclude: write what came of the run, and where it is; a caller may do so instead.
-
-    Returns:
-        If Ctrl-C or SIGTERM ended the run: how to continue it from its checkpoint.
+    Nothing is written before recipe, data, tokenizer and model have been checked. The record gets
+    `command`. The last lines say what came of the run and where it is, unless the caller does so
+    and turns `conclude` off. If Ctrl-C or SIGTERM ended the run, returns how to continue it from
+    its checkpoint.
     """
     training = resolved.training
     write = Lines(quiet=quiet or training.process_index != 0)

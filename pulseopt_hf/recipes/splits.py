@@ -53,13 +53,7 @@ class Split:
     def values(self, column: str, convert: Callable[[Any], _Value], allowed: str) -> list[_Value]:
         """Return a column, each value converted.
 
-        Args:
-            column: its name.
-            convert: raises a `LookupError`, `TypeError` or `ValueError` where a value does not fit.
-            allowed: what a value must be.
-
-        Raises:
-            UsageError: a value does not fit; the message names its row, counted from 1.
+        `convert` raises a `LookupError`, `TypeError` or `ValueError` for one that is not `allowed`.
         """
         result = []
         for row, value in enumerate(self.rows[column], 1):

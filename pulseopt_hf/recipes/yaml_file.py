@@ -66,9 +66,7 @@ _RecipeLoader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe's keys and values, without checking them.
 
-    Raises:
-        UsageError: the file is missing, too large, not valid YAML, not a mapping, or holds an
-            alias or a key twice; the message is one line and begins with the path.
+    What is wrong with the file is told in one line that begins with the path.
     """
     try:
         with path.open("rb") as file:
