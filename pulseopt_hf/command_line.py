@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pulseopt_hf.errors import UsageError
 
@@ -28,15 +28,12 @@ ONE_DASH = re.compile(r"-(?!-)")
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses the words of one command; errors are raised as `UsageError`.
+    """Parses the words of one of `COMMANDS`; errors are raised as `UsageError`.
 
-    Args:
-        command: one of `COMMANDS`.
-        takes_recipe: the command takes a recipe and, as further options, the recipe's keys.
-        settings: passed to argparse.
+    `takes_recipe`: the command takes a recipe and, as further options, the recipe's keys.
     """
 
-    def __init__(self, command: str, *, takes_recipe: bool = False, **settings: Any) -> None:
+    def __init__(self, command: str, *, takes_recipe: bool = False) -> None:
         about = COMMANDS[command]
         super().__init__(
             prog=f"pulseopt-hf {command}",
@@ -44,7 +41,6 @@ class Parser(argparse.ArgumentParser):
             description=f"{about[0].upper()}{about[1:]}.",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **settings,
         )
         self._negative_number_matcher = ONE_DASH
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
