@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
@@ -174,7 +175,8 @@ def _train(words: list[str]) -> int:
     from pulseopt_hf.recipes.running import run
 
     asked = {flag: getattr(options, flag) for flag in ("resume", "overwrite", "quiet")}
-    with launching.leaving_ranks():
+    with ExitStack() as stack:
+        stack.push(launching.leave_ranks)
         stopped = run(resolve(options.recipe, keys), ["pulseopt-hf", "train", *words], **asked)
     if stopped is not None and _is_first_process():
         print(stopped, file=sys.stderr)

@@ -6,8 +6,7 @@ import argparse
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from pulseopt_hf.errors import UsageError
@@ -55,13 +54,16 @@ def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
             "`--accelerate_config` and `--num_processes` launch by themselves; leave them out, or "
             "leave out `accelerate launch` or `torchrun`."
         )
-    profile = _profile(options.accelerate_config or "ddp")
+    profile = options.accelerate_config or "ddp"
+    if not Path(profile).suffix:  # not a file of the user's
+        profile = catalogue.LAUNCH + profile.removeprefix(catalogue.LAUNCH)
+    file = catalogue.find(profile)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    module = ("--config_file", str(profile), *arguments, "-m", "pulseopt_hf", *words)
+    module = ("--config_file", str(file), *arguments, "-m", "pulseopt_hf", *words)
     asked = launch_command_parser().parse_args(module)
     # torchrun passes a signal on and waits; its 30 seconds are short for a large checkpoint. Where
     # torch is too old for this, Accelerate leaves it out.
@@ -72,9 +74,9 @@ def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
         with patch_environment(**{_MARK: "1"}):
             launch_command(asked)
     except ChildFailedError as error:
-        return _code(error.get_first_failure()[1].exitcode)
+        return max(1, error.get_first_failure()[1].exitcode)  # negative if a signal ended it
     except subprocess.CalledProcessError as error:
-        return _code(error.returncode)
+        return max(1, error.returncode)
     except SignalException:
         return 1
     finally:
@@ -82,8 +84,7 @@ def launch(options: argparse.Namespace, words: Sequence[str]) -> int | None:
     return 0
 
 
-@contextmanager
-def leaving_ranks() -> Iterator[None]:
+def leave_ranks(error: type[BaseException] | None, *_: object) -> None:
     """Leave the process group at the end; a rank that keeps it can abort when Python exits.
 
     A rank that failed keeps it, as others may wait for it, and NCCL would wait for them. A
@@ -91,25 +92,5 @@ def leaving_ranks() -> Iterator[None]:
     """
     from torch import distributed
 
-    failed = True
-    try:
-        yield
-        failed = False
-    except UsageError:
-        failed = False
-        raise
-    finally:
-        if not failed and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def _profile(name: str) -> Path:
-    """Return the file of a launch profile that ships, or of a user's own."""
-    if Path(name).suffix:
-        return catalogue.find(name)
-    return catalogue.find(f"{catalogue.LAUNCH}{name.removeprefix(catalogue.LAUNCH)}")
-
-
-def _code(code: int) -> int:
-    """Return a process's exit code, or 1 for one that a signal ended."""
-    return code if code > 0 else 1
+    if (error is None or issubclass(error, UsageError)) and distributed.is_initialized():
+        distributed.destroy_process_group()

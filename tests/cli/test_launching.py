@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import distributed
 
 from pulseopt_hf.cli import main
 from pulseopt_hf.errors import UsageError
-from pulseopt_hf.recipes.launching import leaving_ranks
+from pulseopt_hf.recipes.launching import leave_ranks
 from tests.cli.processes import ACCELERATE, ALONE, HERE, RANKS, TIMEOUT, command, interrupted
 from tests.engines.ranks import free_port
 
@@ -77,7 +77,8 @@ def test_a_rank_leaves_its_process_group_before_python_exits(
 ) -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        with suppress(type(problem) if problem else ()), leaving_ranks():
+        with suppress(type(problem) if problem else ()), ExitStack() as stack:
+            stack.push(leave_ranks)
             if problem:
                 raise problem
         assert distributed.is_initialized() is not left
