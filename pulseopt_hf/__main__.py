@@ -1,6 +1,6 @@
 """`python -m pulseopt_hf`: the command line."""
 
-from pulseopt_hf.cli import console
+from pulseopt_hf.cli import main
 
 if __name__ == "__main__":
-    console()
+    raise SystemExit(main())

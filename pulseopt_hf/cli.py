@@ -33,24 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(words), debug="--debug" in words)
 
 
-def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
+def guarded(command: Callable[[], int | None], *, debug: bool = False) -> int:
     """Return a command's exit code; print in a line or two what it raises, or all with `debug`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal's encoding lacks must not end a command.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return command()
+        return command() or DONE
     except BrokenPipeError:
         # The reader has left, as `head` does; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (Exception, KeyboardInterrupt) as error:
         return _report_error(error, debug=debug)
-
-
-def console() -> None:
-    """Run the console script `pulseopt-hf`."""
-    sys.exit(main())
 
 
 def _report_error(error: BaseException, *, debug: bool) -> int:
@@ -74,7 +69,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> int | None:
     first = words[0] if words else "--help"
     own = {"list": _list, "show": _show, "cp": _cp, "validate": _validate, "train": _train}
     if first in own:
@@ -100,7 +95,7 @@ def _run(words: list[str]) -> int:
     return BAD_USAGE
 
 
-def _list(words: list[str]) -> int:
+def _list(words: list[str]) -> None:
     Parser("list").parse_args(words)
     rows: list[tuple[str, ...]] = [("recipe", "task", "model", "time", "score")]
     for name in catalogue.names():
@@ -114,17 +109,15 @@ def _list(words: list[str]) -> int:
         print("", *group, sep="\n")
     print(f"\nlaunch profiles for `--accelerate_config`: {', '.join(catalogue.profiles())}")
     print(f"several nodes of Slurm: {catalogue.SLURM}")
-    return DONE
 
 
-def _show(words: list[str]) -> int:
+def _show(words: list[str]) -> None:
     parser = Parser("show")
     parser.add_recipe()
     print(catalogue.find(parser.parse_args(words).recipe).read_text(encoding="utf-8"), end="")
-    return DONE
 
 
-def _cp(words: list[str]) -> int:
+def _cp(words: list[str]) -> None:
     parser = Parser("cp")
     parser.add_recipe()
     parser.add_argument("file", metavar="FILE", type=Path, help="the copy, or a folder for it")
@@ -138,16 +131,14 @@ def _cp(words: list[str]) -> int:
         raise UsageError(f"{path.parent}: there is no such folder.")
     shutil.copyfile(source, path)
     print(path)
-    return DONE
 
 
-def _validate(words: list[str]) -> int:
+def _validate(words: list[str]) -> None:
     options, keys = Parser("validate", takes_recipe=True).parse_recipe(words)
     catalogue.find(options.recipe)  # before the slow imports, for a misspelt name
     from pulseopt_hf.recipes.parsing import resolve
 
     print(f"`{resolve(options.recipe, keys).path}`: valid.")
-    return DONE
 
 
 def _train(words: list[str]) -> int:

@@ -80,7 +80,7 @@ def test_the_wheel_is_typed_and_has_every_module_and_recipe(wheel: Path) -> None
     names = set(archive.namelist())
     assert "pulseopt_hf/py.typed" in names
     (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert b"pulseopt-hf = pulseopt_hf.cli:console" in archive.read(scripts)
+    assert b"pulseopt-hf = pulseopt_hf.cli:main" in archive.read(scripts)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pulseopt_hf").rglob("*.py")}
     assets = (ROOT / "pulseopt_hf" / "report" / "assets").iterdir()
     assert modules | {str(path.relative_to(ROOT)) for path in assets} <= names
