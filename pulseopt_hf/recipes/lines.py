@@ -12,17 +12,11 @@ from typing import Any
 import datasets
 import transformers
 from tqdm.auto import tqdm
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.aees.record_format import RunEvent
-from pulseopt_hf.optim import AEES
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.report.wording import described, event_line
 
@@ -50,16 +44,28 @@ class Bar(ProgressCallback):
         """Write nothing."""
 
 
-class EpochLines(TrainerCallback):
-    """Writes a line for each epoch and for each evaluation before the last.
+class RunLines(TrainerCallback):
+    """Writes a line for each epoch, evaluation, trial of a calibration and episode that ends.
 
-    Args:
-        write: takes each line.
+    `outcomes` says whether it also writes what came of a calibration.
     """
 
-    def __init__(self, write: Callable[[str], object]) -> None:
+    def __init__(
+        self, trainer: PulseOptTrainer, write: Callable[[str], object], *, outcomes: bool = True
+    ) -> None:
+        self._trainer = trainer
         self._write = write
+        self._outcomes = outcomes
         self._seen = 0  # entries of the log history
+
+    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
+        """Listen to what comes after the checkpoint that is resumed, if one is."""
+        if self._trainer.aees is not None:
+            self._trainer.aees.listeners.append(self._on_event)
+
+    def _on_event(self, event: RunEvent) -> None:
+        if self._outcomes or not isinstance(event, Outcome):
+            self._write(event_line(event))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, *event: Any, **kwargs: Any
@@ -83,37 +89,6 @@ class EpochLines(TrainerCallback):
         """Write the metrics, unless the same model is evaluated once more in the end."""
         if state.global_step < state.max_steps or args.load_best_model_at_end:
             self._write(f"step {state.global_step}  {described(kwargs.get('metrics') or {})}")
-
-
-class EpisodeLines(TrainerCallback):
-    """Writes a line for each trial of a calibration and for each episode that ends.
-
-    Args:
-        trainer: a Trainer with AEES.
-        write: takes each line.
-        outcomes: whether to write what came of a calibration too.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        write: Callable[[str], object] = tqdm.write,
-        *,
-        outcomes: bool = True,
-    ) -> None:
-        self._trainer = trainer
-        self._write = write
-        self._outcomes = outcomes
-
-    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
-        """Listen to what comes after the checkpoint that is resumed, if one is."""
-        aees: AEES | None = getattr(self._trainer, "aees", None)
-        if aees is not None and self._trainer.is_world_process_zero():
-            aees.listeners.append(self._on_event)
-
-    def _on_event(self, event: RunEvent) -> None:
-        if self._outcomes or not isinstance(event, Outcome):
-            self._write(event_line(event))
 
 
 def quiet_libraries(resolved: Resolved, *, quiet: bool = False) -> None:

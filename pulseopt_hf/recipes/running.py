@@ -19,14 +19,7 @@ from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.errors import UsageError, usage_error
 from pulseopt_hf.recipes import folder, models, splits, tasks
 from pulseopt_hf.recipes.interruption import Interruption
-from pulseopt_hf.recipes.lines import (
-    Bar,
-    EpisodeLines,
-    EpochLines,
-    Lines,
-    quiet_libraries,
-    without_calibration_log,
-)
+from pulseopt_hf.recipes.lines import Bar, Lines, RunLines, quiet_libraries, without_calibration_log
 from pulseopt_hf.recipes.model_card import write_card
 from pulseopt_hf.recipes.parsing import Resolved
 from pulseopt_hf.report.wording import described
@@ -59,8 +52,7 @@ def make_trainer(
     if not resolved.training.disable_tqdm:
         trainer.add_callback(Bar())
     if write is not None:
-        trainer.add_callback(EpisodeLines(trainer, write, outcomes=outcomes))
-        trainer.add_callback(EpochLines(write))
+        trainer.add_callback(RunLines(trainer, write, outcomes=outcomes))
     return trainer
 
 
@@ -172,7 +164,7 @@ def _train(trainer: PulseOptTrainer, checkpoint: Path | None, write: Lines) -> b
 
 def _evaluate(trainer: PulseOptTrainer, resolved: Resolved, task: tasks.Task) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    trainer.remove_callback(EpochLines)  # the conclusion says it
+    trainer.remove_callback(RunLines)  # the conclusion says it
     for index, rows in enumerate(task.sets["validation"]):
         values = {**trainer.evaluate(rows), "eval_samples": len(rows)}
         suffix = resolved.recipe.suffix(index)

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.aees.record_format import FILE_NAME
 from pulseopt_hf.cli import main
-from pulseopt_hf.recipes.lines import EpisodeLines
+from pulseopt_hf.recipes.lines import RunLines
 from pulseopt_hf.report.live import picture
 from pulseopt_hf.report.record_reader import read_run
 from tests.report.conftest import edit_record
@@ -227,7 +227,7 @@ def test_a_run_and_watch_say_the_same_of_an_episode(
     class Telling(PulseOptTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.add_callback(EpisodeLines(self, told.append))
+            self.add_callback(RunLines(self, told.append))
 
     folder = train(tmp_path / "run", KNOBS, Telling, max_steps=100, logging_steps=4)
     capsys.readouterr()
