@@ -179,7 +179,7 @@ class RecipeTrainingArguments(PulseOptTrainingArguments, Seq2SeqTrainingArgument
         if self.dataloader_pin_memory is None:
             import torch
 
-            self.dataloader_pin_memory = torch.accelerator.is_available() and not self.use_cpu
+            self.dataloader_pin_memory = torch.accelerator.is_available()
         super().__post_init__()
 
 
