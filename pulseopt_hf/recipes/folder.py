@@ -153,14 +153,10 @@ def versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Return the commit of the working folder, if any, and whether files differ from it."""
-
-    def git(*words: str) -> str:
-        quiet = subprocess.DEVNULL
-        return subprocess.check_output(["git", *words], text=True, timeout=10, stderr=quiet).strip()
-
+    git = ("git", "describe", "--always", "--no-abbrev", "--exclude=*", "--dirty= with changes")
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+        quiet = subprocess.DEVNULL
+        return subprocess.check_output(git, text=True, timeout=10, stderr=quiet).strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
