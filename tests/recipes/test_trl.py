@@ -151,9 +151,10 @@ def test_grpo_is_rewarded_by_a_function_of_a_file(
     train: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:
     (tmp_path / "rewards.py").write_text(
+        "def share(text):\n"
+        "    return sum(map(str.isalpha, text)) / (len(text) + 1)\n"
         "def letters(completions, **columns):\n"
-        "    texts = [completion[0]['content'] for completion in completions]\n"
-        "    return [sum(map(str.isalpha, text)) / (len(text) + 1) for text in texts]\n"
+        "    return [share(completion[0]['content']) for completion in completions]\n"
     )
     words = ["--reward_funcs", "rewards.py:letters", "think_format_reward"]
     words += [*FEW, "--max_completion_length", "8", "--max_eval_samples", "4"]

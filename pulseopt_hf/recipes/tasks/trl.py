@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import pkgutil
+import runpy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any, get_type_hints
 
 import trl
@@ -69,15 +69,12 @@ def _need_columns(task: str, training: Any, split: Split) -> None:
 
 def _reward_function(name: str) -> Callable[..., Any]:
     """Return one of TRL's functions, one of an installed package, or one of a local file."""
-    if name in REWARDS and "accuracy" in name and importlib.util.find_spec("math_verify") is None:
+    if name in REWARDS and "accuracy" in name and find_spec("math_verify") is None:
         raise UsageError(f"`reward_funcs`: `{name}` needs `pip install 'pulseopt-hf[trl]'`.")
     file, _, function = name.rpartition(":")
     with usage_error(f"`reward_funcs`: `{name}` could not be loaded"):
         if file.endswith(".py"):
-            spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            found = getattr(module, function)
+            found: Any = runpy.run_path(file).get(function)
         else:
             found = pkgutil.resolve_name(f"trl.rewards.{name}" if name in REWARDS else name)
     if not callable(found):
