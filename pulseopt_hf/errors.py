@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -36,7 +36,7 @@ def call_all(calls: Iterable[Callable[[], _Result]]) -> list[_Result]:
     return results
 
 
-@contextlib.contextmanager
+@contextmanager
 def usage_error(what: str, kind: type[Exception] = Exception, *, hint: str = "") -> Iterator[None]:
     """Turn an error of a library, by default any, into a `UsageError` of one line."""
     try:
@@ -59,13 +59,6 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@contextlib.contextmanager
-def needs_extra(what: str, extra: str) -> Iterator[None]:
-    """Where a package is missing, raise a `UsageError` that names the extra to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{what} needs {error.name}, which is not installed: "
-            f"pip install 'pulseopt-hf[{extra}]'."
-        ) from error
+def needs_extra(what: str, extra: str) -> AbstractContextManager[None]:
+    """Turn a failed import into a `UsageError` that names the extra to install."""
+    return usage_error(f"{what} needs `pip install 'pulseopt-hf[{extra}]'`", ImportError)

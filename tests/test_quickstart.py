@@ -96,7 +96,7 @@ def test_without_the_extra_the_page_is_one_command_away(
     assert quickstart.main(["--max_steps", "20", "--output_dir", str(folder)]) == 0
     *_, found, _, _, page, _ = capsys.readouterr().out.splitlines()
     assert found == "The learning rate is not calibrated: 5e-05 is used."
-    assert "needs altair, which is not installed: pip install 'pulseopt-hf[report]'" in page
+    assert "needs `pip install 'pulseopt-hf[report]'`: import of altair halted" in page
     assert not (folder / "report.html").exists()
 
 

@@ -15,7 +15,7 @@ from pulseopt_hf.aees.calibration import (
     Trial,
 )
 from pulseopt_hf.command_line import Parser, aligned
-from pulseopt_hf.errors import UsageError, usage_error
+from pulseopt_hf.errors import UsageError, needs_extra, usage_error
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.report.wording import moved
 
@@ -67,7 +67,7 @@ def _check_picture(file: Path) -> None:
         raise UsageError(f"`--plot`: {file} is a folder; name a file in it.")
     if not file.parent.is_dir():
         raise UsageError(f"`--plot`: {file.parent}: there is no such folder.")
-    with usage_error("`--plot` needs `pip install 'pulseopt-hf[report]'`", ModuleNotFoundError):
+    with needs_extra("`--plot`", "report"):
         import pulseopt_hf.report.chart_files  # noqa: F401
 
 

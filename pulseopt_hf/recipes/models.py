@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from pulseopt_hf import embedded
-from pulseopt_hf.errors import UsageError, nearest, usage_error
+from pulseopt_hf.errors import UsageError, nearest, needs_extra, usage_error
 from pulseopt_hf.recipes.keys import TASKS, RecipeArguments
 
 
@@ -77,7 +77,7 @@ def lora_config(recipe: RecipeArguments) -> Any:
     """Return peft's configuration of a recipe's LoRA, or `None` where it has none."""
     if recipe.lora_r is None:
         return None
-    with usage_error("`lora_r` needs `pip install 'pulseopt-hf[recipes]'`", ImportError):
+    with needs_extra("`lora_r`", "recipes"):
         from peft import LoraConfig
     return LoraConfig(
         task_type=TASKS[recipe.task].peft,

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from pulseopt_hf.command_line import ONE_DASH
 from pulseopt_hf.config import PulseOptKnobs
-from pulseopt_hf.errors import UsageError, call_all, nearest, one_line, usage_error
+from pulseopt_hf.errors import UsageError, call_all, nearest, needs_extra, one_line
 from pulseopt_hf.recipes import catalogue, models, splits
 from pulseopt_hf.recipes.keys import (
     COMMAND_LINE_ONLY,
@@ -48,7 +48,7 @@ def recipe_parser(task: str | None = None) -> HfArgumentParser:
     """Return the parser of all keys of a task's recipes, which raises instead of exiting."""
     classes: Any = [RecipeArguments, RecipeTrainingArguments]
     if task in TRL_TASKS:
-        with usage_error(f"`task: {task}` needs `pip install 'pulseopt-hf[trl]'`", ImportError):
+        with needs_extra(f"`task: {task}`", "trl"):
             from pulseopt_hf.recipes.tasks import trl
         classes[1] = trl.CONFIGS[task]
     parser = HfArgumentParser(

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from pulseopt_hf import embedded
-from pulseopt_hf.errors import UsageError, call_all, nearest, one_line, usage_error
+from pulseopt_hf.errors import UsageError, call_all, nearest, needs_extra, one_line, usage_error
 from pulseopt_hf.recipes.keys import RecipeArguments, RecipeTrainingArguments
 
 _Value = TypeVar("_Value")
@@ -204,7 +204,7 @@ def _from_data_set(recipe: RecipeArguments, training: RecipeTrainingArguments) -
     name, config = str(recipe.dataset_name), recipe.dataset_config_name
     title = f"{name} ({config})" if config else name
     if name.startswith("embedded:"):
-        with usage_error(f"`{name}` needs `pip install 'pulseopt-hf[recipes]'`", ImportError):
+        with needs_extra(f"`{name}`", "recipes"):
             there = _EMBEDDED[name]()
     else:
         offline = " and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
