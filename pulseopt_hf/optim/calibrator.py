@@ -362,7 +362,9 @@ class Calibrator:
             return
         if folder is None:
             raise StateError(
-                "The checkpoint's folder is not known, which holds a part of the state."
+                "A part of the calibration lies in the checkpoint's folder, which no event names. "
+                "Resume in the run's own `output_dir`, or write "
+                "`PulseOptCallback(config).attach(trainer)`."
             )
         keeper: Probe | Snapshot = self.probe if self.is_searching else self._origin
         keeper.load(folder / self._file(rank))

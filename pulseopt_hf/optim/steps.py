@@ -285,7 +285,7 @@ class EpisodicSteps:
     def agree(self) -> None:
         """Average what this episode has seen so far over ranks; every rank must call it.
 
-        Afterwards `state_dict` sends nothing and can be called on one rank alone.
+        Afterwards one rank alone can ask for `agreed_state`.
         """
         self._episodes.agree(self._global_step)
         if self.calibrator is not None:
@@ -333,9 +333,13 @@ class EpisodicSteps:
     def state_dict(self) -> StateDict:
         """Return all that later arms depend on, as JSON, also in the middle of an episode.
 
-        Under `torch.distributed` every rank must call it, unless `agree` was called before.
+        Under `torch.distributed` every rank must call it.
         """
         self.agree()
+        return self.agreed_state()
+
+    def agreed_state(self) -> StateDict:
+        """Return `state_dict` with what ranks have agreed on so far. Sends nothing."""
         calibration = None if self.calibrator is None else self.calibrator.state_dict()
         return {
             **self._episodes.state_dict(),

@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from pulseopt_hf.aees.json_checks import StateDict
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
+from pulseopt_hf.optim.unwrap import is_stepped_by_deepspeed
 from pulseopt_hf.trainer.session import PulseSession, session_in_training
 
 
@@ -103,7 +104,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put off a checkpoint of an epoch's last step until the epoch's evaluation is done.
+        """Make ready for a checkpoint, or put it off until the epoch's evaluation is done.
 
         Resumed from one before it, Trainer would leave the evaluation out, and with it the random
         numbers that its data loader draws: the run would not end as the uninterrupted one. Where
@@ -111,6 +112,8 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         """
         if self.session is None or self.session.is_plain:
             return
+        if control.should_save or control.should_evaluate:  # which may ask for a checkpoint
+            self.session.agree_in_events()
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
         if control.should_save and ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
             control.should_save = False
@@ -120,6 +123,8 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save what `on_step_end` put off; Trainer evaluates first."""
+        if self.session is not None:
+            self.session.agree_in_events()
         if self._save_after_epoch:
             self._save_after_epoch = False
             control.should_save = True
@@ -170,7 +175,7 @@ class TrainerOfEvents:
     @property
     def is_deepspeed_enabled(self) -> bool:
         """Whether the engine steps, which is not handed out."""
-        return bool(self.args.deepspeed)
+        return is_stepped_by_deepspeed(self.optimizer)
 
     def is_world_process_zero(self) -> bool:
         """Whether this process writes files."""

@@ -147,7 +147,8 @@ class PulseSession:
         config = run_config(trainer, self._config, state.max_steps, saved if resuming else None)
         if self.is_unattached:
             check_events(trainer, config)
-            self.resumed_folder = checkpoint_folder(trainer, None) if resuming else None
+            folder = checkpoint_folder(trainer, None)
+            self.resumed_folder = folder if resuming and folder.is_dir() else None
         engine, options = None, dict[str, Any]()
         if trainer.is_deepspeed_enabled:
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
@@ -323,6 +324,11 @@ class PulseSession:
             self._aees.agree()
             self.save_files(trial)
 
+    def agree_in_events(self) -> None:
+        """Agree before a checkpoint that events alone announce; every rank takes part."""
+        if self._aees is not None and self.is_unattached:
+            self._aees.agree()
+
     def save_files(self, trial: object = None) -> None:
         """Write into a checkpoint what `state_dict` cannot hold; every rank takes part."""
         if self._aees is not None:
@@ -364,10 +370,16 @@ class PulseSession:
             show_trials(self.trainer, calibrator.search.trials)
 
     def state_dict(self) -> StateDict | None:
-        """Return what a checkpoint has to hold, or `None` outside of training."""
+        """Return what a checkpoint has to hold, or `None` outside of training.
+
+        Trainer asks on one rank alone. What ranks have not agreed on by then, since another
+        callback asked for the checkpoint after this one, is left out.
+        """
         if self._aees is None:
             return None
-        return self._aees.state_dict()
+        if self.trainer.args.world_size == 1:
+            self._aees.agree()
+        return self._aees.agreed_state()
 
     def log_values(self) -> dict[str, float]:
         """Return what Trainer's log says of the latest step; nothing outside of training."""

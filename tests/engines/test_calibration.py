@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from pulseopt_hf import PulseOptTrainer
+from pulseopt_hf import PulseOptCallback, PulseOptTrainer
 from tests.conftest import NAMED, SHORT, TRIAL_STEPS, Make, logged, make_arguments, make_rows
 from tests.engines.engine import VARIANTS, slow, whole
 from tests.engines.trainers import Watch, fp16
+
+
+def aees_of(trainer: Any) -> Any:
+    """Return what plays the arms, also where the Trainer does not know it."""
+    callbacks = trainer.callback_handler.callbacks
+    return next(one for one in callbacks if isinstance(one, PulseOptCallback)).aees
 
 
 def found_by(trainer: Any) -> dict[str, Any]:
@@ -135,23 +141,25 @@ def test_ranks_agree(
 
 
 @pytest.mark.parametrize(
-    ("engine", "config"),
+    ("engine", "road", "config"),
     [
-        ("ddp", {}),
-        ("fsdp2", {"state_dict_type": "SHARDED_STATE_DICT"}),
-        pytest.param("zero2", {}, marks=pytest.mark.slow),
+        ("ddp", "subclass", {}),
+        ("ddp", "events", {}),
+        ("fsdp2", "subclass", {"state_dict_type": "SHARDED_STATE_DICT"}),
+        pytest.param("zero2", "subclass", {}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_resume_amid_the_trials_and_the_watch(
-    engine: str, config: dict[str, Any], on_ranks: Make, tmp_path: Path
+    engine: str, road: str, config: dict[str, Any], on_ranks: Make, tmp_path: Path
 ) -> None:
     def run(step: int | None) -> Any:
         resume = None if step is None else str(tmp_path / f"runNone/checkpoint-{step}")
+        folder = tmp_path / ("runNone" if road == "events" else f"run{step}")
         return on_ranks(
-            *(engine, PulseOptTrainer, NAMED),
-            **{"config": config, "resume": resume, "output_dir": str(tmp_path / f"run{step}")},
+            *(engine, road, NAMED),
+            **{"config": config, "resume": resume, "output_dir": str(folder)},
             **{"save_strategy": "steps", "save_steps": 4, **SHORT},
-            look=lambda trainer: [asdict(one) for one in trainer.aees.calibrator.search.trials],
+            look=lambda trainer: [asdict(one) for one in aees_of(trainer).calibrator.search.trials],
         )
 
     straight = run(None)

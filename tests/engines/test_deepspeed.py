@@ -125,6 +125,15 @@ def test_refusals_come_before_training(make_trainer: Make) -> None:
     run_ranks(2, body)
 
 
+def test_a_callback_that_was_never_attached_says_how(make_trainer: Make) -> None:
+    def body(rank: int) -> None:
+        trainer = make_trainer("events", max_steps=1, deepspeed=deepspeed_config(2))
+        with pytest.raises(RuntimeError, match=r"PulseOptCallback\(config\).attach\(trainer\)"):
+            trainer.train()
+
+    run_ranks(1, body)
+
+
 def test_a_hand_written_loop_is_refused_and_told_what_to_use(train: Make) -> None:
     def body(rank: int) -> None:
         trainer = train(Trainer, max_steps=1, deepspeed=deepspeed_config(2))

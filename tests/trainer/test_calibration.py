@@ -15,7 +15,7 @@ from schedulefree import AdamWScheduleFree, SGDScheduleFree
 from torch.utils.data import IterableDataset
 
 from pulseopt_hf import PulseOptCallback, PulseOptConfig
-from pulseopt_hf.aees import calibration
+from pulseopt_hf.aees import StateError, calibration
 from pulseopt_hf.optim import loss_watch
 from tests.conftest import (
     NAMED,
@@ -182,6 +182,19 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert logged(resumed) == logged(whole)
         if road != "events":
             assert history(resumed)[:-1] == history(whole)[:-1]
+
+
+def test_events_alone_resume_in_another_folder_once_the_net_is_gone(
+    train: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 30, **SHORT}
+    whole = train("events", NAMED, **settings)
+    resumed = train("events", NAMED, **settings, resume=checkpoint(whole, 30))
+    assert parameters_equal(resumed.model, whole.model)
+    assert "weights only" not in caplog.text
+    early = train("events", NAMED, **{**settings, "save_steps": 4})
+    with pytest.raises(StateError, match=r"no event names.*\.attach\(trainer\)"):
+        train("events", NAMED, **settings, resume=checkpoint(early, 4))
 
 
 def test_a_plain_trainer_goes_on_at_the_calibrated_lr(train: Make) -> None:
