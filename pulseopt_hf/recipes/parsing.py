@@ -64,9 +64,9 @@ def recipe_parser(task: str | None = None) -> HfArgumentParser:
     return parser
 
 
-def keys_of(parser: HfArgumentParser) -> set[str]:
-    """Return the keys that a parser knows."""
-    return {action.dest for action in parser._actions}
+def keys_of(parser: HfArgumentParser) -> list[str]:
+    """Return the keys that a parser knows, in its order."""
+    return list(dict.fromkeys(action.dest for action in parser._actions))
 
 
 @dataclass

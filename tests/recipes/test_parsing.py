@@ -126,6 +126,14 @@ def test_a_value_with_a_minus_sign_is_a_value(value: str, tmp_path: Path) -> Non
     assert (run.recipe.label_range, run.recipe.source_prefix) == ([-1e-5, 1.0], "-x")
 
 
+def test_the_command_lines_keys_come_in_the_parsers_order(tmp_path: Path) -> None:
+    keys = ["seed", "max_steps", "weight_decay", "eval_steps", "lr_candidates", "warmup_steps"]
+    run = resolved(tmp_path, "", *(word for key in keys for word in (f"--{key}", "1")))
+    order = keys_of(recipe_parser())
+    set_here = [key for key in run.given if key in keys]
+    assert set_here == sorted(keys, key=order.index)
+
+
 def test_the_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,0\n")
     text = "lr_scheduler_kwargs: {}\nreport_to: none\nclass_names: ['no', '1']\n"
