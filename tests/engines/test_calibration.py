@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from pulseopt_hf import PulseOptCallback, PulseOptTrainer
-from tests.conftest import NAMED, SHORT, TRIAL_STEPS, Make, logged, make_arguments, make_rows
+from tests.conftest import (
+    NAMED,
+    SHORT,
+    TRIAL_STEPS,
+    Make,
+    logged,
+    make_arguments,
+    make_rows,
+    on,
+)
 from tests.engines.engine import VARIANTS, slow, whole
 from tests.engines.trainers import Watch, fp16
 
@@ -167,3 +176,16 @@ def test_ranks_resume_amid_the_trials_and_the_watch(
         for rank, end in enumerate(run(step)):
             assert end.seen[-1] == straight[rank].seen[-1] != []
             assert torch.equal(end.parameters, straight[rank].parameters), (step, rank)
+
+
+def test_a_checkpoint_that_no_event_announced_keeps_no_rank_waiting(
+    on_ranks: Make, tmp_path: Path
+) -> None:
+    def ask(state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step in (3, 12)
+
+    settings = {"callbacks": [on("on_log", ask)], "output_dir": str(tmp_path), **SHORT}
+    ends = on_ranks("ddp", "events", NAMED, **settings)
+    assert len(list(tmp_path.glob("checkpoint-*/pulse_*_1.safetensors"))) == 2
+    for end, other in zip(ends, on_ranks("ddp", "subclass", NAMED, **SHORT), strict=True):
+        assert torch.equal(end.parameters, other.parameters)
