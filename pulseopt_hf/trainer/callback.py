@@ -9,14 +9,12 @@ from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
-from pulseopt_hf.aees.json_checks import StateDict
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim import AEES
 from pulseopt_hf.optim.unwrap import is_stepped_by_deepspeed
@@ -45,8 +43,6 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         self.config = config
         self.session: PulseSession | None = None
         self._save_after_epoch = False
-        # Set by Trainer on the instance it rebuilds from a checkpoint, see `on_train_begin`.
-        self.saved_state: StateDict | None = None
 
     def attach(self, trainer: Trainer) -> PulseOptCallback:
         """Connect to a Trainer before its `train()`, and add this callback if it is missing.
@@ -73,9 +69,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         """The AEES of the current or latest run, or `None` before the first run."""
         return None if self.session is None else self.session.latest
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the controller, or load it from the checkpoint that is resumed."""
         if self.session is None:
             # With `restore_callback_states_from_checkpoint=True` Trainer replaces each stateful
@@ -94,37 +88,32 @@ class PulseOptCallback(TrainerCallback, ExportableState):
             self.session = PulseSession(trainer, self.config, unattached=True, latest=self.aees)
         self.session.begin(state, saved, kwargs["train_dataloader"])
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an optimizer step."""
         if self.session is not None:
             self.session.begin_step(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make ready for a checkpoint, or put it off until the epoch's evaluation is done.
 
         Resumed from one before it, Trainer would leave the evaluation out, and with it the random
         numbers that its data loader draws: the run would not end as the uninterrupted one. Where
         nothing is done to the LR, the order of events stays Trainer's own.
         """
-        if self.session is None or self.session.is_plain:
+        if self.session is None or self.aees is None or self.aees.is_plain:
             return
-        if control.should_save or control.should_evaluate:  # which may ask for a checkpoint
-            self.session.agree_in_events()
+        is_unattached = self.session.is_unattached
+        if is_unattached and (control.should_save or control.should_evaluate):  # may ask to save
+            self.session.agree()
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
         if control.should_save and ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
             control.should_save = False
             self._save_after_epoch = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save what `on_step_end` put off; Trainer evaluates first."""
-        if self.session is not None:
-            self.session.agree_in_events()
+        if self.session is not None and self.session.is_unattached:
+            self.session.agree()
         if self._save_after_epoch:
             self._save_after_epoch = False
             control.should_save = True
@@ -134,9 +123,7 @@ class PulseOptCallback(TrainerCallback, ExportableState):
         if self.session is not None and self.session.is_unattached:
             self.session.save_files()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write into the run record what Trainer has just added to its log history."""
         if self.session is not None and state.log_history:
             self.session.note_log(state.log_history[-1])

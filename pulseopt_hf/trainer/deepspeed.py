@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.unwrap import all_parameters, innermost
-from pulseopt_hf.trainer.patches import MethodPatches
+from pulseopt_hf.trainer.patches import wrap
 
 
 class DeepSpeedSteps:
@@ -31,13 +32,13 @@ class DeepSpeedSteps:
         seam: called where the engine would step; it calls `run`.
     """
 
-    def __init__(self, engine: Any, patches: MethodPatches, seam: Callable[[], None]) -> None:
+    def __init__(self, engine: Any, patches: ExitStack, seam: Callable[[], None]) -> None:
         self._engine = engine
         self._running = False
         self._finite: bool | None = None  # of the step that is running, once known
         self._plain_step = engine.step
-        patches.wrap(engine, "step", lambda step: lambda *args, **kwargs: seam())
-        patches.wrap(innermost(engine.optimizer), "step", self._guarded)
+        wrap(patches, engine, "step", lambda step: lambda *args, **kwargs: seam())
+        wrap(patches, innermost(engine.optimizer), "step", self._guarded)
 
     def run(self) -> None:
         """Let the engine step."""
@@ -104,7 +105,8 @@ def check_knobs(config: PulseOptConfig, engine: Any) -> None:
         ValueError: one of them is set.
     """
     noisy = any(level > 0.0 for level in config.noise_candidates)
-    if noisy and config.noise_mode == "relative" and _is_flat(engine):
+    is_flat = engine.optimizer is not innermost(engine.optimizer)  # parts, not the parameters
+    if noisy and config.noise_mode == "relative" and is_flat:
         raise ValueError(
             "`noise_mode` must be 'absolute' under DeepSpeed, got 'relative': ZeRO joins the "
             "gradients of all parameters into one, so that none has a size of its own. Write "
@@ -120,11 +122,6 @@ def check_knobs(config: PulseOptConfig, engine: Any) -> None:
             "`log_update_norm` needs whole parameters, and DeepSpeed steps flat parts of them. Set "
             "`log_update_norm` to False."
         )
-
-
-def _is_flat(engine: Any) -> bool:
-    """Whether the innermost optimizer steps flat parts instead of the model's parameters."""
-    return engine.optimizer is not innermost(engine.optimizer)
 
 
 def _problems(deepspeed: dict[str, Any]) -> Iterator[str]:

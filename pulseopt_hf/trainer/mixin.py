@@ -103,7 +103,8 @@ class PulseOptMixin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # See `upstream.SAVE_CHECKPOINT`.
-        self._pulse.agree(*args, **kwargs)
+        self._pulse.agree()
+        self._pulse.save_files()
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     _pulse: PulseSession

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from pulseopt_hf.trainer.checkpoints import has_optimizer
 from pulseopt_hf.trainer.deepspeed import DeepSpeedSteps
 from pulseopt_hf.trainer.eligibility import is_to_calibrate, length_of_run
 from pulseopt_hf.trainer.log_values import log_episode, log_values
-from pulseopt_hf.trainer.nonfinite import NonFiniteGuard
-from pulseopt_hf.trainer.patches import MethodPatches
+from pulseopt_hf.trainer.nonfinite import is_finite, show_losses_in_gradients
+from pulseopt_hf.trainer.patches import wrap
 from pulseopt_hf.trainer.record_writer import RunRecorder
 from pulseopt_hf.trainer.settings import (
     check_events,
@@ -92,9 +92,9 @@ class PulseSession:
         self.latest = latest  # of the current or latest run
         self._asked = asked
         self._config = config
-        self._patches = MethodPatches()
+        self._patches = ExitStack()
         self._aees: AEES | None = None
-        self._guard: NonFiniteGuard | None = None
+        self._norm: float | Tensor | None = None
         self._plain_step: Callable[[], object] | None = None
         self._loss: Tensor | None = None
         self._recorder: RunRecorder | None = None
@@ -147,7 +147,7 @@ class PulseSession:
         config = run_config(trainer, self._config, state.max_steps, saved if resuming else None)
         if self.is_unattached:
             check_events(trainer, config)
-            folder = checkpoint_folder(trainer, None)
+            folder = checkpoint_folder(trainer)
             self.resumed_folder = folder if resuming and folder.is_dir() else None
         engine, options = None, dict[str, Any]()
         if trainer.is_deepspeed_enabled:
@@ -182,9 +182,9 @@ class PulseSession:
         self._loss = None
         if self.is_unattached:
             handle = trainer.model.register_forward_hook(self._observe_output)
-            self._patches.add(handle.remove)
+            self._patches.callback(handle.remove)
         else:
-            self._guard = NonFiniteGuard(trainer.accelerator, self._patches)
+            show_losses_in_gradients(trainer.accelerator, self._patches)
         self._plain_step = trainer.optimizer.step
         at_step: Callable[[], None] = (
             self.optimizer_step if self.is_unattached else lambda: trainer.optimizer_step()
@@ -200,7 +200,7 @@ class PulseSession:
 
             return step_if_training
 
-        self._patches.wrap(trainer.optimizer, "step", stepping)
+        wrap(self._patches, trainer.optimizer, "step", stepping)
 
     def _resume(self, aees: AEES, step: int, saved: object | None) -> None:
         if saved is not None:
@@ -240,8 +240,7 @@ class PulseSession:
 
     def note_norm(self, norm: float | Tensor) -> None:
         """Note the gradient norm that Trainer has computed for the step that comes."""
-        if self._guard is not None:
-            self._guard.note(norm)
+        self._norm = norm
 
     def optimizer_step(self) -> None:
         """Do what stands where Trainer steps the optimizer: guard, then the step under the arm.
@@ -253,7 +252,7 @@ class PulseSession:
             RuntimeError: `training_step` was not seen, or too many steps were skipped in a row.
             ValueError: the step is not finite and `nonfinite` is `raise`.
         """
-        aees, guard, plain_step = self._aees, self._guard, self._plain_step
+        aees, plain_step = self._aees, self._plain_step
         if aees is None or plain_step is None:
             raise RuntimeError(
                 "`optimizer_step` is called by Trainer's loop, during training only."
@@ -267,7 +266,8 @@ class PulseSession:
         self._look_for_loss(aees)
         # A gradient scaler is a guard itself, so that the norm need not be read.
         scaled = self.trainer.optimizer.scaler is not None
-        aees.apply(plain_step, scaled or guard is None or guard.is_finite())
+        norm, self._norm = self._norm, None
+        aees.apply(plain_step, scaled or is_finite(norm))
         if self.only_ask and not aees.is_calibrating:
             raise LearningRateFound
         self._settle()
@@ -308,31 +308,15 @@ class PulseSession:
         """Whether Trainer steps on its own: it was calibrated by events alone."""
         return self.is_unattached and self._aees is not None and not self._aees.is_calibrating
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing is done to the LR, so that a run is the stock Trainer's."""
-        return self._aees is None or self._aees.is_plain
-
-    def agree(self, model: object = None, trial: object = None) -> None:
-        """Make ready for a checkpoint; every rank takes part.
-
-        Args:
-            model: as `SAVE_CHECKPOINT` is given it.
-            trial: the same, of a hyperparameter search.
-        """
+    def agree(self) -> None:
+        """Make ready for a checkpoint; every rank takes part."""
         if self._aees is not None:
             self._aees.agree()
-            self.save_files(trial)
 
-    def agree_in_events(self) -> None:
-        """Agree before a checkpoint that events alone announce; every rank takes part."""
-        if self._aees is not None and self.is_unattached:
-            self._aees.agree()
-
-    def save_files(self, trial: object = None) -> None:
+    def save_files(self) -> None:
         """Write into a checkpoint what `state_dict` cannot hold; every rank takes part."""
         if self._aees is not None:
-            folder = checkpoint_folder(self.trainer, trial)
+            folder = checkpoint_folder(self.trainer)
             self._aees.save_files(folder, self.trainer.args.process_index)
 
     def end(self, error: BaseException | None = None) -> None:
@@ -343,10 +327,10 @@ class PulseSession:
         """
         if self._aees is not None and self._recorder is not None:
             self._recorder.end(self.trainer.state.global_step, error)
-        self._patches.undo()
+        self._patches.close()
         if self._aees is not None:
             self._aees.remove()
-        self._aees = self._guard = self._plain_step = self._loss = None
+        self._aees = self._norm = self._plain_step = self._loss = None
 
     def finalize(self) -> None:
         """Close the last episode, which may be a partial one."""

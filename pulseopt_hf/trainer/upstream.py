@@ -24,16 +24,6 @@ SAVE_CHECKPOINT = "_save_checkpoint"
 GRAD_NORM = "_get_grad_norm"
 
 
-def checkpoint_folder(trainer: Any, trial: Any) -> Path:
-    """Return the folder of the checkpoint that `_save_checkpoint` is about to write.
-
-    Trainer puts it together inside that method; only the folder of the run, which a hyperparameter
-    search gives a part of its own, has a name. Transformers 5.6 - 5.24.
-    """
-    run = trainer._get_output_dir(trial=trial)
-    return Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-
-
 def run_folder(trainer: Any) -> Path:
     """Return the folder of the run that a Trainer has begun, a trial's own in a search.
 
@@ -41,6 +31,14 @@ def run_folder(trainer: Any) -> Path:
     Transformers 5.6 - 5.24.
     """
     return Path(trainer._get_output_dir(trial=trainer._trial))
+
+
+def checkpoint_folder(trainer: Any) -> Path:
+    """Return the folder of the checkpoint of the step that a Trainer is at.
+
+    Trainer puts its name together inside `_save_checkpoint`. Transformers 5.6 - 5.24.
+    """
+    return run_folder(trainer) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
 
 
 def searched_arguments(trainer: Any) -> Collection[str]:

@@ -61,7 +61,7 @@ def test_a_trainers_step_waits_for_one_scalar_and_an_episode_for_its_losses(
         callbacks=[waits],
     )
     assert trainer.aees.skipped_steps == 0
-    read = "guard.py:is_finite" if precision != "fp16" else "hooks.py:happened"
+    read = "nonfinite.py:is_finite" if precision != "fp16" else "hooks.py:happened"
     for number, found in enumerate(waits.counted, 1):
         expected = [read] if number % 6 else [read, "agreement.py:mean"]
         assert found == expected, number

@@ -54,7 +54,7 @@ def test_the_checkpoints_folder_is_known_before_it_is_written(train: Make) -> No
         folders: tuple[Path, ...] = ()
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            folder = checkpoint_folder(self, trial)
+            folder = checkpoint_folder(self)
             assert not folder.exists()
             super()._save_checkpoint(model, trial)
             assert (folder / "trainer_state.json").is_file()
