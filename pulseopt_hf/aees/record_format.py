@@ -144,8 +144,7 @@ def encode(line: Line, time: float | None) -> bytes:
     if isinstance(line, Log):
         content = {"step": line.step, "values": loggable(line.values)}
     elif isinstance(line, NumberedEpisode):
-        # A norm that was measured can overflow; everything else in a record is finite.
-        content = {"number": line.number, **loggable(asdict(line.record))}
+        content = {"number": line.number, **asdict(line.record)}
     elif isinstance(line, NumberedTrial):
         content = {"number": line.number, **asdict(line.trial)}
     else:

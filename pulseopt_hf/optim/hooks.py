@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pulseopt_hf.aees import Arm
+from pulseopt_hf.aees.json_checks import StateDict
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.optim.noise import GradientNoise
 from pulseopt_hf.optim.unwrap import all_parameters
@@ -146,10 +147,22 @@ class ArmHooks:
         """Return the mean update norm since the last call, or `None` where none was measured."""
         return None if self._update_norm is None else self._update_norm.mean()
 
-    def restore(self, noise_seed: int, learning_rate: float | None) -> None:
+    def state_dict(self) -> StateDict:
+        """Return what later steps depend on, and what was measured of the latest, as JSON."""
+        return {
+            "noise_seed": self.noise.seed,
+            "learning_rate": self.learning_rate,
+            "update_norms": [] if self._update_norm is None else self._update_norm.state(),
+        }
+
+    def restore(
+        self, noise_seed: int, learning_rate: float | None, update_norms: Sequence[float | None]
+    ) -> None:
         """Go on where a saved run was."""
         self.noise.reseed(noise_seed)
         self._learning_rate = learning_rate
+        if self._update_norm is not None:
+            self._update_norm.restore(update_norms)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""

@@ -17,6 +17,7 @@ from pulseopt_hf.aees.json_checks import (
     anything,
     field,
     integer,
+    list_of,
     number,
     optional,
 )
@@ -347,8 +348,7 @@ class EpisodicSteps:
             "optimizer_steps": self.optimizer_steps,
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self._consecutive_skips,
-            "noise_seed": self._hooks.noise.seed,
-            "learning_rate": self.learning_rate,
+            **self._hooks.state_dict(),
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -363,6 +363,7 @@ class EpisodicSteps:
         consecutive = field(state, "consecutive_skips", integer)
         noise_seed = field(state, "noise_seed", integer)
         learning_rate = field(state, "learning_rate", optional(number))
+        update_norms = field(state, "update_norms", list_of(optional(number)))
         calibration = field(state, "calibration", anything)
         episodes = self._episodes.resumed(state)
         if self.calibrator is not None and calibration is not None:
@@ -374,7 +375,7 @@ class EpisodicSteps:
         self.abandon()
         episodes.forget_start()
         self._episodes = episodes
-        self._hooks.restore(noise_seed, learning_rate)
+        self._hooks.restore(noise_seed, learning_rate, update_norms)
         self.optimizer_steps = steps
         self.skipped_steps = skipped
         self._consecutive_skips = consecutive

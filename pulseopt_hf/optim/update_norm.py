@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pulseopt_hf.optim.scalars import norm
+from pulseopt_hf.optim.scalars import norm, stack
 
 MAX_ELEMENTS = 1 << 22  # 16 MiB of float32
 
@@ -37,7 +38,7 @@ class UpdateNorm:
         elements = sum(parameter.numel() for parameter in self._parameters)
         self._stride = max(1, -(-elements // max_elements))
         self._before: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._norms: list[float | Tensor] = []
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -56,12 +57,21 @@ class UpdateNorm:
         self._norms.append(torch.stack(squares).sum().sqrt())
 
     def mean(self) -> float | None:
-        """Return the mean norm since the last call, or `None` without a step. One device read."""
-        if not self._norms:
-            return None
-        mean = float(torch.stack(self._norms).mean())
-        self._norms = []
-        return mean
+        """Return the mean norm since the last call, or `None` without a step. One device read.
+
+        It is `None` as well where a step went so far that its norm is not finite.
+        """
+        norms, self._norms = stack(self._norms).tolist(), []
+        mean = sum(norms) / len(norms) if norms else math.nan
+        return mean if math.isfinite(mean) else None
+
+    def state(self) -> list[float | None]:
+        """Return the norms since the last `mean`, as JSON. One device read."""
+        return [value if math.isfinite(value) else None for value in stack(self._norms).tolist()]
+
+    def restore(self, state: Sequence[float | None]) -> None:
+        """Go on from `state`."""
+        self._norms = [math.nan if value is None else value for value in state]
 
     def _watched(self, parameter: Tensor) -> Tensor:
         return parameter.detach().reshape(-1)[:: self._stride]

@@ -25,6 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
         "structured_control_mode": "conditional",
     },
     "random, relative noise": {"control_mode": "random", "noise_mode": "relative"},
+    "update norms": {"log_update_norm": True},
     "a deadly arm, undone": {
         "lr_candidates": [1.0, 300.0],
         "noise_candidates": [0.0],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -45,3 +47,15 @@ def test_the_mean_starts_anew_and_is_none_without_a_step() -> None:
     norm.after_step()
     assert norm.mean() == 2.0
     assert norm.mean() is None
+
+
+def test_a_norm_that_overflows_is_none_also_from_a_saved_state() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    norm, resumed = UpdateNorm([parameter]), UpdateNorm([parameter])
+    for far in (1.0, 1e30):
+        norm.before_step()
+        parameter.data += far
+        norm.after_step()
+    resumed.restore(json.loads(json.dumps(norm.state(), allow_nan=False)))
+    assert norm.mean() is None
+    assert resumed.mean() is None
