@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pulseopt_hf.optim.unwrap import shape_of
+
 DROPOUT = 0.1
 EMBEDDING_UNIT = 0.01  # share of their spread that embeddings move by in one unit
 BODY_UNIT = 0.025  # share of what noise does that the body under a new head moves by in one unit
@@ -134,8 +136,7 @@ def noise(model: nn.Module) -> Iterator[None]:
     handles = [
         module.register_forward_pre_hook(drop)
         for module in model.modules()
-        # DeepSpeed's stage 3 leaves a parameter's shape in `ds_shape`.
-        if any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in module.parameters(recurse=False))
+        if any(len(shape_of(one)) > 1 for one in module.parameters(recurse=False))
     ]
     try:
         yield

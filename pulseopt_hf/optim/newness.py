@@ -11,10 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.scalars import norm
+from pulseopt_hf.optim.unwrap import shape_of, zero_3_part
 
 DRAWN = (1.8, 3.0)  # kurtosis of a uniform and of a normal distribution
 NEAR = 0.05  # of these, with five standard errors of a sample, is what was just drawn
-MOSTLY = 0.9  # share of its weights by which a model is new
+FLAT = 1e-5  # kurtosis beyond 1 of gains that are all alike, for the rounding of sums
+MOSTLY = 0.9  # share of its weights, and of its gains, by which a model is new
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ def newness_of(model: nn.Module, agreement: Agreement) -> Newness:
     """Find out whether a model, or the head on it, is new.
 
     Weights are drawn from a normal or a uniform distribution, and their kurtosis tells how long
-    ago: training makes some rows and columns larger than others. A new head or adapter on a
+    ago: training makes some rows and columns larger than others. Those of a large model can look
+    normal all the same (Dettmers et al., "QLoRA", 2023, arXiv 2305.14314, appendix F), so the gains
+    of its norms count too, which are alike only as long as they are new. A new head or adapter on a
     pretrained model is a small part of it. Reads the device once; every rank must call it.
 
     Args:
@@ -46,31 +50,34 @@ def newness_of(model: nn.Module, agreement: Agreement) -> Newness:
     """
     layers = _layers(model)
     inner = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    inner |= {id(parameter) for table in tables for parameter in table.parameters()}
+    # A language model's head has the shape of its table, and was trained with it.
+    tables = {shape_of(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     sums: list[float | Tensor] = []
-    is_outer: list[bool] = []
-    for parameter in model.parameters():
-        # DeepSpeed's stage 3 leaves a parameter's shape in `ds_shape`, and a part in `ds_tensor`.
-        part = getattr(parameter, "ds_tensor", parameter).detach()
-        part = part.to_local() if isinstance(part, DTensor) else part
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        if dimensions > 1 and part.is_floating_point():
+    kinds: list[tuple[bool, bool]] = []  # whether it is a gain, or a matrix outside the layers
+    for name, parameter in model.named_parameters():
+        part, shape = zero_3_part(parameter), shape_of(parameter)
+        if part is None:
+            part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        is_gain = len(shape) == 1 and name.endswith("weight")
+        if (len(shape) > 1 or is_gain) and part.is_floating_point():
             sums += [float(part.numel()), norm(part) ** 2, norm(part, 4) ** 4]
-            is_outer.append(dimensions == 2 and id(parameter) not in inner)
+            is_outer = len(shape) == 2 and shape not in tables and id(parameter) not in inner
+            kinds.append((is_gain, is_outer))
     means = agreement.mean(sums) if sums else []
-    new = known = 0.0
+    new, known = [0.0, 0.0], [0.0, 0.0]  # weights and gains
     has_new_head = False
-    figures = zip(means[::3], means[1::3], means[2::3], is_outer, strict=True)
-    for count, squares, fourths, outer in figures:
+    figures = zip(means[::3], means[1::3], means[2::3], kinds, strict=True)
+    for count, squares, fourths, (is_gain, is_outer) in figures:
         if squares > 0.0:
             kurtosis = count * fourths / squares**2
             near = max(NEAR, 5.0 * math.sqrt(24.0 / count))
             is_new = any(abs(kurtosis - drawn) < near for drawn in DRAWN)
-            known += count
-            new += count * is_new
-            has_new_head |= is_new and outer
-    if new > MOSTLY * known:
+            if is_gain:
+                is_new = kurtosis < 1.0 + FLAT
+            known[is_gain] += count
+            new[is_gain] += count * is_new
+            has_new_head |= is_new and is_outer
+    if new[0] > MOSTLY * known[0] and new[1] >= MOSTLY * known[1]:
         return Newness(layers=len(layers))
     return Newness(None, has_new_head, layers[-1] if layers and has_new_head else None)
 

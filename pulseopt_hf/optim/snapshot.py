@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from pulseopt_hf.aees.json_checks import StateError
 from pulseopt_hf.optim import trees
 from pulseopt_hf.optim.scalars import norm
-from pulseopt_hf.optim.unwrap import innermost, stepped_parameters
+from pulseopt_hf.optim.unwrap import innermost, shape_of, stepped_parameters, zero_3_part
 
 # A scheduler owns these; a step only reads them.
 _SCHEDULED = ("params", "lr", "initial_lr")
@@ -200,9 +200,8 @@ def _engine_parts(index: int, parameter: Tensor) -> Iterable[tuple[str, Tensor]]
 
     A part has no shape of its own. Small parameters are whole on every rank besides.
     """
-    part = getattr(parameter, "ds_tensor", None)
-    dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-    name = f"{'matrix' if dimensions >= 2 else 'parameter'}.model.{index}"
+    part = zero_3_part(parameter)
+    name = f"{'matrix' if len(shape_of(parameter)) >= 2 else 'parameter'}.model.{index}"
     if part is not None:
         yield f"{name}.part", part
         name = f"whole.{index}"

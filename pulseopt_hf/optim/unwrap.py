@@ -1,4 +1,4 @@
-"""Finding the torch optimizer inside what a training stack wraps round it."""
+"""Finding optimizers and parameters inside of what a training stack wraps round them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def innermost(optimizer: Any) -> Any:
@@ -35,6 +36,24 @@ def all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """Yield every parameter of an optimizer, group by group."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def zero_3_part(parameter: Any) -> torch.Tensor | None:
+    """Return this rank's part of a parameter, shape (n,), or `None` where it has none.
+
+    DeepSpeed's ZeRO-3 pads the last rank's part with memory that it leaves as it was. DeepSpeed
+    0.18 - 0.19; `tests/engines/test_calibration.py` fails when that changes.
+    """
+    part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return None
+    start = part.numel() * dist.get_rank(parameter.ds_process_group)
+    return part[: max(0, parameter.ds_numel - start)]
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a whole parameter, of which DeepSpeed's ZeRO-3 keeps no whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_deepspeed(optimizer: object) -> bool:

@@ -149,6 +149,19 @@ def test_ranks_agree(
     assert one["found"] == pytest.approx(factor * single["found"], rel=0.3)
 
 
+def test_what_zero_3_pads_its_parts_with_counts_nowhere(
+    single: dict[str, Any], on_ranks: Make
+) -> None:
+    # Of sixteen gains, three ranks have six, six and four. With this setting torch fills what is
+    # left uninitialised with NaN.
+    settings = {"full_determinism": True, "per_device_train_batch_size": 2, **SHORT}
+    found = [
+        end.seen[-1] for end in on_ranks("zero3", pulse=NAMED, ranks=3, look=found_by, **settings)
+    ]
+    assert found[0]["layers"] == 2
+    assert found[0]["found"] == pytest.approx(single["found"], rel=0.3)
+
+
 @pytest.mark.parametrize(
     ("engine", "road", "config"),
     [

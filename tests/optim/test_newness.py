@@ -84,3 +84,21 @@ def test_a_model_is_new_until_it_was_trained(init: str) -> None:
         loss.backward()
         optimizer.step()
     assert newness(model).layers is None
+
+
+@pytest.mark.parametrize("name", ["T5", "LLaMA"])
+def test_gains_tell_a_trained_model_whose_weights_look_new(name: str) -> None:
+    torch.manual_seed(0)
+    model = NEW[name][1]()
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    before = [matrix.detach().clone() for matrix in matrices]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(10):
+        tokens = torch.randint(500, (8, 12))
+        decoder = {"decoder_input_ids": tokens} if name == "T5" else {}
+        model(input_ids=tokens, labels=tokens, **decoder).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [(now - then).norm() / then.norm() for now, then in zip(matrices, before, strict=True)]
+    assert 0.0 < max(moved) < 0.5
+    assert newness(model) == Newness()  # and its head is as old as its table
