@@ -13,7 +13,8 @@ from pulseopt_hf.optim.agreement import Agreement
 from pulseopt_hf.optim.scalars import norm
 from pulseopt_hf.optim.unwrap import shape_of, zero_3_part
 
-DRAWN = (1.8, 3.0)  # kurtosis of a uniform and of a normal distribution
+# Kurtosis of a uniform and of a normal distribution, and of one that ends at two deviations.
+DRAWN = (1.8, 3.0, 2.366)
 NEAR = 0.05  # of these, with five standard errors of a sample, is what was just drawn
 FLAT = 1e-5  # kurtosis beyond 1 of gains that are all alike, for the rounding of sums
 MOSTLY = 0.9  # share of its weights, and of its gains, by which a model is new
@@ -38,10 +39,10 @@ class Newness:
 def newness_of(model: nn.Module, agreement: Agreement) -> Newness:
     """Find out whether a model, or the head on it, is new.
 
-    Weights are drawn from a normal or a uniform distribution, and their kurtosis tells how long
-    ago: training makes some rows and columns larger than others. Those of a large model can look
-    normal all the same (Dettmers et al., "QLoRA", 2023, arXiv 2305.14314, appendix F), so the gains
-    of its norms count too, which are alike only as long as they are new. A new head or adapter on a
+    Weights are drawn from one of a few distributions, and their kurtosis tells how long ago:
+    training makes some rows and columns larger than others. Those of a large model can look normal
+    all the same (Dettmers et al., "QLoRA", 2023, arXiv 2305.14314, appendix F), so the gains of its
+    norms count too, which are alike only as long as they are new. A new head or adapter on a
     pretrained model is a small part of it. Reads the device once; every rank must call it.
 
     Args:

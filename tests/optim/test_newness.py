@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -32,9 +34,11 @@ BERT: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 128,
 }
+MODERN: dict[str, Any] = {"vocab_size": 500, "pad_token_id": 0, **BERT}
 T5: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "vocab_size": 500}
 NEW: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "BERT": (3, lambda: BertForSequenceClassification(BertConfig(**BERT))),
+    "ModernBERT": (3, lambda: ModernBertForMaskedLM(ModernBertConfig(**MODERN))),
     "ViT": (3, lambda: ViTForImageClassification(ViTConfig(**BERT))),
     "LLaMA": (3, lambda: LlamaForCausalLM(LlamaConfig(vocab_size=500, **BERT))),
     "T5": (4, lambda: T5ForConditionalGeneration(T5Config(num_layers=2, **T5))),
