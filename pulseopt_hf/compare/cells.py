@@ -47,17 +47,11 @@ class Cell:
 
 
 def run_in_subprocess(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Run a cell in a subprocess, unless its file is there already.
+    """Run a cell in a subprocess, unless its file is there already, and return what that holds.
 
-    Returns:
-        What the file holds: the cell, `loss_before`, `loss_after` (`None` where it is not finite),
-        `metric` (the recipe's first one), `evaluations` (step, loss and metric of each), `steps`,
-        `paid_steps` (what the forward passes of a calibration cost), `lr_scale` (what it found),
-        `seconds` and `peak_mib`.
-
-    Raises:
-        UsageError: the recipe or the method cannot be run.
-        RuntimeError: the subprocess died.
+    That is the cell, `loss_before`, `loss_after` (`None` where it is not finite), `metric` (the
+    recipe's first one), `evaluations` (step, loss and metric of each), `steps`, `paid_steps` (what
+    the forward passes of a calibration cost), `lr_scale` (what it found), `seconds` and `peak_mib`.
     """
     found = result_of(cell, folder)
     if found is None:
@@ -78,10 +72,7 @@ def result_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
 
 
 def expected_seconds(cell: Cell) -> float:
-    """Return about how long a cell will take, from a few static steps and one evaluation.
-
-    It raises what `run_in_subprocess` does.
-    """
+    """Return about how long a cell will take, from a few static steps and one evaluation."""
     took = _in_subprocess(_time, replace(cell, method="static"))
     evaluations = EVALUATIONS + 2  # before training and after it
     seconds: float = took["set_up"] + evaluations * took["evaluation"] + cell.steps * took["step"]
@@ -200,14 +191,10 @@ def _train(cell: Cell) -> dict[str, Any]:
 
 
 def steps_after_calibration(trainer: Any, steps: int, batch: int) -> int:
-    """Return the optimizer steps that are left when a calibration is paid for, as it is measured.
+    """Return how many of a static run's steps are left when a calibration is paid for.
 
-    A row that goes forward alone costs a third of one that goes forward and backward.
-
-    Args:
-        trainer: a Trainer of ours; it is asked, and left as it was.
-        steps: what a static run takes.
-        batch: rows of an optimizer step.
+    A row that goes forward alone costs a third of one that goes forward and backward. `batch` is
+    the rows of an optimizer step. The Trainer is left as it was.
     """
     if steps < SHORTEST_RUN:
         return steps  # too short to be calibrated

@@ -33,15 +33,8 @@ THOROUGH_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 def compare(words: Sequence[str]) -> Path:
     """Run what is not there yet of a comparison, say what came of it, and write it.
 
-    Args:
-        words: the recipe and the command's options; those it does not know are the recipe's keys.
-
-    Returns:
-        The folder with `compare.json`, `compare.md`, `compare.svg` and a file for each cell.
-
-    Raises:
-        UsageError: an option, the recipe or its data is wrong, or no static run learned anything.
-        KeyboardInterrupt: it was stopped; the message says how it goes on.
+    The words are the recipe and the command's options; those it does not know are the recipe's
+    keys. A `KeyboardInterrupt` says how the comparison goes on.
     """
     plan = plan_of(words)
     folder = plan.folder

@@ -12,19 +12,12 @@ _COLUMNS = 3
 def draw(
     tasks: Mapping[str, tuple[Sequence[dict[str, Any]], Mapping[str, Any]]], file: Path
 ) -> bool:
-    """Draw one panel a task and save them as one SVG.
+    """Draw one panel a task and save them as one SVG, where the extra `report` is installed.
 
     Lines are means over seeds, bars reach from the lowest to the highest, and the dotted line is
     the loss at the tuned base LR. A loss that is not finite, or above the loss before training, is
-    drawn as that.
-
-    Args:
-        tasks: name of each task, with its cells as `run_in_subprocess` returned them, and with
-            `loss_before` and `loss_tuned` as `Scores` has them.
-        file: where to save it.
-
-    Returns:
-        Whether it was drawn: what it needs is in the extra `report`.
+    drawn as that. A task has its cells as `run_in_subprocess` returned them, and `loss_before` and
+    `loss_tuned` as `Scores` has them. The result says whether there is a picture.
     """
     try:
         import altair as alt

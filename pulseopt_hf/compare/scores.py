@@ -50,13 +50,8 @@ def score(results: Sequence[dict[str, Any]]) -> Scores:
     """Score a comparison that holds static runs.
 
     With L the final loss, L* the best static one (over base LRs, mean over seeds) and L0 the loss
-    before training, a cell's excess is (L - L*) / (L0 - L*), at most 1.5.
-
-    Args:
-        results: what `run_in_subprocess` returned, for every cell.
-
-    Raises:
-        UsageError: there is no static run, or none that learned anything.
+    before training, a cell's excess is (L - L*) / (L0 - L*), at most 1.5. `results` is what
+    `run_in_subprocess` returned, for every cell.
     """
     loss_before = fmean(result["loss_before"] for result in results)
     losses = losses_by_lr(results, "static")
@@ -120,13 +115,9 @@ def losses_by_lr(results: Sequence[dict[str, Any]], method: str) -> dict[float, 
 def excesses(
     results: Sequence[dict[str, Any]], method: str, by: str, scale: Mapping[str, Any]
 ) -> dict[Any, list[float]]:
-    """Return a method's excess at the base LRs that count, grouped.
+    """Return a method's excess at the base LRs that count, grouped by `seed` or `learning_rate`.
 
-    Args:
-        results: as for `score`.
-        method: its name.
-        by: what to group by, `seed` or `learning_rate`.
-        scale: `tuned`, `loss_before` and `loss_tuned`, as `Scores` has them.
+    `scale` has `tuned`, `loss_before` and `loss_tuned` of the task's `Scores`.
     """
     found: dict[Any, list[float]] = {}
     for result in runs_of(results, method):
@@ -137,13 +128,10 @@ def excesses(
 
 
 def tuned_lr(losses: Mapping[float, float]) -> float:
-    """Return the LR of the lowest loss, between the LRs of a grid.
+    """Return the LR of the lowest loss, between the LRs > 0 of a grid.
 
     It is the vertex of the parabola through the best LR and its two neighbours, over log LR, or the
     best LR where it has no neighbours within a factor of `COARSEST`, or one diverged.
-
-    Args:
-        losses: of each LR > 0 of a grid.
     """
     best = min(losses, key=lambda lr: losses[lr])
     lower = max((lr for lr in losses if best / COARSEST <= lr < best), default=None)
@@ -169,8 +157,7 @@ def excess(loss: float | None, loss_before: float, loss_tuned: float) -> float:
 def interval(tasks: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Return the 95 % interval over seeds of a mean over tasks, by bootstrap.
 
-    Args:
-        tasks: for every task a value for each of its seeds, which are drawn anew in each.
+    Every task has a value for each of its seeds, which are drawn anew in each task.
     """
     rng = random.Random(0)
     means = sorted(

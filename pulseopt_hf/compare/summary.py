@@ -20,13 +20,7 @@ def about(seconds: float) -> str:
 
 
 def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) -> str:
-    """Say in one sentence what a user of a base LR wants to know.
-
-    Args:
-        results: as `run_in_subprocess` returned them, for every cell.
-        scores: theirs.
-        own_lr: the base LR, of those that were run.
-    """
+    """Say in one sentence what a user of `own_lr`, one of the base LRs run, wants to know."""
     names = [row.method for row in scores.scores]
     static = losses_by_lr(results, "static")
     swept = f"a sweep would have found {scores.tuned:.2g}"
@@ -54,10 +48,7 @@ def verdict(results: Sequence[dict[str, Any]], scores: Scores, own_lr: float) ->
 def table(
     results: Sequence[dict[str, Any]], scores: Scores, own_lr: float
 ) -> list[tuple[str, ...]]:
-    """Return the rows of a table whose heads say what its figures are; arguments as `verdict`'s.
-
-    Figures are means over seeds.
-    """
+    """Return the rows of a table whose heads say what its figures are: means over seeds."""
     metric = () if scores.metric is None else (f"{scores.metric} from {own_lr:g}",)
     head = (f"final eval loss from {own_lr:g}", "from its best LR", "from its worst LR")
     rows = [("method", *head, *metric, "time", "what it is")]

@@ -14,11 +14,7 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # tha
 
 
 def write_chart(spec: dict[str, Any], file: Path) -> None:
-    """Save a chart in the language of Vega-Lite as a file that ends in `.svg` or `.png`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Save a chart in the language of Vega-Lite as a file that ends in `.svg` or `.png`."""
     if file.suffix.lower() == ".svg":
         content = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE).encode()
     else:

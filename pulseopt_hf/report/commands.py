@@ -17,11 +17,7 @@ _PLACE = "; by default {} in the run's folder, or in the current folder for seve
 
 
 def report(words: Sequence[str]) -> Path:
-    """Write the page of one or several runs, and return where it is.
-
-    Raises:
-        UsageError: a folder is not a run, the page cannot be written, or a library is missing.
-    """
+    """Write the page of one or several runs, and return where it is."""
     parser = _parser("report")
     parser.add_argument("--out", metavar="FILE", type=Path, help=f"the page{_PLACE.format(PAGE)}")
     options = parser.parse_args(list(words))
@@ -37,12 +33,7 @@ def report(words: Sequence[str]) -> Path:
 
 
 def plot(words: Sequence[str]) -> list[Path]:
-    """Save the charts of one run, or those of several overlaid, and return the files.
-
-    Raises:
-        UsageError: a folder is not a run, there is nothing to draw, the files cannot be written, or
-            a library is missing.
-    """
+    """Save the charts of one run, or those of several overlaid, and return the files."""
     parser = _parser("plot")
     place = f"where the pictures go{_PLACE.format(PICTURES)}"
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=place)

@@ -27,12 +27,7 @@ _ASSETS = Path(__file__).parent / "assets"
 
 
 def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    """Return the page of one run, or of several with a comparison before them.
-
-    Args:
-        runs: at least one.
-        names: what to call each.
-    """
+    """Return the page of one run, or of several with a comparison before them."""
     several = len(runs) > 1
     compared = _named("all", plots_of(runs, names)) if several else []
     sections: list[dict[str, Any]] = [

@@ -31,12 +31,9 @@ News = Sequence[tuple[Line, float | None]]
 
 
 def read_run(folder: str | Path, *, now: float | None = None) -> RunData:
-    """Read what a run has recorded so far.
+    """Read what a run has recorded so far in its `output_dir`.
 
-    Args:
-        folder: the run's `output_dir`.
-        now: seconds since 1970, to tell a run that goes on from one that fell silent; by default
-            the clock's.
+    `now`, in seconds since 1970, tells a run that goes on from one that fell silent.
 
     Raises:
         UsageError: the folder has no run record, or one that is damaged or of a newer version.
@@ -67,18 +64,12 @@ class RecordReader:
 
     A resumed run replaces its record, which is then read from the beginning. A long run replaces it
     to leave out older lines; the lines that were read before are then not returned again.
-
-    Args:
-        folder: the run's folder.
-
-    Attributes:
-        replaced: how often a resumed run replaced the record since it was first read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = folder / FILE_NAME
-        self.replaced = 0
+        self.replaced = 0  # how often a resumed run replaced the record since it was first read
         self._began: float | None = None  # the head's time, which a record that is thinned keeps
         self._count = 0  # lines so far, those that were left out among them
         self._begin()
@@ -98,9 +89,6 @@ class RecordReader:
         """Take in the lines that were written since, each with its time, and return them.
 
         An incomplete last line is left for the next time. Without a file there are no lines.
-
-        Raises:
-            UsageError: the file cannot be read, is damaged, or of a newer format version.
         """
         content = self._new_content()
         start = len(self._lines)
@@ -122,11 +110,7 @@ class RecordReader:
         return [(line, time) for line, time in news if line is not None]
 
     def data(self, now: float) -> RunData:
-        """Return the run as far as its record was read; for `now` see `read_run`.
-
-        Raises:
-            UsageError: the record has no line, or lines are missing.
-        """
+        """Return the run as far as its record was read; for `now` see `read_run`."""
         head = self._lines[0][0] if self._lines else None
         if not isinstance(head, Head):
             raise UsageError(f"{self._file}: is empty; the run has not begun.")

@@ -36,11 +36,7 @@ _BEGUN = ("trainer_state.json", "checkpoint-*", "recipe.yaml", "run.json", "trai
 
 
 def watch(words: Sequence[str]) -> None:
-    """Follow a run until training ends: live in a terminal, elsewhere line by line.
-
-    Raises:
-        UsageError: the folder is not a run, its record is damaged, or rich is not installed.
-    """
+    """Follow a run until training ends: live in a terminal, elsewhere line by line."""
     parser = Parser("watch")
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, its `output_dir`")
     folder: Path = parser.parse_args(list(words)).run
