@@ -482,8 +482,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     """Draw the LR found over the tuned one, a point for each setting, with the factor-2 band."""
     import altair as alt
 
-    from pulseopt_hf.report.chart_files import write_chart
-    from pulseopt_hf.report.charts import Plot, log_axis
+    from pulseopt_hf.report.charts import Plot, log_axis, write_chart
 
     rows = [
         {"setting": name, "tuned": row["tuned"], "found": row["found"]}

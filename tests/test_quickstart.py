@@ -90,7 +90,7 @@ def test_without_the_extra_the_page_is_one_command_away(
 ) -> None:
     monkeypatch.setitem(sys.modules, "altair", None)
     for name in [name for name in sys.modules if name.startswith("pulseopt_hf.report.")]:
-        if name.endswith(("page", "charts", "chart_files")):
+        if name.endswith(("page", "charts")):
             monkeypatch.delitem(sys.modules, name)
     folder = tmp_path / "run"
     assert quickstart.main(["--max_steps", "20", "--output_dir", str(folder)]) == 0

@@ -22,8 +22,7 @@ def draw(
     try:
         import altair as alt
 
-        from pulseopt_hf.report.chart_files import write_chart
-        from pulseopt_hf.report.charts import FREE, Plot, log_axis
+        from pulseopt_hf.report.charts import FREE, Plot, log_axis, write_chart
     except ModuleNotFoundError:
         return False
     methods = list(dict.fromkeys(c["cell"]["method"] for cells, _ in tasks.values() for c in cells))

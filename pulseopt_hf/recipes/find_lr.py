@@ -49,7 +49,7 @@ def find_lr(words: Sequence[str]) -> bool:
     if options.plot is not None and not trials:
         lines.append("No trial was taken, so there is no picture.")
     elif options.plot is not None:
-        from pulseopt_hf.report.chart_files import write_chart
+        from pulseopt_hf.report.charts import write_chart
 
         with usage_error(f"`--plot`: {options.plot} cannot be written", OSError):
             write_chart(suggestion.plot().to_dict(), options.plot)
@@ -68,7 +68,7 @@ def _check_picture(file: Path) -> None:
     if not file.parent.is_dir():
         raise UsageError(f"`--plot`: {file.parent}: there is no such folder.")
     with needs_extra("`--plot`", "report"):
-        import pulseopt_hf.report.chart_files  # noqa: F401
+        import pulseopt_hf.report.charts  # noqa: F401
 
 
 def _ask(name: str, keys: list[str]) -> tuple[Suggestion, bool]:

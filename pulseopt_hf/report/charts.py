@@ -1,18 +1,22 @@
-"""What all charts share: curves over steps, axes, looks. Needs the extra `report`."""
+"""What all charts share: curves over steps, axes, looks, files. Needs the extra `report`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import altair as alt
+import vl_convert
 
+from pulseopt_hf.files import write_whole
 from pulseopt_hf.report.palette import CURVES, DASHES, theme
 from pulseopt_hf.report.run_data import Series
 from pulseopt_hf.report.wording import printable
 
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # that Altair writes
 WIDE, NARROW = 720, 320  # pixels of the axes in a file; a page fits them to its own width
 _MOST_POINTS = 6000  # of a curve, several for each pixel across
 _LONGEST_NAME, _LONGEST_LEGEND = 70, 100  # letters
@@ -65,6 +69,15 @@ class Plot:
         del looks["legend"]["layout"]  # Vega-Lite knows it, and Altair's check of it does not
         (chart,) = self.charts
         return chart.properties(title=self.title, datasets=dict(self.data), config=looks)
+
+
+def write_chart(spec: dict[str, Any], file: Path) -> None:
+    """Save a chart in the language of Vega-Lite as a file that ends in `.svg` or `.png`."""
+    if file.suffix.lower() == ".svg":
+        content = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE).encode()
+    else:
+        content = vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
+    write_whole(file, content)
 
 
 @dataclass(frozen=True)

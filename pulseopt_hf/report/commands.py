@@ -46,7 +46,7 @@ def plot(words: Sequence[str]) -> list[Path]:
         raise UsageError(f"`--out`: {folder} is a file; name a folder.")
     files = []
     with needs_extra("`plot`", "report"), _written_to(folder):
-        from pulseopt_hf.report.chart_files import write_chart
+        from pulseopt_hf.report.charts import write_chart
         from pulseopt_hf.report.run_charts import plots_of
 
         for drawn in plots_of(runs, distinct_names(runs)):

@@ -13,8 +13,7 @@ import vl_convert
 from markupsafe import Markup
 
 from pulseopt_hf import __version__
-from pulseopt_hf.report.chart_files import VEGA_LITE
-from pulseopt_hf.report.charts import Plot
+from pulseopt_hf.report.charts import VEGA_LITE, Plot
 from pulseopt_hf.report.palette import DARK, LIGHT, theme
 from pulseopt_hf.report.run_charts import plots_of
 from pulseopt_hf.report.run_data import RunData

@@ -165,7 +165,7 @@ def test_bad_usage_is_one_line(
 def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "pulseopt_hf.report.chart_files", raising=False)
+    monkeypatch.delitem(sys.modules, "pulseopt_hf.report.charts", raising=False)
     monkeypatch.setitem(sys.modules, "altair", None)
     line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
     assert "`--plot` needs `pip install 'pulseopt-hf[report]'`: import of altair halted" in line

@@ -18,7 +18,7 @@ from pulseopt_hf.aees.calibration import NOT_FINITE, Outcome, Trial
 from pulseopt_hf.aees.left_out import ArmTotals
 from pulseopt_hf.aees.record_format import FILE_NAME, Log, encode
 from pulseopt_hf.cli import main
-from pulseopt_hf.report.charts import Plot, thinned
+from pulseopt_hf.report.charts import Plot, thinned, write_chart
 from pulseopt_hf.report.palette import arm_styles
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_charts import plots_of, trials_plot
@@ -268,8 +268,6 @@ def test_a_run_that_logged_seldom_shows_the_losses_of_its_episodes(
 def test_a_logarithmic_axis_has_ticks_however_close_its_values_are(
     lowest: float, calibrated: Path, tmp_path: Path
 ) -> None:
-    from pulseopt_hf.report.chart_files import write_chart
-
     rates = [Log(1, {"learning_rate": 5e-5}), Log(2, {"learning_rate": lowest})]
     plot = plots(replace(read_run(calibrated), logs=rates, episodes=[]))["loss"]
     write_chart(plot.picture(), tmp_path / "lr.svg")
@@ -341,8 +339,6 @@ def test_a_trial_that_broke_the_model_is_within_sight_and_no_percentage() -> Non
 
 
 def test_no_trials_and_no_lr_make_an_empty_picture(tmp_path: Path) -> None:
-    from pulseopt_hf.report.chart_files import write_chart
-
     plot = trials_plot([], 1e-3, None, 0.0)
     write_chart(plot.altair_chart().to_dict(), tmp_path / "empty.svg")
     assert (plot.data["trials"], stars(plot)) == ([], [])
