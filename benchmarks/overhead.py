@@ -45,7 +45,7 @@ from transformers import (
 from benchmarks import common
 from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.calibration import SHORTEST_RUN
-from pulseopt_hf.compare.methods import PublishedTrainer
+from pulseopt_hf.compare.methods import PublishedSteps
 from pulseopt_hf.compare.summary import markdown
 
 RESULT = common.RESULTS / "overhead.json"
@@ -84,12 +84,12 @@ def trainer_of(variant: str, **shared: Any) -> Trainer:
     }
     # Runs of a few steps do not try every arm, and need not: all arms cost the same.
     warnings.filterwarnings("ignore", message=".*not every arm is tried")
-    warnings.filterwarnings("ignore", message=".*overridden after learning rate scheduler")
-    if variant.startswith("vanilla"):
-        return Trainer(**shared)
+    if variant.startswith("lr"):
+        return PulseOptTrainer(**shared, pulse=PulseOptConfig.published(**knobs))
+    trainer = Trainer(**shared)
     if variant.startswith("published"):
-        return PublishedTrainer(**shared, **knobs)
-    return PulseOptTrainer(**shared, pulse=PulseOptConfig.published(**knobs))
+        PublishedSteps(trainer, **knobs)
+    return trainer
 
 
 def times_of(

@@ -168,7 +168,7 @@ def methods_of(task: Task) -> dict[str, Method]:
         name: Method(
             words[name],
             _ABOUT.get(name, ""),
-            trainer=changes.get(name),
+            change=changes.get(name),
             calibrates=not off and name != "static",
             evaluations=2 if off and name not in ("plateau", "greedy") else EVALUATIONS,
         )

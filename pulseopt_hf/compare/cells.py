@@ -122,13 +122,9 @@ def trainer_of(cell: Cell, *words: str) -> Iterator[tuple[Any, str]]:
     options = [*cell.options, *method.words.split(), *own.split(), *words]
     resolved = resolve(cell.recipe, options)
     resolved.training.max_steps = cell.steps
-    with running.trainer_of(resolved, quiet=True) as made:
-        trainer: Any = made
-        if method.trainer is not None:
-            trainer = method.trainer(trainer)
-        if method.optimizer is not None:
-            parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.optimizer = method.optimizer(parameters)
+    with running.trainer_of(resolved, quiet=True) as trainer:
+        if method.change is not None:
+            method.change(trainer)
         name = next(iter(resolved.recipe.metrics), "")
         yield trainer, METRIC_KEYS.get(name, name)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.errors import UsageError, needs_extra
+from pulseopt_hf.trainer.patches import MethodPatches
 
 ARMS = (0.5, 1.0, 2.0)
 
@@ -22,98 +24,67 @@ class Method:
 
     words: str  # keys of a recipe, as the command line gives them
     about: str
-    optimizer: Callable[[Any], Any] | None = None  # makes its own of the model's parameters
-    trainer: Callable[[Any], Any] | None = None  # makes its own of the recipe's
+    change: Callable[[Any], object] | None = None  # of the Trainer that the recipe makes
     ignores_lr: bool = False  # the base LR means nothing to it
     evaluations: int = 0  # of the validation data, that it steers by
     calibrates: bool = False  # it may, and has to pay for what that takes
 
 
-class PublishedTrainer(Trainer):
-    """A Trainer whose optimizer step is that of the package `pulseopt`.
+class PublishedSteps(TrainerCallback):
+    """Has the package `pulseopt`, with these knobs, take the optimizer steps of a Trainer.
 
     The package sees one loss an optimizer step, so gradients cannot accumulate.
-
-    Args:
-        *args: Trainer's.
-        lr_candidates: LR multipliers.
-        noise_candidates: noise levels.
-        episode_length: optimizer steps in an episode.
-        **kwargs: Trainer's.
-
-    Raises:
-        UsageError: `pulseopt` is not installed, or gradients accumulate.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        lr_candidates: list[float],
-        noise_candidates: list[float],
-        episode_length: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, trainer: Trainer, **knobs: Any) -> None:
         with needs_extra("The method `pulseopt`", "peers"):
             from pulseopt import AEES
-        if self.args.gradient_accumulation_steps != 1:
+        if trainer.args.gradient_accumulation_steps != 1:
             raise UsageError("`pulseopt` cannot run with `gradient_accumulation_steps` above 1.")
-        self._make: Any = functools.partial(
-            AEES,
-            lr_candidates=lr_candidates,
-            noise_candidates=noise_candidates,
-            episode_length=episode_length,
-            seed=self.args.seed,
-        )
-        self._published: Any = None
-        self._plain_step: Any = None
-        self._step_loss: Tensor | None = None
+        self._make: Any = functools.partial(AEES, seed=trainer.args.seed, **knobs)
+        self._patches = MethodPatches()
+        MethodPatches().wrap(trainer, "training_step", self._noting_the_loss)
+        trainer.add_callback(self)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and leave the optimizer as it was."""
-        self._published = None
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self._published is not None:
-                optimizer: Any = self.optimizer
-                optimizer.step = self._plain_step
+    def _noting_the_loss(self, training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noting(*args: Any, **kwargs: Any) -> Tensor:
+            self._loss = training_step(*args, **kwargs)
+            return self._loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Begin a published step before the forward pass; Trainer's optimizer step ends it."""
-        optimizer: Any = self.optimizer
-        if self._published is None:
-            self._plain_step = optimizer.step
-            self._published = self._make(optimizer.optimizer)
-            optimizer.step = lambda closure=None: self._published.step_end(self._step_loss)
-        self._published.step_start(self.state.global_step)
-        self._step_loss = super().training_step(*args, **kwargs)
-        return self._step_loss
+        return noting
+
+    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
+        """Put the published step round that of the torch optimizer."""
+        optimizer = kwargs["optimizer"]
+
+        def around(step: Callable[..., Any]) -> Callable[..., Any]:
+            plain = SimpleNamespace(param_groups=optimizer.param_groups, step=step)
+            self._published = self._make(plain)
+            return lambda closure=None: self._published.step_end(self._loss)
+
+        self._patches.wrap(optimizer.optimizer, "step", around)
+
+    def on_step_begin(self, args: Any, state: TrainerState, *event: Any, **kwargs: Any) -> None:
+        """Begin a published step; Trainer's optimizer step ends it."""
+        self._published.step_start(state.global_step)
+
+    def on_train_end(self, *event: Any, **kwargs: Any) -> None:
+        """Leave the optimizer as it was."""
+        self._patches.undo()
 
 
-def _published(trainer: Trainer) -> Trainer:
-    """Make it of a recipe's Trainer, with episodes as long as this package would choose them."""
+def _published(trainer: Trainer) -> None:
+    """Give it episodes as long as this package would choose them."""
     config = PulseOptConfig.published(lr_candidates=[*ARMS], episode_length=None)
     length = config.for_run(trainer.args.max_steps, trainer.args.seed).episode_length
-    assert length is not None
-    return PublishedTrainer(
-        trainer.model,
-        trainer.args,
-        data_collator=trainer.data_collator,
-        train_dataset=trainer.train_dataset,
-        eval_dataset=trainer.eval_dataset,
-        processing_class=trainer.processing_class,
-        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
-        lr_candidates=[*ARMS],
-        noise_candidates=[0.0],
-        episode_length=length,
-    )
+    PublishedSteps(trainer, lr_candidates=[*ARMS], noise_candidates=[0.0], episode_length=length)
 
 
-def _prodigy(parameters: Any) -> Any:
+def _prodigy(trainer: Any) -> None:
     with needs_extra("`prodigy`", "peers"):
         from prodigyopt import Prodigy
-    return Prodigy(parameters, lr=1.0, safeguard_warmup=True)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer = Prodigy(parameters, lr=1.0, safeguard_warmup=True)
 
 
 _OFF, _ARMS = "--calibration off", "--lr_candidates 0.5 1.0 2.0"
@@ -135,7 +106,7 @@ METHODS = {
         calibrates=True,
     ),
     "pulseopt": Method(
-        _CONSTANT, "arms 0.5, 1, 2 by the package pulseopt itself", trainer=_published
+        _CONSTANT, "arms 0.5, 1, 2 by the package pulseopt itself", change=_published
     ),
     "greedy": Method(
         f"{_CONSTANT} --lr_scheduler_type greedy",
@@ -148,7 +119,7 @@ METHODS = {
     "prodigy": Method(
         _CONSTANT,
         "Prodigy at its own LR of 1 (Mishchenko and Defazio, arXiv 2306.06101)",
-        optimizer=_prodigy,
+        change=_prodigy,
         ignores_lr=True,
     ),
 }

@@ -177,8 +177,9 @@ def test_a_comparison_is_run_kept_and_written(
     assert shown.count(str(tmp_path / "out")) == 1
     for result in content["cells"]:
         assert result["metric"] == "matthews_correlation"
-        steps = [step for step, _, _ in result["evaluations"]]
+        steps, _, values = zip(*result["evaluations"], strict=True)
         assert steps[-1] == result["steps"]
+        assert None not in values
         assert len(steps) >= EVALUATIONS
     picture = (tmp_path / "out/compare.svg").read_text()
     assert "<svg" in picture
