@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import jinja2
 import vl_convert
-from markupsafe import Markup
 
 from pulseopt_hf import __version__
 from pulseopt_hf.report.charts import VEGA_LITE, Plot
@@ -20,9 +18,7 @@ from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.tables import comparison_table, facts, tables_of_run
 from pulseopt_hf.report.wording import status_line
 
-GENERATOR = '<meta name="generator" content="pulseopt_hf'
 LONG = 300  # rows, from which on a table is filled when it is opened
-_ASSETS = Path(__file__).parent / "assets"
 
 
 def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
@@ -44,12 +40,13 @@ def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
     plots = [*compared, *(plot for section in sections for plot in section["plots"])]
     tables = [table for section in sections for table in section["tables"]]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_ASSETS),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "assets"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # in the order of keys
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     data = {
         "themes": [theme(), theme(dark=True)],
@@ -64,20 +61,11 @@ def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
         compared=compared,
         light=LIGHT,
         dark=DARK,
-        style=Markup((_ASSETS / "page.css").read_text(encoding="utf-8")),
-        script=Markup((_ASSETS / "page.js").read_text(encoding="utf-8")),
-        vega=Markup(vega.replace("</script", "<\\/script")),
-        data=as_script_data(data),
+        vega=vega.replace("</script", "<\\/script"),
+        data=data,
         long=LONG,
     )
 
 
 def _named(prefix: str, plots: Sequence[Plot]) -> list[Plot]:
     return [replace(plot, name=f"{prefix}-{plot.name}") for plot in plots]
-
-
-def as_script_data(content: object) -> Markup:
-    """Write JSON that may stand inside a `<script>` element, whatever texts are in it."""
-    text = json.dumps(content, separators=(",", ":"))
-    # Nothing that HTML could read as the end of the script or as a comment.
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

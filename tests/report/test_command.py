@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from pulseopt_hf.cli import main
-from pulseopt_hf.report.page import as_script_data
 from tests.report.conftest import edit_record
 
 
@@ -144,10 +143,16 @@ def test_where_the_extra_is_missing_it_is_named(finished: Path, package: str) ->
     assert not (finished / "report.html").exists()
 
 
-def test_json_in_a_script_cannot_end_it() -> None:
-    content = {"</script><!--": ["<script>", "&amp;", "\u2028", 'quote"']}
-    text = str(as_script_data(content))
+def test_json_in_a_script_cannot_end_it(finished: Path, calibrated: Path, tmp_path: Path) -> None:
+    name = '</script><!--<script>&amp;\u2028quote"'
+    edit_record(finished, lambda line: line["kind"] != "head" or line.update(name=name))
+    file = tmp_path / "both.html"
+    assert main(["report", str(finished), str(calibrated), "--out", str(file)]) == 0
+    _, _, rest = file.read_text().partition('<script type="application/json" id="data">')
+    text, end, _ = rest.partition("</script>\n<script>")
+    assert end
     assert "<" not in text
     assert ">" not in text
     assert "\u2028" not in text
-    assert json.loads(text) == content
+    rows = json.loads(text)["plots"]["all-loss"]["spec"]["datasets"]["panel-0"]
+    assert {row["name"] for row in rows} == {name.replace("\u2028", "\ufffd"), "calibrated"}

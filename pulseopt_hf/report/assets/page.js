@@ -38,10 +38,9 @@
     }
   };
 
-  const draw = async (name) => {
-    const element = document.getElementById(name);
+  const draw = async (element) => {
     // A copy: Vega marks the rows that it takes, and controls change what is drawn.
-    const { spec, columns } = structuredClone(plots[name]);
+    const { spec, columns } = structuredClone(plots[element.id]);
     const theme = structuredClone(themes[dark.matches && !print.matches ? 1 : 0]);
     const width = inner(element.clientWidth);
     const entries = Math.max(1, Math.min(columns, Math.round((columns * width) / 720)));
@@ -61,34 +60,30 @@
     element.width = element.clientWidth;
   };
 
-  const names = Object.keys(plots);
-  const drawAll = () => Promise.all(names.map(draw));
+  const canvases = document.querySelectorAll(".canvas");
+  const canvasBelow = (control) => control.closest("figure").querySelector(".canvas");
 
   // One after the other, so that the first is there to be seen while the rest are drawn.
-  const next = async (index) => {
-    if (index === names.length) {
-      document.documentElement.dataset.drawn = "all";
-      return;
+  (async () => {
+    for (const canvas of canvases) {
+      await draw(canvas);
+      await new Promise((resolve) => setTimeout(resolve));
     }
-    await draw(names[index]);
-    setTimeout(() => next(index + 1));
-  };
-  next(0);
+    document.documentElement.dataset.drawn = "all";
+  })();
 
-  const save = async (name, format) => {
+  const save = async (canvas, format) => {
     const link = document.createElement("a");
-    link.href = await document.getElementById(name).drawn.view.toImageURL(format, 2);
-    link.download = `${name}.${format}`;
+    link.href = await canvas.drawn.view.toImageURL(format, 2);
+    link.download = `${canvas.id}.${format}`;
     link.click();
   };
   for (const button of document.querySelectorAll("[data-save]")) {
-    const name = button.closest("figure").querySelector(".canvas").id;
-    button.addEventListener("click", () => save(name, button.dataset.save));
+    button.addEventListener("click", () => save(canvasBelow(button), button.dataset.save));
   }
 
   for (const control of document.querySelectorAll("[data-control]")) {
-    const name = control.closest("figure").querySelector(".canvas").id;
-    control.addEventListener("change", () => draw(name));
+    control.addEventListener("change", () => draw(canvasBelow(control)));
   }
 
   // Long tables are filled when they are opened.
@@ -119,16 +114,12 @@
     });
   }
 
-  for (const query of [dark, print]) query.addEventListener("change", drawAll);
+  for (const query of [dark, print]) query.addEventListener("change", () => canvases.forEach(draw));
   let waiting;
   addEventListener("resize", () => {
     clearTimeout(waiting);
     waiting = setTimeout(() => {
-      const moved = (name) => {
-        const element = document.getElementById(name);
-        return element.clientWidth !== element.width;
-      };
-      for (const name of names.filter(moved)) draw(name);
+      for (const canvas of canvases) if (canvas.clientWidth !== canvas.width) draw(canvas);
     }, 150);
   });
 })();
