@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -23,22 +23,12 @@ _BESIDE = 100  # columns from which on the two tables stand beside each other
 _COLORS = {"finished": "green", "running": "cyan", "stopped": "yellow", "silent": "yellow"}
 
 
-class LiveView:
+class LiveView(Live):
     """Keeps a picture of a run at the end of the terminal's text, and leaves the last one there."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
-        self._live = Live(console=self._console, auto_refresh=False)
+        super().__init__(console=Console(highlight=False), auto_refresh=False)
         self._drawn: object = None  # state of the run and size of the terminal in the last picture
-
-    def __enter__(self) -> LiveView:
-        """Begin to draw."""
-        self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Leave the last picture, and give the cursor back."""
-        self._live.stop()
 
     def wait(self, line: str) -> None:
         """Say what is waited for."""
@@ -47,55 +37,49 @@ class LiveView:
     def show(self, run: RunData, news: News, replaced: int) -> None:
         """Draw the run, where there is something new to see."""
         state = (run.updated, run.step, len(run.logs), run.status, replaced)
-        self._draw(lambda: picture(run, self._console.width), state)
+        self._draw(lambda: picture(run, self.console), state)
 
     def _draw(self, make: Callable[[], RenderableType], state: object) -> None:
-        now = (state, self._console.size)
+        now = (state, self.console.size)
         if self._drawn != now:
-            self._live.update(make(), refresh=True)
+            self.update(make(), refresh=True)
             self._drawn = now
 
 
-class Sparkline:
-    """A curve of blocks on one line, as wide as there is room.
-
-    Args:
-        series: steps and values, at least one.
-    """
-
-    def __init__(self, series: Series) -> None:
-        self._series = series
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        """Draw: each block is the mean of its stretch of steps, from the lowest to the highest."""
-        blocks = _ASCII if options.ascii_only else _BLOCKS
-        (first, _), (last, _) = self._series[0], self._series[-1]
-        count = min(options.max_width, len(self._series))
-        stretches: list[list[float]] = [[] for _ in range(count)]
-        for step, value in self._series:  # a long run's record has fewer points of its beginning
-            stretches[(step - first) * count // (last - first + 1)].append(value)
-        means = [sum(values) / len(values) for values in stretches if values]
-        lowest, span = min(means), max(means) - min(means)
-        heights = [(mean - lowest) / span * (len(blocks) - 1) if span else 0.0 for mean in means]
-        yield Text("".join(blocks[round(height)] for height in heights), no_wrap=True)
+def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
+    """Draw a curve on one line: each block is the mean of its stretch of steps."""
+    (first, _), (last, _) = series[0], series[-1]
+    count = max(1, min(width, len(series)))
+    stretches: list[list[float]] = [[] for _ in range(count)]
+    for step, value in series:  # a long run's record has fewer points of its beginning
+        stretches[(step - first) * count // (last - first + 1)].append(value)
+    means = [sum(values) / len(values) for values in stretches if values]
+    lowest, span = min(means), max(means) - min(means)
+    heights = [(mean - lowest) / span * (len(blocks) - 1) if span else 0.0 for mean in means]
+    return "".join(blocks[round(height)] for height in heights)
 
 
-def picture(run: RunData, width: int) -> RenderableType:
-    """Return a run as it is drawn in a terminal of this many columns."""
+def picture(run: RunData, console: Console) -> RenderableType:
+    """Return a run as it is drawn in a terminal."""
     color = _COLORS.get(run.status, "red")
     title = Text.assemble((printable(run.name), "bold"), "  ", (run.status, color))
     if run.resumed_from is not None:
         title.append(f"  resumed from step {run.resumed_from:,}")
-    bar = ProgressBar(total=max(1, run.max_steps), completed=run.step)
-    parts: list[RenderableType] = [title, _grid(f"step {progress(run)}", bar)]
+    bar = Table.grid(padding=(0, 1), expand=True)
+    bar.add_column(no_wrap=True)
+    bar.add_column(ratio=1)
+    steps = ProgressBar(total=max(1, run.max_steps), completed=run.step)
+    bar.add_row(f"step {progress(run)}", steps)
+    parts: list[RenderableType] = [title, bar]
     if loss := run.loss:
-        parts.append(_grid("loss", Sparkline(loss)))
+        blocks = _ASCII if console.options.ascii_only else _BLOCKS
+        parts.append(Text(f"loss {sparkline(loss, console.width - 5, blocks)}"))
         parts.append(Text(f"     {shown(loss[0][1])} → {shown(loss[-1][1])}"))
     parts.append(Columns(_facts(run), padding=(0, 3)))
     if run.metrics:
         parts.append(Text(printable(described(run.metrics))))
     tables = [table for table in (_arms(run), _trials(run)) if table is not None]
-    if len(tables) > 1 and width >= _BESIDE:
+    if len(tables) > 1 and console.width >= _BESIDE:
         beside = Table.grid(padding=(0, 3))
         beside.add_row(*tables)
         tables = [beside]
@@ -103,14 +87,6 @@ def picture(run: RunData, width: int) -> RenderableType:
     if run.status != "running":
         parts.append(Text(silence(run) if run.status == "silent" else status_line(run), color))
     return Group(*parts)
-
-
-def _grid(name: str, content: RenderableType) -> Table:
-    grid = Table.grid(padding=(0, 1), expand=True)
-    grid.add_column(no_wrap=True)
-    grid.add_column(ratio=1)
-    grid.add_row(name, content)
-    return grid
 
 
 def _facts(run: RunData) -> list[Text]:

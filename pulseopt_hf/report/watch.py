@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from pulseopt_hf.aees.record_format import FILE_NAME, Line, Log, RunEvent
 from pulseopt_hf.command_line import Parser
@@ -42,26 +42,29 @@ def watch(words: Sequence[str]) -> None:
     folder: Path = parser.parse_args(list(words)).run
     require_folder(folder)
     _require_begun(folder)
-    live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    with _live_view() if live else contextlib.nullcontext(PlainView()) as view, _exit_at_sigterm():
-        _follow(folder, view)
-
-
-def _follow(folder: Path, view: PlainView | LiveView) -> None:
     reader = RecordReader(folder)
-    while True:
-        news = reader.read()
-        if not reader.has_begun:
-            view.wait(
-                f"{printable(str(folder))}: has no record yet ({FILE_NAME}). Waiting for the run "
-                "to start; a plain Trainer writes none. Ctrl-C stops waiting."
-            )
-        else:
-            run = reader.data(time.time())
-            view.show(run, news, reader.replaced)
-            if run.has_ended:
-                return
-        time.sleep(_PAUSE)
+    view: PlainView | LiveView = PlainView()
+    with contextlib.ExitStack() as stack:
+        # An exit, so that a terminal gets its cursor back, with the code that a shell reports.
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        if sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
+            with needs_extra("`watch` in a terminal", "report"):
+                from pulseopt_hf.report.live import LiveView
+            view = stack.enter_context(LiveView())
+        while True:
+            news = reader.read()
+            if reader.has_begun:
+                run = reader.data(time.time())
+                view.show(run, news, reader.replaced)
+                if run.has_ended:
+                    return
+            else:
+                view.wait(
+                    f"{printable(str(folder))}: has no record yet ({FILE_NAME}). Waiting for the "
+                    "run to start; a plain Trainer writes none. Ctrl-C stops waiting."
+                )
+            time.sleep(_PAUSE)
 
 
 class PlainView:
@@ -147,23 +150,3 @@ def _require_begun(folder: Path) -> None:
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, flush=True)
-
-
-@contextlib.contextmanager
-def _exit_at_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exit, so that a terminal gets its cursor back."""
-
-    def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)  # as a shell reports it
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _live_view() -> LiveView:
-    with needs_extra("`watch` in a terminal", "report"):
-        from pulseopt_hf.report.live import LiveView
-    return LiveView()

@@ -362,7 +362,7 @@ def test_names_are_shown_as_they_are_and_obeyed_by_no_terminal(
     assert main(["watch", str(finished)]) == 0
     assert capsys.readouterr().out.startswith(f"run {shown}: 100 steps")
     console = Console(file=io.StringIO(), width=COLUMNS)
-    console.print(picture(read_run(finished), COLUMNS))
+    console.print(picture(read_run(finished), console))
     assert console.file.getvalue().startswith(f"{shown}  finished")  # type: ignore[attr-defined]
 
 
