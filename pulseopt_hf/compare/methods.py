@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from pulseopt_hf.config import PulseOptConfig
 from pulseopt_hf.errors import UsageError, needs_extra
-from pulseopt_hf.trainer.patches import MethodPatches
 
 ARMS = (0.5, 1.0, 2.0)
 
@@ -42,27 +41,26 @@ class PublishedSteps(TrainerCallback):
         if trainer.args.gradient_accumulation_steps != 1:
             raise UsageError("`pulseopt` cannot run with `gradient_accumulation_steps` above 1.")
         self._make: Any = functools.partial(AEES, seed=trainer.args.seed, **knobs)
-        self._patches = MethodPatches()
-        MethodPatches().wrap(trainer, "training_step", self._noting_the_loss)
+        self._training_step = trainer.training_step
+        trainer.training_step = self._noting_the_loss  # type: ignore[method-assign]
         trainer.add_callback(self)
 
-    def _noting_the_loss(self, training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noting(*args: Any, **kwargs: Any) -> Tensor:
-            self._loss = training_step(*args, **kwargs)
-            return self._loss
-
-        return noting
+    def _noting_the_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._loss = self._training_step(*args, **kwargs)
+        return self._loss
 
     def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
         """Put the published step round that of the torch optimizer."""
-        optimizer = kwargs["optimizer"]
+        optimizer = kwargs["optimizer"].optimizer
+        self._plain_step = plain = optimizer.step
+        stepped = SimpleNamespace(param_groups=optimizer.param_groups, step=plain)
+        self._published = self._make(stepped)
 
-        def around(step: Callable[..., Any]) -> Callable[..., Any]:
-            plain = SimpleNamespace(param_groups=optimizer.param_groups, step=step)
-            self._published = self._make(plain)
-            return lambda closure=None: self._published.step_end(self._loss)
+        @functools.wraps(plain)  # a scheduler has marked it, and would warn
+        def published_step(closure: Any = None) -> None:
+            self._published.step_end(self._loss)
 
-        self._patches.wrap(optimizer.optimizer, "step", around)
+        optimizer.step = published_step
 
     def on_step_begin(self, args: Any, state: TrainerState, *event: Any, **kwargs: Any) -> None:
         """Begin a published step; Trainer's optimizer step ends it."""
@@ -70,7 +68,7 @@ class PublishedSteps(TrainerCallback):
 
     def on_train_end(self, *event: Any, **kwargs: Any) -> None:
         """Leave the optimizer as it was."""
-        self._patches.undo()
+        kwargs["optimizer"].optimizer.step = self._plain_step
 
 
 def _published(trainer: Trainer) -> None:
