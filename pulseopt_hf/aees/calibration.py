@@ -80,6 +80,14 @@ class Trial:
         """Whether it went about as far as a step may go, and moved the outputs too."""
         return READABLE <= self.share <= NEAR and not self.is_silent
 
+    def moved(self) -> tuple[str, str]:
+        """Write how far it moved the outputs, in units of dropout's, and the weights."""
+        outputs, weights = self.movement, self.weight_movement
+        return (
+            f"{outputs:.2f}x" if outputs < NOT_FINITE else "inf or NaN",
+            f"{weights:.2%}" if weights < NOT_FINITE else "inf or NaN",
+        )
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,6 +128,12 @@ class Outcome:
 def not_calibrated(reason: str) -> str:
     """Return the one line that says why a LR stays as it was set."""
     return f"The learning rate is not calibrated: {reason}. The one that was set is used."
+
+
+def deciding(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that decide: near the radius, the latest of each batch but the first."""
+    latest = {trial.step: trial for trial in trials if not trial.own_batch}
+    return [trial for trial in latest.values() if trial.is_near]
 
 
 class Calibration:
@@ -252,11 +266,7 @@ class Calibration:
 
     @property
     def _trusted(self) -> list[Trial]:
-        """The trials that decide: near the radius, the latest of each batch but the first."""
-        if not self._answers:
-            return []
-        latest = {trial.step: trial for trial in self.trials if not trial.own_batch}
-        return [trial for trial in latest.values() if trial.is_near]
+        return deciding(self.trials) if self._answers else []
 
     @property
     def _answers(self) -> bool:

@@ -97,6 +97,18 @@ class NumberedEpisode:
     number: int
     record: EpisodeRecord
 
+    def __str__(self) -> str:
+        """Say it in one line."""
+        record = self.record
+        rate = "" if record.learning_rate is None else f" = {record.learning_rate:.2e}"
+        noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
+        return (
+            f"episode {self.number:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "
+            f"LR x{record.lr_value:<4g}{rate}{noise}  "
+            f"loss {record.start_loss:.3f} to {record.end_loss:.3f}  "
+            f"reward {record.reward:+.4f}" + (f"  {record.outcome}" if record.outcome else "")
+        )
+
 
 @dataclass(frozen=True)
 class NumberedTrial:
@@ -104,6 +116,14 @@ class NumberedTrial:
 
     number: int
     trial: Trial
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        outputs, weights = self.trial.moved()
+        return (
+            f"trial {self.number:>2}  step {self.trial.step:>3}  "
+            f"LR {self.trial.learning_rate:.2e}  outputs moved {outputs}, weights {weights}"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ class End:
     error: str | None = None
 
 
-RunEvent = NumberedEpisode | NumberedTrial | Outcome  # what happens in a step
+RunEvent = NumberedEpisode | NumberedTrial | Outcome  # what happens in a step; a line as `str`
 Line = Head | Log | RunEvent | End
 _KINDS: dict[type, str] = {
     Head: "head",

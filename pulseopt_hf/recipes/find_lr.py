@@ -17,7 +17,6 @@ from pulseopt_hf.aees.calibration import (
 from pulseopt_hf.command_line import Parser, aligned
 from pulseopt_hf.errors import UsageError, needs_extra, usage_error
 from pulseopt_hf.recipes import catalogue
-from pulseopt_hf.report.wording import moved
 
 if TYPE_CHECKING:
     from pulseopt_hf.optim.suggestion import Suggestion
@@ -44,7 +43,7 @@ def find_lr(words: Sequence[str]) -> bool:
     trials = suggestion.trials
     rows = [("trial", "LR", "outputs moved", "weights moved", "one such step")]
     for number, trial in enumerate(trials, 1):
-        rows.append((str(number), f"{trial.learning_rate:.2e}", *moved(trial), _verdict(trial)))
+        rows.append((str(number), f"{trial.learning_rate:.2e}", *trial.moved(), _verdict(trial)))
     lines = [*aligned(rows, right=True), ""] if trials else []
     if options.plot is not None and not trials:
         lines.append("No trial was taken, so there is no picture.")

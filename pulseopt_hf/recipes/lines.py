@@ -18,7 +18,7 @@ from pulseopt_hf import PulseOptTrainer
 from pulseopt_hf.aees.calibration import Outcome
 from pulseopt_hf.aees.record_format import RunEvent
 from pulseopt_hf.recipes.parsing import Resolved
-from pulseopt_hf.report.wording import described, event_line
+from pulseopt_hf.report.wording import described
 
 
 class Lines:
@@ -65,7 +65,7 @@ class RunLines(TrainerCallback):
 
     def _on_event(self, event: RunEvent) -> None:
         if self._outcomes or not isinstance(event, Outcome):
-            self._write(event_line(event))
+            self._write(str(event))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, *event: Any, **kwargs: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -156,9 +155,3 @@ class RunData(Head):
     def arms(self) -> list[ArmTotals]:
         """Sum up the arms of all episodes, lowest LR multiplier first."""
         return sum_up(self.episodes, self.left_out)
-
-
-def deciding_trials(trials: Sequence[Trial]) -> list[int]:
-    """Return the indices of the trials that a LR that was found follows from; see `Calibration`."""
-    latest = {trial.step: index for index, trial in enumerate(trials) if not trial.own_batch}
-    return [index for index in latest.values() if trials[index].is_near]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pulseopt_hf.aees.calibration import Trial
 from pulseopt_hf.report.palette import arm_styles
 from pulseopt_hf.report.run_data import RunData, Series
-from pulseopt_hf.report.wording import counted, duration, metric_name, moved, progress, shown
+from pulseopt_hf.report.wording import counted, duration, metric_name, progress, shown
 
 Row = dict[str, str]  # a cell for each column, by its name
 
@@ -94,8 +94,8 @@ def trial_rows(trials: Sequence[Trial]) -> list[Row]:
             "trial": str(number),
             "step": str(trial.step),
             "LR": f"{trial.learning_rate:.2e}",
-            "outputs moved": moved(trial)[0],
-            "weights moved": moved(trial)[1],
+            "outputs moved": trial.moved()[0],
+            "weights moved": trial.moved()[1],
             "measured on": "its own batch" if trial.own_batch else "other batches",
         }
         for number, trial in enumerate(trials, 1)

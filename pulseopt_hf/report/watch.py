@@ -16,15 +16,7 @@ from pulseopt_hf.command_line import Parser
 from pulseopt_hf.errors import UsageError, needs_extra
 from pulseopt_hf.report.record_reader import News, RecordReader, require_folder
 from pulseopt_hf.report.run_data import RunData
-from pulseopt_hf.report.wording import (
-    counted,
-    described,
-    event_line,
-    printable,
-    shown,
-    silence,
-    status_line,
-)
+from pulseopt_hf.report.wording import counted, described, printable, shown, silence, status_line
 
 if TYPE_CHECKING:
     from pulseopt_hf.report.live import LiveView
@@ -102,7 +94,7 @@ def _lines(news: Iterable[Line]) -> list[str]:
     lines = []
     for line in news:
         if isinstance(line, RunEvent):
-            lines.append(event_line(line))
+            lines.append(str(line))
         elif isinstance(line, Log) and "eval_loss" in line.values:
             metrics = {key: v for key, v in line.values.items() if key.startswith("eval_")}
             lines.append(f"step {line.step}  {described(metrics)}")

@@ -6,51 +6,11 @@ import datetime
 import math
 from collections.abc import Mapping
 
-from pulseopt_hf.aees.calibration import NOT_FINITE, OUTPUT_RADIUS, WEIGHT_RADIUS, Trial
-from pulseopt_hf.aees.episode_record import EpisodeRecord
-from pulseopt_hf.aees.record_format import NumberedEpisode, NumberedTrial, RunEvent
-from pulseopt_hf.report.run_data import RunData, Series, deciding_trials
+from pulseopt_hf.aees.calibration import OUTPUT_RADIUS, WEIGHT_RADIUS, deciding
+from pulseopt_hf.report.run_data import RunData, Series
 
 _COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")
 _CLOCKS = ("epoch", "model_preparation_time")
-
-
-def event_line(event: RunEvent) -> str:
-    """Tell of a trial, of what came of a calibration, or of an episode."""
-    if isinstance(event, NumberedTrial):
-        return trial_line(event.number, event.trial)
-    if isinstance(event, NumberedEpisode):
-        return episode_line(event.number, event.record)
-    return str(event)
-
-
-def trial_line(number: int, trial: Trial) -> str:
-    """Tell of one trial of the calibration, by its number from 1."""
-    return (
-        f"trial {number:>2}  step {trial.step:>3}  LR {trial.learning_rate:.2e}  "
-        "outputs moved {}, weights {}".format(*moved(trial))
-    )
-
-
-def moved(trial: Trial) -> tuple[str, str]:
-    """Write how far a trial moved the outputs, in units of dropout's, and the weights."""
-    outputs, weights = trial.movement, trial.weight_movement
-    return (
-        f"{outputs:.2f}x" if outputs < NOT_FINITE else "inf or NaN",
-        f"{weights:.2%}" if weights < NOT_FINITE else "inf or NaN",
-    )
-
-
-def episode_line(number: int, record: EpisodeRecord) -> str:
-    """Tell of one episode, by its number from 1."""
-    rate = "" if record.learning_rate is None else f" = {record.learning_rate:.2e}"
-    noise = f"  noise {record.noise_value:g}" if record.noise_value else ""
-    return (
-        f"episode {number:>3}  steps {record.start_step:>4}-{record.end_step:<4}  "
-        f"LR x{record.lr_value:<4g}{rate}{noise}  "
-        f"loss {record.start_loss:.3f} to {record.end_loss:.3f}  "
-        f"reward {record.reward:+.4f}" + (f"  {record.outcome}" if record.outcome else "")
-    )
 
 
 def described(metrics: Mapping[str, object]) -> str:
@@ -163,7 +123,7 @@ def finding(run: RunData) -> str:
     limit = f"the weights by at most {WEIGHT_RADIUS:.0%}"
     if run.outcome.limited_by == "outputs":
         limit = f"the outputs at most {OUTPUT_RADIUS:.3g} times as far as 10% dropout does"
-    trials = ", ".join(str(index + 1) for index in deciding_trials(run.trials))
+    trials = ", ".join(str(run.trials.index(trial) + 1) for trial in deciding(run.trials))
     return (
         f"{run.outcome} One step may move {limit}. The LR follows from trials {trials} of "
         f"{len(run.trials)}, each on a batch of its own."

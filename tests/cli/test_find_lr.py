@@ -16,7 +16,6 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.optim.suggestion import Suggestion
 from pulseopt_hf.recipes import find_lr
 from pulseopt_hf.report.record_reader import read_run
-from pulseopt_hf.report.wording import moved
 from tests.cli.processes import ACCELERATE, HERE, command
 from tests.recipes.tiny import train
 
@@ -50,7 +49,7 @@ def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
     assert len(table) > 5
     for number, (row, trial) in enumerate(zip(table, run.trials, strict=True), 1):
         rate = f"{trial.learning_rate:.2e}"
-        assert row.split()[:4] == [str(number), rate, *moved(trial)]
+        assert row.split()[:4] == [str(number), rate, *trial.moved()]
     assert table[0].endswith("hardly moves the model")
     assert re.search("is small enough|too far$", table[-1])
     said = " ".join(lines)

@@ -16,7 +16,7 @@ import pytest
 
 from pulseopt_hf.aees.calibration import NOT_FINITE, Outcome, Trial
 from pulseopt_hf.aees.left_out import ArmTotals
-from pulseopt_hf.aees.record_format import FILE_NAME, Log, encode
+from pulseopt_hf.aees.record_format import FILE_NAME, Log, NumberedTrial, encode
 from pulseopt_hf.cli import main
 from pulseopt_hf.report.charts import Plot, thinned, write_chart
 from pulseopt_hf.report.palette import arm_styles
@@ -24,7 +24,6 @@ from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.run_charts import plots_of, trials_plot
 from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.tables import facts, tables_of_run
-from pulseopt_hf.report.wording import trial_line
 from tests.report.conftest import ARM_PLOTS, HOSTILE, edit_record
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -335,7 +334,7 @@ def test_a_trial_that_broke_the_model_is_within_sight_and_no_percentage() -> Non
     plot = trials_plot([Trial(1e-3, 3.3, 0.01, True, 0), broken], None, None, 1e-3)
     assert shares(plot, "outputs") == [1.0, 1000.0]
     assert plot.data["trials"][1]["outputs moved"] == "inf or NaN"
-    assert trial_line(2, broken).endswith("outputs moved inf or NaN, weights inf or NaN")
+    assert str(NumberedTrial(2, broken)).endswith("outputs moved inf or NaN, weights inf or NaN")
 
 
 def test_no_trials_and_no_lr_make_an_empty_picture(tmp_path: Path) -> None:
