@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from pulseopt_hf.aees.calibration import OUTPUT_RADIUS, WEIGHT_RADIUS, deciding
-from pulseopt_hf.report.run_data import RunData, Series
+from pulseopt_hf.report.run_data import RunData, Series, Status
 
 _COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")
 _CLOCKS = ("epoch", "model_preparation_time")
@@ -77,32 +77,24 @@ def progress(run: RunData) -> str:
 
 def status_line(run: RunData) -> str:
     """Say how a run stands, and what a long run's record leaves out."""
-    return _standing(run) + _left_out(run)
-
-
-def _left_out(run: RunData) -> str:
+    done = f"{progress(run)} steps"
+    when = "" if run.updated is None else f" Last written to at {clock(run.updated)}."
+    standing: dict[Status, str] = {
+        "finished": f"Finished: {done}.",
+        "failed": f"Ended by {run.error} at step {run.step:,}: {done}.",
+        "stopped": f"Stopped before its last step: {done}.",
+        "running": f"Still running: {done} so far.{when} Run the command again for a newer page.",
+        "silent": f"Silent: {done}, and no end was recorded.{when} "
+        "The run was killed or is waiting.",
+    }
     if not run.left_out and not run.left_out_logs:
-        return ""
+        return standing[run.status]
     logs = len(run.logs)
     return (
-        f" The record of this long run has {len(run.episodes):,} of {run.episode_count:,} episodes "
-        f"and {logs:,} of {logs + run.left_out_logs:,} logs: all of the newest and some of those "
-        "before. Totals of the arms are of all episodes."
+        f"{standing[run.status]} The record of this long run has {len(run.episodes):,} of "
+        f"{run.episode_count:,} episodes and {logs:,} of {logs + run.left_out_logs:,} logs: all of "
+        "the newest and some of those before. Totals of the arms are of all episodes."
     )
-
-
-def _standing(run: RunData) -> str:
-    done = f"{progress(run)} steps"
-    if run.status == "finished":
-        return f"Finished: {done}."
-    if run.status == "failed":
-        return f"Ended by {run.error} at step {run.step:,}: {done}."
-    if run.status == "stopped":
-        return f"Stopped before its last step: {done}."
-    when = "" if run.updated is None else f" Last written to at {clock(run.updated)}."
-    if run.status == "running":
-        return f"Still running: {done} so far.{when} Run the command again for a newer page."
-    return f"Silent: {done}, and no end was recorded.{when} The run was killed or is waiting."
 
 
 def silence(run: RunData) -> str:
