@@ -40,7 +40,11 @@ _HEIGHT, _ROOM, _FOUND_AT, _SET_AT = 300, 60, 258, 290  # pixels; labels of LRs 
 
 
 def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
-    """Return the plots that one run has data for, or the curves of several over each other."""
+    """Return the plots that one run has data for, or the curves of several over each other.
+
+    What is special to this method comes first: the calibration of a run, or what its arms did where
+    there are several.
+    """
     one = len(runs) == 1
 
     def panel(title: str, height: int, series: Callable[[RunData], Series]) -> Panel:
@@ -65,8 +69,13 @@ def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
             panel("learning rate", 120, lambda run: run.effective_lrs or run.base_lrs),
         ]
         loss = curves("loss", "Training loss and learning rate", _told(both), both)
-        found = [loss, _alone("eval-loss", logged("eval_loss", "evaluation loss", 240)), *found]
-    return [*(plots_of_run(runs[0]) if one else []), *(plot for plot in found if plot is not None)]
+        first = [loss, _alone("eval-loss", logged("eval_loss", "evaluation loss", 240))]
+    elif runs[0].has_arms:
+        (run,) = runs
+        first = [loss_plot(run), reward_plot(run), *arm_plots(run), calibration_plot(run)]
+    else:
+        first = [calibration_plot(runs[0]), loss_plot(runs[0])]
+    return [plot for plot in [*first, *found] if plot is not None]
 
 
 def _alone(name: str, panel: Panel, *, wide: bool = True) -> Plot | None:
@@ -81,17 +90,6 @@ def _told(panels: Sequence[Panel]) -> str:
         alone = list(panel.curves) == [panel.title]
         said += [f"{'' if alone else panel.title + ': '}{'; '.join(told)}"] if told else []
     return ". ".join(text[0].upper() + text[1:] for text in said) + "."
-
-
-def plots_of_run(run: RunData) -> list[Plot]:
-    """Return what is special to this method, what happened first before all others.
-
-    That is the calibration, or what the arms did where there are several.
-    """
-    plots = [calibration_plot(run), loss_plot(run)]
-    if run.has_arms:
-        plots = [plots[1], reward_plot(run), *arm_plots(run), plots[0]]
-    return [plot for plot in plots if plot is not None]
 
 
 def calibration_plot(run: RunData) -> Plot | None:
@@ -152,18 +150,16 @@ def trials_plot(
     by_kind = alt.condition("datum.found", alt.value(FOUND), alt.value(PLAIN))
     marked, limit = charts["rates"].encode(x=x, color=by_kind), charts["limit"].encode(y=y)
     top = alt.Y("top:Q", scale=None)
+    align, dx = alt.expr("datum.left ? 'right' : 'left'"), alt.expr("datum.left ? -5 : 5")
     layers = [
         limit.mark_rule(),
         limit.mark_text(align="left", dx=4, dy=-8).encode(x=alt.value(0), text="label:N"),
         marked.mark_rule(strokeDash=[5, 4], strokeWidth=1.5),
         *(
             charts["rates"]
-            .transform_filter(f"datum.left === {str(left).lower()}")
             .mark_text(align=align, dx=dx, fontWeight="bold", lineBreak="\n", style=style)
             .encode(x=x, y=top, text="label:N")
             for style in ("halo", "label")
-            for left, align, dx in ((True, "right", -5), (False, "left", 5))
-            if any(row["left"] is left for row in data["rates"])  # Vega warns of a view without
         ),
         charts["trials"]
         .mark_point(filled=True, size=70, opacity=0.85)
@@ -285,19 +281,12 @@ def arm_plots(run: RunData) -> list[Plot]:
     )
     means = base.mark_point(filled=True, size=110, opacity=1).encode(y="mean:Q")
     played = ", ".join(f"{row['arm']} in {row['episodes']}" for row in rows)
+    text = f"Episodes of each arm: {played}."
+    first = Plot("plays", "Plays of each arm", text, [plays], {"arms": data}, wide=False)
     rewards = "; ".join(f"{row['arm']} {row['mean reward']} ± {row['spread']}" for row in rows)
-    return [
-        Plot(name, title, text, [chart], {"arms": data}, wide=False)
-        for name, title, text, chart in (
-            ("plays", "Plays of each arm", f"Episodes of each arm: {played}.", plays),
-            (
-                "mean-reward",
-                "Mean reward and spread",
-                f"Mean reward and standard deviation: {rewards}.",
-                alt.layer(spread, means),
-            ),
-        )
-    ]
+    text = f"Mean reward and standard deviation: {rewards}."
+    chart, title = alt.layer(spread, means), "Mean reward and spread"
+    return [first, Plot("mean-reward", title, text, [chart], {"arms": data}, wide=False)]
 
 
 def _undone(run: RunData) -> dict[str, list[bool]]:
