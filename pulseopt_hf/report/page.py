@@ -18,7 +18,7 @@ from pulseopt_hf.report.run_data import RunData
 from pulseopt_hf.report.tables import comparison_table, facts, tables_of_run
 from pulseopt_hf.report.wording import status_line
 
-LONG = 300  # rows, from which on a table is filled when it is opened
+_LONG = 300  # rows, from which on a table is filled when it is opened
 
 
 def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
@@ -51,7 +51,7 @@ def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
     data = {
         "themes": [theme(), theme(dark=True)],
         "plots": {plot.name: {"spec": plot.spec(), "columns": plot.columns} for plot in plots},
-        "rows": {table.name: table.rows for table in tables if len(table.rows) > LONG},
+        "rows": {table.name: table.rows for table in tables if len(table.rows) > _LONG},
     }
     return environment.get_template("page.html.j2").render(
         title=f"{len(runs)} runs compared" if several else names[0],
@@ -63,7 +63,6 @@ def to_html(runs: Sequence[RunData], names: Sequence[str]) -> str:
         dark=DARK,
         vega=vega.replace("</script", "<\\/script"),
         data=data,
-        long=LONG,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pulseopt_hf.cli import main
+from pulseopt_hf.report.page import to_html
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.report.tables import comparison_table
 from tests.report.conftest import ARM_PLOTS, DESKTOP, HOSTILE, PHONE, Opened
@@ -252,6 +253,14 @@ def test_training_arguments_that_differ_are_compared(eventful: Path) -> None:
     assert three["per_device_train_batch_size"] == "3"
     assert [key for key in one if one[key] != three[key]] == ["run", "per_device_train_batch_size"]
     assert not set(one) & {"seed", "optim", "learning_rate", "max_steps"}
+
+
+def test_a_comparison_of_more_runs_than_a_long_table_has_rows_shows_them_all(
+    calibrated: Path, one_arm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pulseopt_hf.report.page._LONG", 1)
+    page = to_html([read_run(calibrated), read_run(one_arm)], ["first", "second"])
+    assert page.count("<td>first<td>") == page.count("<td>second<td>") == 1
 
 
 def test_several_runs_fit_a_phone(
