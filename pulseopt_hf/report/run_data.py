@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,8 @@ Status = Literal["finished", "stopped", "failed", "running", "silent"]
 Series = list[tuple[int, float]]
 
 _FEW_LOGS = 20  # with fewer, and more episodes than logs, curves are drawn from the episodes
-_NO_METRIC = ("runtime", "per_second", "_time")  # how the names of measured times end
+# How the names end of what an evaluation logs beside its metrics, of a second data set too.
+_NO_METRIC = re.compile(r"(runtime|per_second|_time|epoch)(_mm|_\d+)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class RunData(Head):
         return {
             key: series[-1][1]
             for key in sorted(keys, key=lambda key: key != "eval_loss")
-            if key.startswith("eval_") and not key.endswith(_NO_METRIC)
+            if key.startswith("eval_") and is_metric(key)
             if (series := self.series(key))
         }
 
@@ -155,3 +157,8 @@ class RunData(Head):
     def arms(self) -> list[ArmTotals]:
         """Sum up the arms of all episodes, lowest LR multiplier first."""
         return sum_up(self.episodes, self.left_out)
+
+
+def is_metric(key: str) -> bool:
+    """Whether what an evaluation logged under a key is a metric, and not a time."""
+    return _NO_METRIC.search(key) is None

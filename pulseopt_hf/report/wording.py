@@ -7,22 +7,16 @@ import math
 from collections.abc import Mapping
 
 from pulseopt_hf.aees.calibration import OUTPUT_RADIUS, WEIGHT_RADIUS, deciding
-from pulseopt_hf.report.run_data import RunData, Series, Status
-
-_COUNTS = ("runtime", "samples_per_second", "steps_per_second", "samples")
-_CLOCKS = ("epoch", "model_preparation_time")
+from pulseopt_hf.report.run_data import RunData, Series, Status, is_metric
 
 
 def described(metrics: Mapping[str, object]) -> str:
     """Write out the metrics of an evaluation that are neither times nor counts."""
-    found = []
-    for key, value in metrics.items():
-        name = key.removeprefix("eval_")
-        if name.split("_mm")[0] in _COUNTS:
-            continue
-        if isinstance(value, float) and name not in _CLOCKS:
-            found.append(f"{name} {value:.3f}")
-    return "eval " + ", ".join(found)
+    return "eval " + ", ".join(
+        f"{key.removeprefix('eval_')} {value:.3f}"
+        for key, value in metrics.items()
+        if isinstance(value, float) and is_metric(key)
+    )
 
 
 def printable(text: str) -> str:

@@ -18,6 +18,7 @@ from pulseopt_hf import PulseOptConfig, PulseOptTrainer
 from pulseopt_hf.aees.record_format import FILE_NAME, End
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.report.record_reader import RecordReader, read_run
+from pulseopt_hf.report.wording import described
 from tests.report.conftest import edit_record
 
 CONFIG = PulseOptConfig(calibration="off", lr_candidates=[0.5, 1.0, 2.0], episode_length=5)
@@ -225,3 +226,12 @@ def test_a_record_that_was_replaced_is_read_anew(finished: Path, change: str) ->
     assert reader.replaced == 1
     assert reader.read() == []
     assert reader.data(0.0) == fresh.data(0.0)
+
+
+def test_times_of_an_evaluation_are_no_metrics_whatever_data_set_they_are_of() -> None:
+    metrics = {"eval_loss": 1.0, "eval_accuracy_mm": 0.5, "eval_news_f1": 0.25, "eval_samples": 8}
+    times = ("runtime", "samples_per_second", "model_preparation_time", "epoch")
+    others = [f"eval_{form.format(name)}" for name in times for form in ("{}", "{}_mm", "{}_2")]
+    others += ["epoch", "eval_news_runtime", "eval_news_steps_per_second"]
+    said = described({**dict.fromkeys(others, 2.0), **metrics})
+    assert said == "eval loss 1.000, accuracy_mm 0.500, news_f1 0.250"
