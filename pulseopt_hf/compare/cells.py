@@ -170,8 +170,8 @@ def _train(cell: Cell) -> dict[str, Any]:
         finished = steps == training.max_steps
         if finished:
             history.append(_values({**trainer.evaluate(), "step": steps}, metric))
-        calibrator = getattr(getattr(trainer, "aees", None), "calibrator", None)
-        outcome = getattr(calibrator, "outcome", None)
+        calibrator = None if trainer.aees is None else trainer.aees.calibrator
+        outcome = None if calibrator is None else calibrator.outcome
         return {
             "cell": asdict(cell),
             "loss_before": before,
