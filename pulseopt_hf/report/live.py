@@ -78,7 +78,8 @@ def picture(run: RunData, console: Console) -> RenderableType:
     parts.append(Columns(_facts(run), padding=(0, 3)))
     if run.metrics:
         parts.append(Text(printable(described(run.metrics))))
-    tables = [table for table in (_arms(run), _trials(run)) if table is not None]
+    tables = [_arms(run)] if run.has_arms else []
+    tables += [_trials(run)] if run.trials else []
     if len(tables) > 1 and console.width >= _BESIDE:
         beside = Table.grid(padding=(0, 3))
         beside.add_row(*tables)
@@ -102,26 +103,21 @@ def _facts(run: RunData) -> list[Text]:
     return [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in facts.items()]
 
 
-def _arms(run: RunData) -> Table | None:
-    rows = arm_rows(run) if run.has_arms else []
+def _arms(run: RunData) -> Table:
     marks = [Text("■ ", style.color) for style in arm_styles(run.arms()).values()]
-    return _table("Arms", rows, ["arm", "episodes", "mean reward", "spread"], marks)
+    return _table("Arms", arm_rows(run), ["arm", "episodes", "mean reward", "spread"], marks)
 
 
-def _trials(run: RunData) -> Table | None:
+def _trials(run: RunData) -> Table:
     rows = trial_rows(run.trials)
     table = _table("Calibration", rows, ["trial", "LR", "outputs moved", "weights moved"])
-    if table is not None and run.calibrated_lr is not None:
+    if run.calibrated_lr is not None:
         table.add_section()
         table.add_row("found", Text(f"{run.calibrated_lr:.2e}", "bold"), "", "")
     return table
 
 
-def _table(
-    title: str, rows: list[Row], columns: list[str], marks: Sequence[Text] = ()
-) -> Table | None:
-    if not rows:
-        return None
+def _table(title: str, rows: list[Row], columns: list[str], marks: Sequence[Text] = ()) -> Table:
     table = Table(columns[0], title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in columns[1:]:
         table.add_column(name, justify="right")

@@ -19,8 +19,8 @@ Status = Literal["finished", "stopped", "failed", "running", "silent"]
 Series = list[tuple[int, float]]
 
 _FEW_LOGS = 20  # with fewer, and more episodes than logs, curves are drawn from the episodes
-# How the names end of what an evaluation logs beside its metrics, of a second data set too.
-_NO_METRIC = re.compile(r"(runtime|per_second|_time|epoch)(_mm|_\d+)?$")
+# How the names end of the times that an evaluation logs, of a second data set too.
+_TIME = re.compile(r"(runtime|per_second|_time)(_mm|_\d+)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class RunData(Head):
         return {
             key: series[-1][1]
             for key in sorted(keys, key=lambda key: key != "eval_loss")
-            if key.startswith("eval_") and is_metric(key)
+            if is_metric(key)
             if (series := self.series(key))
         }
 
@@ -160,5 +160,5 @@ class RunData(Head):
 
 
 def is_metric(key: str) -> bool:
-    """Whether what an evaluation logged under a key is a metric, and not a time."""
-    return _NO_METRIC.search(key) is None
+    """Whether what was logged under a key is a metric of an evaluation, and not a time."""
+    return key.startswith("eval_") and _TIME.search(key) is None

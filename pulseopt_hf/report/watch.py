@@ -96,8 +96,7 @@ def _lines(news: Iterable[Line]) -> list[str]:
         if isinstance(line, RunEvent):
             lines.append(str(line))
         elif isinstance(line, Log) and "eval_loss" in line.values:
-            metrics = {key: v for key, v in line.values.items() if key.startswith("eval_")}
-            lines.append(f"step {line.step}  {described(metrics)}")
+            lines.append(f"step {line.step}  {described(line.values)}")
     return lines
 
 

@@ -11,7 +11,7 @@ from pulseopt_hf.report.run_data import RunData, Series, Status, is_metric
 
 
 def described(metrics: Mapping[str, object]) -> str:
-    """Write out the metrics of an evaluation that are neither times nor counts."""
+    """Write out the metrics of an evaluation, without times and counts."""
     return "eval " + ", ".join(
         f"{key.removeprefix('eval_')} {value:.3f}"
         for key, value in metrics.items()

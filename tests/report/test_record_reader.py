@@ -230,8 +230,8 @@ def test_a_record_that_was_replaced_is_read_anew(finished: Path, change: str) ->
 
 def test_times_of_an_evaluation_are_no_metrics_whatever_data_set_they_are_of() -> None:
     metrics = {"eval_loss": 1.0, "eval_accuracy_mm": 0.5, "eval_news_f1": 0.25, "eval_samples": 8}
-    times = ("runtime", "samples_per_second", "model_preparation_time", "epoch")
-    others = [f"eval_{form.format(name)}" for name in times for form in ("{}", "{}_mm", "{}_2")]
-    others += ["epoch", "eval_news_runtime", "eval_news_steps_per_second"]
+    times = ("runtime", "samples_per_second", "model_preparation_time")
+    others = [f"eval_{name}{end}" for name in times for end in ("", "_mm", "_2")]
+    others += ["epoch", "epoch_mm", "epoch_2", "eval_news_runtime", "eval_news_steps_per_second"]
     said = described({**dict.fromkeys(others, 2.0), **metrics})
     assert said == "eval loss 1.000, accuracy_mm 0.500, news_f1 0.250"

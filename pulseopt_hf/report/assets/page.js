@@ -4,9 +4,6 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const print = matchMedia("print");
 
-  // What is left of a plot's width beside its axes.
-  const inner = (width) => Math.max(120, width - 96);
-
   // The running means of curves. Points that are drawn as dots are few, and stay.
   const smoothed = (rows, factor) => {
     const sums = {};
@@ -42,7 +39,7 @@
     // A copy: Vega marks the rows that it takes, and controls change what is drawn.
     const { spec, columns } = structuredClone(plots[element.id]);
     const theme = structuredClone(themes[dark.matches && !print.matches ? 1 : 0]);
-    const width = inner(element.clientWidth);
+    const width = Math.max(120, element.clientWidth - 96); // beside the axes
     const entries = Math.max(1, Math.min(columns, Math.round((columns * width) / 720)));
     theme.axisX.tickCount = Math.ceil(width / 80);
     Object.assign(theme.legend, { columns: entries, labelLimit: width / entries - 24 });
