@@ -45,7 +45,7 @@ def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
     What is special to this method comes first: the calibration of a run, or what its arms did where
     there are several.
     """
-    one = len(runs) == 1
+    run, one = runs[0], len(runs) == 1
 
     def panel(title: str, height: int, series: Callable[[RunData], Series]) -> Panel:
         own = {title if one else n: series(r) for n, r in zip(names, runs, strict=True)}
@@ -70,11 +70,10 @@ def plots_of(runs: Sequence[RunData], names: Sequence[str]) -> list[Plot]:
         ]
         loss = curves("loss", "Training loss and learning rate", _told(both), both)
         first = [loss, _alone("eval-loss", logged("eval_loss", "evaluation loss", 240))]
-    elif runs[0].has_arms:
-        (run,) = runs
+    elif run.has_arms:
         first = [loss_plot(run), reward_plot(run), *arm_plots(run), calibration_plot(run)]
     else:
-        first = [calibration_plot(runs[0]), loss_plot(runs[0])]
+        first = [calibration_plot(run), loss_plot(run)]
     return [plot for plot in [*first, *found] if plot is not None]
 
 
@@ -282,11 +281,11 @@ def arm_plots(run: RunData) -> list[Plot]:
     means = base.mark_point(filled=True, size=110, opacity=1).encode(y="mean:Q")
     played = ", ".join(f"{row['arm']} in {row['episodes']}" for row in rows)
     text = f"Episodes of each arm: {played}."
-    first = Plot("plays", "Plays of each arm", text, [plays], {"arms": data}, wide=False)
+    bars = Plot("plays", "Plays of each arm", text, [plays], {"arms": data}, wide=False)
     rewards = "; ".join(f"{row['arm']} {row['mean reward']} ± {row['spread']}" for row in rows)
     text = f"Mean reward and standard deviation: {rewards}."
-    chart, title = alt.layer(spread, means), "Mean reward and spread"
-    return [first, Plot("mean-reward", title, text, [chart], {"arms": data}, wide=False)]
+    points, title = alt.layer(spread, means), "Mean reward and spread"
+    return [bars, Plot("mean-reward", title, text, [points], {"arms": data}, wide=False)]
 
 
 def _undone(run: RunData) -> dict[str, list[bool]]:
