@@ -51,8 +51,10 @@ def newness_of(model: nn.Module, agreement: Agreement) -> Newness:
     """
     layers = _layers(model)
     inner = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    # A language model's head has the shape of its table, and was trained with it.
-    tables = {shape_of(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    inner |= {id(table) for table in tables}
+    # A language model's head has the shape of its vocabulary, and was trained with it.
+    vocabulary = max(map(shape_of, tables), key=math.prod, default=())
     sums: list[float | Tensor] = []
     kinds: list[tuple[bool, bool]] = []  # whether it is a gain, or a matrix outside the layers
     for name, parameter in model.named_parameters():
@@ -62,7 +64,7 @@ def newness_of(model: nn.Module, agreement: Agreement) -> Newness:
         is_gain = len(shape) == 1 and name.endswith("weight")
         if (len(shape) > 1 or is_gain) and part.is_floating_point():
             sums += [float(part.numel()), norm(part) ** 2, norm(part, 4) ** 4]
-            is_outer = len(shape) == 2 and shape not in tables and id(parameter) not in inner
+            is_outer = len(shape) == 2 and shape != vocabulary and id(parameter) not in inner
             kinds.append((is_gain, is_outer))
     means = agreement.mean(sums) if sums else []
     new, known = [0.0, 0.0], [0.0, 0.0]  # weights and gains

@@ -66,6 +66,15 @@ def test_a_pretrained_model_is_not_new_with_a_new_head_or_an_adapter() -> None:
     assert newness(peft.get_peft_model(model, settings)) == new_head
 
 
+def test_a_head_of_two_classes_alone_is_new_over_a_trained_pooler() -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_hidden_layers=2)
+    trained = model.bert.encoder.layer[0].attention.self.query.weight
+    model.bert.pooler.dense.weight = nn.Parameter(trained.detach().clone())
+    # As BERT's table of token types, it has two rows.
+    assert model.classifier.weight.shape == model.bert.embeddings.token_type_embeddings.weight.shape
+    assert newness(model).has_new_head
+
+
 def test_a_pretrained_model_without_a_head_is_trained_all_over() -> None:
     # Its pooler was never trained, and is left out.
     model = AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False)
