@@ -1,7 +1,5 @@
 """What all tests share: a tiny model from a config, data without downloads, quiet Trainers."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 

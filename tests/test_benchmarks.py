@@ -1,7 +1,5 @@
 """The benchmarks run, and their figures are what the documentation says they are."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

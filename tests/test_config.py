@@ -1,7 +1,5 @@
 """Every knob: its bounds, its help, its errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import math

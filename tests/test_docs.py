@@ -1,7 +1,5 @@
 """What the documentation claims of tests and files is there."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

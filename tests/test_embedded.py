@@ -1,7 +1,5 @@
 """The embedded data: real sentences, deterministic, with splits that share none."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Every example runs as a user runs it, and does what it says."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

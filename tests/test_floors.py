@@ -1,7 +1,5 @@
 """The house has floors, and imports go down only."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The first run that a stranger sees."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The README's commands are there, and its scripts run as they stand and end where it says."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

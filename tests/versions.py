@@ -1,7 +1,5 @@
 """Marks for what upstream could not do in the oldest versions that this package allows."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 
 import pytest

@@ -1,7 +1,5 @@
 """One contract for every bandit, and what each does beyond it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

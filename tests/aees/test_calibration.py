@@ -1,7 +1,5 @@
 """The search for a learning rate, on movements that are computed instead of trained for."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

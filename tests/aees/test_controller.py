@@ -1,7 +1,5 @@
 """The controller: seeds, state, and the order of calls."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Which records of a long run are kept, and the totals of the others."""
 
-from __future__ import annotations
-
 import statistics
 from itertools import pairwise
 

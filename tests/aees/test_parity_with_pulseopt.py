@@ -1,7 +1,5 @@
 """The method equals the PyPI package `pulseopt` 0.3.0, which is used as a black box."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from typing import Any

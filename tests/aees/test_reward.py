@@ -1,7 +1,5 @@
 """The reward against its equation and its limits."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

@@ -1,7 +1,5 @@
 """The command as processes: alone, on two ranks, and interrupted."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

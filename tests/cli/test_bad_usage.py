@@ -1,7 +1,5 @@
 """What a user can get wrong: one clear line each, exit code 2, and nothing written."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`pulseopt-hf find-lr`: real trial steps of a tiny model, and nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """`pulseopt-hf train --accelerate_config`: one command that starts itself on several processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """The commands of the documentation's pages run, or are right as far as that is short."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -1,7 +1,5 @@
 """What docs/migrating.md says of `pulseopt` and of this package is so in both."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

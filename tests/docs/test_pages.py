@@ -1,7 +1,5 @@
 """The blocks of the pages for each kind of user run as they stand, one after the other."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

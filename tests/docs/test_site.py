@@ -1,7 +1,5 @@
 """The documentation site builds in strict mode, is whole, and loads nothing from elsewhere."""
 
-from __future__ import annotations
-
 import html
 import os
 import re

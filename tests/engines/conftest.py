@@ -1,7 +1,5 @@
 """What the tests of the engines share: runs on forked ranks."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

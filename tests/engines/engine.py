@@ -1,7 +1,5 @@
 """The engines on CPU ranks: how each is asked for, how one knows that it is on, how a run ended."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +138,7 @@ class End:
     seen: list[Any]
 
     @classmethod
-    def of(cls, trainer: Any, seen: list[Any]) -> End:
+    def of(cls, trainer: Any, seen: list[Any]) -> "End":
         aees = getattr(trainer, "aees", None)
         return cls(
             world=trainer.args.world_size,

@@ -4,8 +4,6 @@ A rank reports over a pipe what its body returned or raised. Nothing waits longe
 whoever is left then is killed, and the test fails.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import multiprocessing
 import os

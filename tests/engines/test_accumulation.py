@@ -1,7 +1,5 @@
 """Gradient accumulation: an episode counts optimizer steps, and the arm is fixed within one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Calibration on every engine: trials leave nothing behind, and all find about the same LR."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`torch.compile` and gradient checkpointing: the same arms, and no compilation for a new one."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DeepSpeed: the real engine on CPU ranks, which steps inside `training_step`."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

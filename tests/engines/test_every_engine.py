@@ -1,7 +1,5 @@
 """What holds on DDP, FSDP2 and every stage of DeepSpeed alike."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

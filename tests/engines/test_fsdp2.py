@@ -1,7 +1,5 @@
 """Plain `fully_shard`: noise in DTensors, of which each rank holds a shard, and a whole loop."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The same script through `torchrun` and `accelerate launch`, as a user starts it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What an episode costs: in a run, and simulated for 1,024 ranks and 70 billion parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PEFT LoRA: what is not trained gets no noise and is not copied."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

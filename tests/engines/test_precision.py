@@ -1,7 +1,5 @@
 """fp16 with a real GradScaler, in one process and on two ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

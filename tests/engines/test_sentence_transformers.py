@@ -1,7 +1,5 @@
 """sentence-transformers' Trainer with in-batch negatives, which couple the rows of a batch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """TRL's trainers resume and log; supervised ones are calibrated, the others left alone, and no
 metric is touched."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Trainers that do on a CPU what Trainer does only on a GPU, that fail, and that are watched."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the tests on a GPU share: they are skipped without one, and compute the same every time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from typing import Any

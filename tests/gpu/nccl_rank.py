@@ -3,8 +3,6 @@
 It writes what it saw into `FOLDER/RANK.json`.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Calibration on a GPU leaves nothing behind and finds what it finds on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

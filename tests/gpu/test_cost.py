@@ -1,7 +1,5 @@
 """What a step costs on a GPU: where the host waits for the device, and memory beside the model."""
 
-from __future__ import annotations
-
 import traceback
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Gradient noise on a GPU is right in distribution and a function of its arguments."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

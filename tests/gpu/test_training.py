@@ -1,7 +1,5 @@
 """On a GPU everything is as on a CPU: invisible when neutral, the same arms, the same rewards."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

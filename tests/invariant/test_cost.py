@@ -1,7 +1,5 @@
 """What a step costs: device reads and copies, counted rather than timed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """With one arm that does nothing, PulseOptTrainer is Trainer, bit for bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

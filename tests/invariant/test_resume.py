@@ -1,7 +1,5 @@
 """A run that is resumed from a checkpoint ends as if it had never stopped, bit for bit."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The hand-written loop, the subclass and the callback give one answer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

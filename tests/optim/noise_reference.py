@@ -1,7 +1,5 @@
 """The noise as slowly and plainly as it can be written, to hold the fast one against."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """AEES through Accelerate's own checkpoints: `register_for_checkpointing`, `save_state`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`AEES` in a hand-written loop: parity with `pulseopt`, transience, order of calls, state."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

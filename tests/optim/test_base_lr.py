@@ -1,7 +1,5 @@
 """The base LR is multiplied wherever it is kept, so that every schedule keeps its shape."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

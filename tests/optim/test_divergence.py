@@ -1,7 +1,5 @@
 """A deadly arm is cut short, rewarded lowest and, with `rollback`, undone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Optimizers whose first step, which is all that a trial can take, is not as long as later ones."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """How far a step moves what a model computes, and what is the unit of that."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

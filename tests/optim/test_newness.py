@@ -1,7 +1,5 @@
 """A model is new as long as nothing has trained it, whatever drew its weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

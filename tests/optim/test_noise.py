@@ -1,7 +1,5 @@
 """Gradient noise: right in distribution, a function of its arguments, bounded in memory."""
 
-from __future__ import annotations
-
 import math
 import tracemalloc
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The transient LR for every kind of optimizer, or one clear error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Snapshots put parameters, optimizer state and buffers back, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How far a step moves the parameters, exactly or estimated."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The README's two commands, in a clean clone with nothing installed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What is uploaded is right, holds all that the package needs, and runs with no repository."""
 
-from __future__ import annotations
-
 import email
 import json
 import os

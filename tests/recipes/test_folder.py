@@ -1,7 +1,5 @@
 """The run folder: which one it is, what it records, and what a run is resumed from."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """All nine GLUE recipes from files of each task's schema to a run folder, with a tiny model."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """The metrics equal scikit-learn's and scipy's, and need no hub."""
 
-from __future__ import annotations
-
 import math
 import socket
 from typing import Any

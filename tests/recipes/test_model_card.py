@@ -1,7 +1,5 @@
 """A recipe's model card: what the hub reads of it. Its text is seen in test_folder.py."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

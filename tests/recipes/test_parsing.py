@@ -1,7 +1,5 @@
 """Default, YAML, command line: what wins, and what is said about mistakes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

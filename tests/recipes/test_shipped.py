@@ -1,7 +1,5 @@
 """Every YAML that ships is right, names real things, and gets into the wheel."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The recipes beyond GLUE, on local files, with tiny models."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TRL's tasks as recipes, on local files, with a tiny model that knows a chat template."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import statistics

@@ -1,7 +1,5 @@
 """What a YAML file from anywhere may hold, and what it is read as."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tiny models and data files of every schema, for runs of the command that take seconds."""
 
-from __future__ import annotations
-
 import csv
 import json
 import random

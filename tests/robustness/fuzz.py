@@ -4,8 +4,6 @@ Hypothesis draws every choice, so what fails is shown in its smallest form and c
 seed.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

@@ -4,8 +4,6 @@ A run is forked from a process that has imported everything, so that a start tak
 ten seconds. It tells where it is through memory that it shares with the process that kills it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

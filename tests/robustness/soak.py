@@ -10,8 +10,6 @@ goes on from there; a failure is not kept, and is tried again. The last line sum
 holds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -1,7 +1,5 @@
 """A checkpoint is whole or is passed over; a save that fails is heard of."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import subprocess

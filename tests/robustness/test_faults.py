@@ -1,7 +1,5 @@
 """Faults of the data, of user code and of the surroundings: no wrong LR, no lost state, no hang."""
 
-from __future__ import annotations
-
 import math
 import random
 import signal

@@ -1,7 +1,5 @@
 """Saved states and recipes from hostile files: a valid object, or the package's own error."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

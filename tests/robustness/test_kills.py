@@ -1,7 +1,5 @@
 """A run that is killed at any moment and started again ends as if it had never stopped."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Long runs: what is ours stays of bounded size, and says so where it leaves something out."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import json

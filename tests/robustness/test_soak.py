@@ -1,7 +1,5 @@
 """`make soak` in small."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models of every kind are calibrated, or left alone with a word why."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Calibration under a real Trainer."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random

@@ -1,7 +1,5 @@
 """A small cut of the benchmark: its direction, not its digits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The model card says what the method did, in valid metadata and text."""
 
-from __future__ import annotations
-
 import base64
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The learning rate, asked for without training."""
 
-from __future__ import annotations
-
 import copy
 import random
 from functools import partial

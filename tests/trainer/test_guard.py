@@ -1,7 +1,5 @@
 """Steps with a non-finite loss or gradient: skipped, counted, or an error."""
 
-from __future__ import annotations
-
 import math
 import os
 from functools import partial

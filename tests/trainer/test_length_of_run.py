@@ -1,7 +1,5 @@
 """A run that is short, or goes over its data several times, is calibrated for that."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Our Trainers are Trainers: pickled, copied, deleted, and fed with losses of any sign."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """A pretrained model under a new head is calibrated by what happens to its body."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The run record: written while a run goes, and the same however the run got there."""
 
-from __future__ import annotations
-
 import errno
 import json
 from contextlib import nullcontext

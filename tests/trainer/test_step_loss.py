@@ -1,7 +1,5 @@
 """The step loss is what Trainer logs with `logging_steps=1`, whatever makes up the loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

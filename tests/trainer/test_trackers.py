@@ -1,7 +1,5 @@
 """What trackers show of a run, read back from what they wrote; and that it is what happened."""
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3

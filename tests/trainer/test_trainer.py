@@ -1,7 +1,5 @@
 """PulseOptTrainer as a user meets it: arguments, logs, repeated training, search, the seam."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

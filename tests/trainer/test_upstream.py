@@ -1,7 +1,5 @@
 """What `pulseopt_hf.trainer.upstream` needs of others is still there, and still private."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
