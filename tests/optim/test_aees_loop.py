@@ -79,25 +79,6 @@ def test_300_steps_end_bit_equal_to_the_published_package(optimizer_name: str) -
     assert len(set(logs["selected_lr_values"])) == 3
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_a_scaled_lr_is_seen_by_the_step_alone(foreach: bool) -> None:
-    model = small_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.25, foreach=foreach)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    aees = AEES(optimizer, lr_candidates=[3.0], lr_scheduler=scheduler)
-    for step, base in enumerate([0.25, 0.125]):
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        aees.step_start(step)
-        assert optimizer.param_groups[0]["lr"] == base
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        aees.step_end(1.0)
-        assert scheduler.get_last_lr() == [base / 2]
-        assert aees.learning_rate == 3.0 * base
-        for old, new in zip(before, model.parameters(), strict=True):
-            torch.testing.assert_close(old - new, torch.full_like(old, 3.0 * base))
-
-
 def test_an_exception_in_the_step_leaves_the_base_lr_behind() -> None:
     aees = bare(0.25, lr_candidates=[3.0])
     group = aees.optimizer.param_groups[0]

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import prodigyopt
 import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
-from transformers import Adafactor, get_scheduler
+from transformers import get_scheduler
 from transformers.optimization import GreedyLR
 
-from pulseopt_hf.optim.base_lr import finds_its_own, multiply, peaks, share_of_peak
+from pulseopt_hf.optim.base_lr import multiply, peaks, share_of_peak
 
 FACTOR, STEPS = 8.0, 12  # a power of two, so that products are exact
 
@@ -114,14 +113,6 @@ def test_peaks_are_those_of_the_schedule_not_of_its_warm_up() -> None:
     get_scheduler("linear", optimizer, 3, STEPS)
     assert optimizer.param_groups[0]["lr"] == 0.0
     assert peaks(optimizer) == [0.125, 0.0625]
-
-
-def test_optimizers_that_find_their_own_lr_are_known() -> None:
-    parameters = [torch.nn.Parameter(torch.ones(2, 2))]
-    assert finds_its_own(prodigyopt.Prodigy(parameters))
-    assert finds_its_own(Adafactor(parameters))
-    assert not finds_its_own(Adafactor(parameters, lr=1e-3, relative_step=False))
-    assert not finds_its_own(make())
 
 
 def test_the_base_lr_is_a_share_of_its_peak() -> None:

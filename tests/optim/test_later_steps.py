@@ -55,22 +55,6 @@ def test_later_steps_are_shorter(kind: str) -> None:
     assert later_steps(make(nn.Linear(4, 3).parameters()), STEPS) == pytest.approx(expected, 0.01)
 
 
-def test_nothing_of_the_optimizer_is_touched() -> None:
-    model = nn.Linear(4, 3)
-    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias]}]
-    optimizer = torch.optim.RMSprop(groups, lr=0.2)
-    optimizer.register_step_pre_hook(lambda *_: pytest.fail("the optimizer itself was stepped"))
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    random = torch.get_rng_state()
-    ratio = later_steps(optimizer, STEPS)
-    assert ratio == pytest.approx(UNEVEN["rmsprop"][1])
-    assert torch.equal(torch.get_rng_state(), random)
-    assert not optimizer.state
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
-    for one, other in zip(before, model.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_hundreds_of_groups_cost_as_little_as_one() -> None:
     made = 0
 

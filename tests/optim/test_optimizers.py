@@ -118,15 +118,6 @@ def test_an_lr_tensor_stays_the_same_object_and_is_scaled_once_where_groups_shar
         torch.testing.assert_close(old - new, torch.full_like(old, 0.375))
 
 
-def test_a_multiplier_of_one_does_not_touch_the_groups() -> None:
-    module = model()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    group = optimizer.param_groups[0]
-    value = group["lr"]
-    run_under_aees(optimizer, module, 1.0)
-    assert group["lr"] is value
-
-
 def test_a_reduce_on_plateau_scheduler_beside_it_sees_the_base_lr() -> None:
     module = model()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)

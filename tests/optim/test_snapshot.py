@@ -67,18 +67,6 @@ def test_what_was_taken_comes_back(optimizer_class: Any, kwargs: Any, tmp_path: 
     assert [p.data_ptr() for p in model.parameters()] == pointers
 
 
-def test_state_made_since_is_removed() -> None:
-    model, optimizer = make()
-    snapshot = Snapshot(optimizer, model.buffers())
-    snapshot.take()
-    then = everything(model, optimizer)
-    train(model, optimizer, 2)
-    assert optimizer.state
-    snapshot.restore()
-    assert not optimizer.state
-    assert_equal(everything(model, optimizer), then)
-
-
 def test_memory_is_used_again_and_let_go() -> None:
     model, optimizer = make()
     snapshot = Snapshot(optimizer)
@@ -131,18 +119,6 @@ def test_the_distance_is_of_matrices_that_moved_and_the_size_of_those_that_were_
     with torch.no_grad():
         zero[0, 0] = torch.nan
     assert snapshot.distance().isnan().tolist() == [True, False, False, False]
-
-
-def test_buffers_can_stay_where_they_are() -> None:
-    model, optimizer = make()
-    snapshot = Snapshot(optimizer, model.buffers())
-    snapshot.take()
-    weight = model[0].weight.detach().clone()
-    train(model, optimizer, 1)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    snapshot.restore(buffers=False)
-    assert_equal(dict(model.named_buffers()), buffers)
-    assert torch.equal(model[0].weight, weight)
 
 
 @pytest.mark.parametrize("read_back", [False, True])
