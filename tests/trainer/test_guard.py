@@ -1,22 +1,16 @@
 """Steps with a non-finite loss or gradient: skipped, counted, or an error."""
 
 import math
-import os
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import Trainer
 
 from pulseopt_hf import PulseOptTrainer
 from tests.conftest import Make, callback_trainer, logged, parameters_equal
-from tests.engines.ranks import run_ranks
 from tests.engines.trainers import bad_loss
-from tests.versions import needs
 
 SETTINGS = {"lr_candidates": [0.5, 2.0], "episode_length": 4}
 
@@ -86,54 +80,3 @@ def test_raise_ends_the_run_at_the_step_before_the_update(make_trainer: Make) ->
     with pytest.raises(ValueError, match="not finite at global step 5; the step's loss is nan"):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-
-
-def test_too_many_skips_in_a_row_end_the_run_saying_how_many_and_where(train: Make) -> None:
-    with pytest.raises(RuntimeError, match=r"4 optimizer steps in a row .* global step 10"):
-        train(bad_loss(*range(7, 24)), {**SETTINGS, "max_consecutive_skips": 4})
-
-
-class Meshed(torch.nn.Module):
-    """A part of its weights is a DTensor and a part is not, as when only experts are sharded."""
-
-    def __init__(self, mesh: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.sharded = torch.nn.Parameter(distribute_tensor(torch.randn(4, 8), mesh, [Shard(0)]))
-        self.plain = torch.nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        spread = distribute_tensor(x, self.sharded.device_mesh, [Replicate()])
-        logits = self.plain((spread @ self.sharded).full_tensor())
-        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-@needs("transformers", "5.20.0", "clips no mesh of mixed DTensors itself")
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
-def test_gradients_on_several_meshes_are_guarded_by_the_norm_that_trainer_computed(
-    train: Make, max_grad_norm: float
-) -> None:
-    """torch takes no norm over them; Trainer does, in its own way."""
-
-    def body(rank: int) -> Any:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]  # for Accelerate, whose DDP takes no DTensors
-        dist.init_process_group("gloo", world_size=1, rank=0)
-        mesh = init_device_mesh("cpu", (1,))
-        rows = [{"x": torch.randn(4), "labels": i % 2} for i in range(64)]
-        trainer = train(
-            bad_loss(3),
-            {"calibration": "off", "lr_candidates": [0.5, 1.0], "episode_length": 2},
-            **{"model": Meshed(mesh), "train_dataset": rows, "max_steps": 8},
-            **{"max_grad_norm": max_grad_norm, "optim": "adamw_torch"},
-        )
-        assert trainer._mixed_mesh_grads  # Trainer took its own way
-        finite = all(torch.isfinite(p).all() for p in map(local, trainer.model.parameters()))
-        return trainer.aees.skipped_steps, trainer.aees.optimizer_steps, finite
-
-    assert run_ranks(1, body) == [(1, 7, True)]
-
-
-def local(parameter: Any) -> torch.Tensor:
-    whole: torch.Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.detach()
