@@ -61,27 +61,12 @@ def check_what_is_shown(shown: dict[str, Shown], trainer: Any, used: list[float]
             multipliers[step] = logs["selected_lr_values"][number]
         if end + 1 - start == EPISODE_LENGTH:  # a shorter one is closed after the last log
             earned.append((end + 1, logs["episode_rewards"][number]))
-    rewards = {
-        step: [reward for end, reward in earned if end <= step][-1]
-        for step in steps
-        if step >= earned[0][0]
-    }
+    after = [step for step in steps if step >= earned[0][0]]
+    rewards = {step: [reward for end, reward in earned if end <= step][-1] for step in after}
     assert shown["episode"] == episodes
     assert shown["lr_multiplier"] == multipliers
     assert shown["noise_std"] == dict.fromkeys(episodes, 0.0)
     assert shown["reward"] == pytest.approx(rewards, rel=1e-6)  # event files hold float32
-
-
-def by_key(logged: list[dict[str, Any]]) -> dict[str, Shown]:
-    """Turn what was logged together, with its step, into the values of each `pulse/` key."""
-    shown: dict[str, Shown] = {}
-    for values in logged:
-        for key, value in values.items():
-            if key.startswith(PREFIX):
-                of_key = shown.setdefault(key.removeprefix(PREFIX), {})
-                assert values["train/global_step"] not in of_key
-                of_key[values["train/global_step"]] = value
-    return shown
 
 
 def events_of(folder: Path) -> EventAccumulator:
@@ -94,10 +79,8 @@ def events_of(folder: Path) -> EventAccumulator:
 def on_the_board(folder: Path) -> dict[str, Shown]:
     events = events_of(folder)
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(PREFIX)]
-    return {
-        tag.removeprefix(PREFIX): {event.step: event.value for event in events.Scalars(tag)}
-        for tag in tags
-    }
+    shown = [{event.step: event.value for event in events.Scalars(tag)} for tag in tags]
+    return {tag.removeprefix(PREFIX): one for tag, one in zip(tags, shown, strict=True)}
 
 
 def texts_on_the_board(folder: Path) -> dict[str, Any]:
@@ -120,43 +103,23 @@ def trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    names = ["tensorboard", "trackio", "wandb"]
     run = {"project": "trials", "run_name": tmp_path.name, "trackio_space_id": None}
-    return {"report_to": names, "max_steps": STEPS["trust_region"], **run}
-
-
-def close_wandb() -> None:
-    wandb.finish()
-    wandb.teardown()
+    return {"report_to": ["tensorboard", "trackio", "wandb"], "max_steps": 60, **run}
 
 
 @pytest.mark.parametrize("calibration", STEPS)
-def test_trackers_show_what_each_step_used_and_each_episode_earned(
-    make_trainer: Make,
-    tiny_model: Any,
-    tmp_path: Path,
-    trackers: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    calibration: str,
+def test_a_tracker_shows_what_each_step_used_and_each_episode_earned(
+    make_trainer: Make, tiny_model: Any, tmp_path: Path, trackers: Any, calibration: str
 ) -> None:
-    given_to_wandb: list[dict[str, Any]] = []
-    log = wandb.Run.log
-
-    def noted(run: Any, data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        given_to_wandb.append(data)
-        log(run, data, *args, **kwargs)
-
-    monkeypatch.setattr(wandb.Run, "log", noted)
     arms = {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": EPISODE_LENGTH}
+    own = {"report_to": ["tensorboard"], "max_steps": STEPS[calibration], "warmup_steps": 3}
     trainer, used = trained(
-        *(make_trainer, tiny_model()),
+        make_trainer,
+        tiny_model(),
         pulse={**arms, "calibration": calibration},
-        **{**trackers, "max_steps": STEPS[calibration], "warmup_steps": 3},
+        **{**trackers, **own},
     )
-    close_wandb()
     check_what_is_shown(on_the_board(tmp_path), trainer, used)
-    check_what_is_shown(by_key(in_trackio(tmp_path.name)), trainer, used)
-    check_what_is_shown(by_key(given_to_wandb), trainer, used)
 
     board, texts = events_of(tmp_path), texts_on_the_board(tmp_path)
     assert "args" in texts
@@ -165,10 +128,8 @@ def test_trackers_show_what_each_step_used_and_each_episode_earned(
     base = [event.value for event in board.Scalars("train/learning_rate")]
     highest = trainer.args.learning_rate
     if calibration == "off":
-        rates, multipliers = (
-            logged(trainer, "learning_rate"),
-            logged(trainer, "pulse/lr_multiplier"),
-        )
+        rates = logged(trainer, "learning_rate")
+        multipliers = logged(trainer, "pulse/lr_multiplier")
         assert logged(trainer, "pulse/learning_rate") == used  # exactly, as in all of the log
         assert used == [rate * value for rate, value in zip(rates, multipliers, strict=True)]
         rewards = [entry.get("pulse/reward") for entry in trainer.state.log_history]
@@ -195,19 +156,15 @@ def test_each_tracker_shows_the_trials_of_a_calibration_once_as_its_table(
     train: Make, tmp_path: Path, trackers: dict[str, Any]
 ) -> None:
     trainer = train(**trackers, logging_steps=20)
-    close_wandb()
+    wandb.finish()
+    wandb.teardown()
     calibrator = trainer.aees.calibrator
     assert calibrator.outcome.reason is None
     head = ["trial", "step", "learning rate", "outputs moved", "weights moved"]
-    rows = [
-        pytest.approx(
-            [number, trial.step, trial.learning_rate, trial.movement, trial.weight_movement],
-            rel=1e-3,
-        )
-        for number, trial in enumerate(calibrator.search.trials, 1)
-    ]
-    assert len(rows) >= 4
-    assert len({trial.learning_rate for trial in calibrator.search.trials}) >= 4
+    trials = calibrator.search.trials
+    taken = [(t.step, t.learning_rate, t.movement, t.weight_movement) for t in trials]
+    rows = [pytest.approx([number, *row], rel=1e-3) for number, row in enumerate(taken, 1)]
+    assert len({trial.learning_rate for trial in trials}) >= 4
 
     (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/train/pulse/trials_*.table.json")
     shown = json.loads(file.read_text())
@@ -217,6 +174,7 @@ def test_each_tracker_shows_the_trials_of_a_calibration_once_as_its_table(
     logged = in_trackio(tmp_path.name)
     (of_trackio,) = (values for values in logged if "train/pulse/trials" in values)
     assert of_trackio["train/global_step"] == 20
+    assert any("train/pulse/learning_rate" in values for values in logged)
     assert of_trackio["train/pulse/trials"]["_type"] == "trackio.table"
     values = of_trackio["train/pulse/trials"]["_value"]
     assert [list(row) for row in values] == [head] * len(rows)
