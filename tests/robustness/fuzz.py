@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 from pulseopt_hf import AEES, newest_whole_checkpoint
-from pulseopt_hf.aees import Controller, StateError
+from pulseopt_hf.aees import StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.parsing import keys_of, recipe_parser, resolve
@@ -187,7 +187,6 @@ def refusal(target: Any, state: Any) -> str | None:
 def all_examples(folder: Path) -> dict[str, Example]:
     """Return every kind of example, by name; files are written into the folder."""
     return {
-        "controllers": controllers(),
         "states": whole_states(),
         "calibrations": calibration_states(),
         "files": state_files(folder),
@@ -195,25 +194,8 @@ def all_examples(folder: Path) -> dict[str, Example]:
     }
 
 
-def controllers() -> Example:
-    """States of the arms alone; what loads must also play on."""
-    aees = played()
-
-    def attempt(state: Any) -> str:
-        target = Controller(aees.config)
-        if refusal(target, state) is not None:
-            return REFUSED
-        json.dumps(target.state_dict(), allow_nan=False)
-        if target.episode is None:
-            target.open(target.choose(), 20)
-        target.close([1.0, 0.5], 21)
-        return LOADED
-
-    return spoiled(aees.controller.state_dict()), attempt
-
-
 def whole_states() -> Example:
-    """States of an AEES."""
+    """States of an AEES, or of its arms alone; what loads must also play on."""
     aees = played()
     valid = aees.state_dict()
 
@@ -221,10 +203,14 @@ def whole_states() -> Example:
         if refusal(aees, state) is not None:
             return REFUSED
         json.dumps(aees.state_dict(), allow_nan=False)
+        if aees.controller.episode is None:
+            aees.controller.open(aees.controller.choose(), 20)
+        aees.controller.close([1.0, 0.5], 21)
         aees.load_state_dict(valid)
         return LOADED
 
-    return spoiled(valid), attempt
+    arms = spoiled(valid["controller"]).map(lambda state: {**valid, "controller": state})
+    return st.one_of(spoiled(valid), arms), attempt
 
 
 def calibration_states() -> Example:

@@ -8,6 +8,7 @@ import pytest
 import pulseopt_hf
 from pulseopt_hf import PulseOptConfig
 from pulseopt_hf.aees import Controller, StateError, left_out
+from tests.engines.engine import slow
 from tests.robustness.fuzz import (
     LOADED,
     REFUSED,
@@ -29,18 +30,12 @@ def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert played().state_dict()["controller"]["left_out"]
 
 
+FEW = {"states": 600, "calibrations": 300, "files": 300, "recipes": 150}
+MANY = [slow(kind, 20_000 if kind == "states" else 10_000) for kind in FEW]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("kind", "count"),
-    [
-        case
-        for kind in ("controllers", "states", "calibrations", "files", "recipes")
-        for case in (
-            (kind, 150 if kind == "recipes" else 300),
-            pytest.param(kind, 10_000, marks=pytest.mark.slow),
-        )
-    ],
-)
+@pytest.mark.parametrize(("kind", "count"), [*FEW.items(), *MANY])
 def test_spoiled_files(kind: str, count: int, few_kept: None, tmp_path: Path) -> None:
     seen = throw(all_examples(tmp_path)[kind], count, seed=0)
     assert seen[LOADED] > 0
