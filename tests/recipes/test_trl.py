@@ -28,6 +28,7 @@ SHORT = (
     "--learning_rate 1e-3"
 ).split()
 FEW = ["--num_generations", "4"]
+ARMS = ["--lr_candidates", "0.5", "1", "2", "--noise_candidates", "0", "1e-3"]
 TEXTS = [text for text in embedded.sentences() if len(text) > 60][:200]
 
 
@@ -139,10 +140,18 @@ def test_find_lr_finds_one_for_sft(
 def test_a_preference_for_text_over_its_reverse_is_learned(
     task: str, score: str, train: Callable[..., tuple[Any, Path]]
 ) -> None:
-    trainer, run = train(task)
+    """With arms where there is no calibration, whose numbers stand beside TRL's in the log."""
+    trainer, run = train(task, *(ARMS if task == "dpo" else []))
     assert fell(run)
     assert results(run)[score] > 0.9, "reversed text is easy to tell"
-    assert task == "dpo" or trainer.model.config.num_labels == 1
+    if task == "reward":
+        assert trainer.model.config.num_labels == 1
+        return
+    logs = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    multipliers = [entry["pulse/lr_multiplier"] for entry in logs]
+    assert set(multipliers) == {0.5, 1.0, 2.0}
+    for entry, multiplier in zip(logs, multipliers, strict=True):
+        assert entry["pulse/learning_rate"] == pytest.approx(entry["learning_rate"] * multiplier)
 
 
 def test_grpo_is_rewarded_by_a_function_of_a_file(
