@@ -62,9 +62,7 @@ def rows_to_hold_out(make_trainer: Make, tiny_data: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_a_reward_is_the_fall_of_the_loss_of_the_rows_held_out(
-    rows_to_hold_out: Make, average: bool
-) -> None:
+def test_a_reward_is_the_fall_of_the_loss_of_the_rows_held_out(rows_to_hold_out, average):
     trainer = held_out.reward(rows_to_hold_out(), average)
     assert len(trainer.train_dataset) == 70 - 1
     reader = trainer.callback_handler.callbacks[-1]
@@ -78,9 +76,7 @@ def test_a_reward_is_the_fall_of_the_loss_of_the_rows_held_out(
     assert (reader._average is not None) == average
 
 
-def test_the_lr_falls_where_the_loss_of_the_rows_held_out_rises(
-    rows_to_hold_out: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lr_falls_where_the_loss_of_the_rows_held_out_rises(rows_to_hold_out, monkeypatch):
     losses = iter([[1.0, 1.2], [0.9, 0.9], [1.4, 1.5]])
     monkeypatch.setattr(held_out.Drop, "losses", lambda *_: torch.tensor(next(losses)))
     trainer = held_out.drop(rows_to_hold_out())

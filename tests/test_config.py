@@ -113,9 +113,7 @@ def test_numbers_of_other_kinds_become_floats() -> None:
 
 
 @given(steps=st.integers(1, 10**7), candidates=st.integers(1, 9), seed=st.integers(0, 10))
-def test_a_config_for_a_run_is_always_one_that_the_run_can_hold(
-    steps: int, candidates: int, seed: int
-) -> None:
+def test_a_config_for_a_run_is_always_one_that_the_run_can_hold(steps, candidates, seed):
     config = PulseOptConfig(lr_candidates=[float(i + 1) for i in range(candidates)])
     filled = config.for_run(steps, seed)
     assert 1 <= filled.episode_length <= steps

@@ -14,9 +14,7 @@ from pulseopt_hf.embedded import minilm_folder
 from pulseopt_hf.report.record_reader import read_run
 
 
-def test_the_quickstart_shows_what_was_found_earned_and_won_and_each_fact_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_quickstart_shows_what_was_found_earned_and_won_and_each_fact_once(tmp_path, capsys):
     folder = tmp_path / "run"
     code = quickstart.main(["--max_steps", "120", "--output_dir", str(folder)])
     output = capsys.readouterr().out
@@ -83,9 +81,7 @@ def test_a_run_that_ends_higher_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_without_the_extra_the_page_is_one_command_away(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_extra_the_page_is_one_command_away(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
     for name in [name for name in sys.modules if name.startswith("pulseopt_hf.report.")]:
         if name.endswith(("page", "charts")):
@@ -98,9 +94,7 @@ def test_without_the_extra_the_page_is_one_command_away(
     assert not (folder / "report.html").exists()
 
 
-def test_the_pretrained_demo_runs_on_the_real_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_pretrained_demo_runs_on_the_real_weights(tmp_path, capsys):
     assert (minilm_folder() / "model.safetensors").stat().st_size > 80e6
     folder = tmp_path / "run"
     quickstart.main(["--task", "order", "--max_steps", "15", "--output_dir", str(folder)])

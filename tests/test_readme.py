@@ -36,9 +36,7 @@ def test_the_script_runs_pasted_into_a_file(tmp_path: Path) -> None:
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(float(OURS), abs=0.15)
 
 
-def test_with_trainer_in_its_place_the_script_ends_higher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_with_trainer_in_its_place_the_script_ends_higher(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script = blocks("python")[0].replace("PulseOptTrainer(", "Trainer(")
     exec(f"from transformers import Trainer\n{script}", {})
@@ -47,9 +45,7 @@ def test_with_trainer_in_its_place_the_script_ends_higher(
     assert loss > float(OURS) + 0.5
 
 
-def test_the_other_scripts_go_on_with_the_names_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_other_scripts_go_on_with_the_names_of_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script, find, arms = blocks("python")
     assert len(find.splitlines()) == 3

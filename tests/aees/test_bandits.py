@@ -54,30 +54,20 @@ def play_rewards(bandit: Bandit, reward: Callable[[int], float], episodes: int) 
 
 @contract
 @given(arms=st.integers(1, 6), seed=st.integers(0, 2**32), history=rewards, context=contexts)
-def test_a_choice_is_always_one_of_the_arms(
-    make: Callable[[int, int], Bandit], arms: int, seed: int, history: list[float], context: str
-) -> None:
+def test_a_choice_is_always_one_of_the_arms(make, arms, seed, history, context):
     assert all(0 <= arm < arms for arm in play(make(arms, seed), history, context))
 
 
 @contract
 @given(seed=st.integers(0, 2**32), history=rewards)
-def test_equal_seeds_and_rewards_make_equal_choices(
-    make: Callable[[int, int], Bandit], seed: int, history: list[float]
-) -> None:
+def test_equal_seeds_and_rewards_make_equal_choices(make, seed, history):
     assert play(make(4, seed), history) == play(make(4, seed), history)
 
 
 @contract
 @given(seed=st.integers(0, 2**32), before=rewards, after=rewards, context=contexts)
 @settings(max_examples=50)
-def test_a_restored_bandit_goes_on_as_if_never_saved(
-    make: Callable[[int, int | None], Bandit],
-    seed: int,
-    before: list[float],
-    after: list[float],
-    context: str,
-) -> None:
+def test_a_restored_bandit_goes_on_as_if_never_saved(make, seed, before, after, context):
     bandit = make(3, seed)
     play(bandit, before)
     state = json.loads(json.dumps(bandit.state_dict()))
@@ -89,9 +79,7 @@ def test_a_restored_bandit_goes_on_as_if_never_saved(
 
 
 @contract
-def test_a_state_of_another_kind_or_size_is_refused_and_changes_nothing(
-    make: Callable[[int, int | None], Bandit],
-) -> None:
+def test_a_state_of_another_kind_or_size_is_refused_and_changes_nothing(make):
     bandit = make(3, 0)
     before = bandit.state_dict()
     others = [other(3, 1).state_dict() for other in BANDITS if other is not make]
@@ -139,9 +127,7 @@ def rewards_of(arms: tuple[float, ...], episodes: int, noise: float, seed: int =
     return play_rewards(bandit, lambda arm: arms[arm] + rng.gauss(0.0, noise), episodes)
 
 
-def test_a_conservative_bandit_rests_before_it_compares_and_tries_in_a_quarter_of_episodes() -> (
-    None
-):
+def test_a_conservative_bandit_rests_before_it_compares_and_tries_in_a_quarter_of_episodes():
     played = rewards_of((0.0, 0.0, 0.0), 46, noise=1.0)
     assert played[:6] == [1] * 6
     tried = [index for index, arm in enumerate(played) if arm != 1]

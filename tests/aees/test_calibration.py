@@ -82,9 +82,7 @@ def test_the_first_batch_only_guides_and_the_others_decide_together() -> None:
 
 @pytest.mark.parametrize("movement", [0.0, 0.9 * OUTPUT_RADIUS, 20.0, NOT_FINITE])
 @pytest.mark.parametrize("weights", [0.0, "in proportion"])
-def test_a_measure_that_does_not_answer_to_the_lr_decides_nothing(
-    movement: float, weights: object
-) -> None:
+def test_a_measure_that_does_not_answer_to_the_lr_decides_nothing(movement, weights):
     """A pretrained model's weights are not moved by a quarter because its outputs said nothing."""
     search = Calibration(1e-5)
     step = 0
@@ -100,9 +98,7 @@ def test_a_measure_that_does_not_answer_to_the_lr_decides_nothing(
 
 
 @pytest.mark.parametrize("set_lr", [1e-6, 1e-2, 10.0])
-def test_the_weights_decide_where_the_outputs_move_a_twentieth_as_far_and_not_below(
-    set_lr: float,
-) -> None:
+def test_the_weights_decide_where_the_outputs_move_a_twentieth_as_far_and_not_below(set_lr):
     search = run(Model(1e-2 / 0.07, weight_lr=1e-2), set_lr)
     assert search.learning_rate == pytest.approx(1e-2, rel=0.01)
     assert search.limited_by == "weights"

@@ -36,9 +36,7 @@ def run(controller: Controller, episodes: int, losses: random.Random) -> None:
 
 @given(knobs=knob_sets, before=st.integers(0, 20), after=st.integers(1, 8), mid=st.booleans())
 @settings(max_examples=100)
-def test_a_restored_controller_goes_on_bit_for_bit(
-    knobs: dict[str, Any], before: int, after: int, mid: bool
-) -> None:
+def test_a_restored_controller_goes_on_bit_for_bit(knobs, before, after, mid):
     config = PulseOptConfig(**{**KNOBS, **knobs})
     controller, losses = Controller(config), random.Random(0)
     run(controller, before, losses)
@@ -76,9 +74,7 @@ def test_knobs_that_only_watch_over_a_run_may_change() -> None:
         ({"rewards": [0.0]}, "differ in length"),
     ],
 )
-def test_a_damaged_state_is_refused_and_changes_nothing(
-    change: dict[str, Any], message: str
-) -> None:
+def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
     controller = Controller(PulseOptConfig(**KNOBS))
     run(controller, 3, random.Random(0))
     before = controller.state_dict()

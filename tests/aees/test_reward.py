@@ -30,9 +30,7 @@ def test_a_constant_loss_earns_nothing(kind: str, loss: float, length: int) -> N
 
 
 @given(losses=losses, scale=st.floats(0.1, 10.0))
-def test_the_slope_is_that_of_the_best_line_and_has_no_unit(
-    losses: list[float], scale: float
-) -> None:
+def test_the_slope_is_that_of_the_best_line_and_has_no_unit(losses, scale):
     reward = episode_reward(losses, kind="slope", **PUBLISHED)
     slope = np.polyfit(range(len(losses)), losses, 1)[0] if len(losses) > 1 else 0.0
     fall = -slope * (len(losses) - 1) / (statistics.fmean(losses) + 1e-8)

@@ -45,9 +45,7 @@ OTHERS = "has no columns `sentence1`, `sentence2`; its columns are `a`, `b`, `la
         ("stsb", "train", ROWS + "x,y,\n", f"row 9: {RANGE}, got ''."),
     ],
 )
-def test_data_that_does_not_fit_is_named(
-    task: str, split: str, content: str, says: str, refused: Refused, local: Local
-) -> None:
+def test_data_that_does_not_fit_is_named(task, split, content, says, refused, local):
     assert says in refused("train", *local(task, **{split: content}))
 
 
@@ -72,17 +70,13 @@ def test_data_that_does_not_fit_is_named(
         (["glue/sst2", "-v"], "unexpected `-v`, which belongs to no option"),
     ],
 )
-def test_what_train_refuses_validate_refuses_too(
-    command: str, words: list[str], says: str, refused: Refused, local: Local
-) -> None:
+def test_what_train_refuses_validate_refuses_too(command, words, says, refused, local):
     if words[:1] == ["LOCAL"]:
         words = [*local("rte"), *words[1:]]
     assert says in refused(command, *words)
 
 
-def test_a_tracker_that_is_not_installed_is_named(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_is_not_installed_is_named(refused, monkeypatch):
     monkeypatch.setattr(keys, "get_available_reporting_integrations", lambda: ["wandb"])
     line = refused("train", "quickstart/lm", "--report_to", "wandb", "mlflow")
     assert line.endswith("`report_to`: `mlflow` is not installed.")
@@ -109,9 +103,7 @@ def test_a_tokenizer_without_a_pad_token_is_named_and_can_be_given_one(
     assert main([*fixed, "--output_dir", str(tmp_path / "run")]) == 0
 
 
-def test_a_model_that_does_not_fit_the_task_is_named(
-    refused: Refused, bert: str, gpt2: str, t5: str, tmp_path: Path
-) -> None:
+def test_a_model_that_does_not_fit_the_task_is_named(refused, bert, gpt2, t5, tmp_path):
     def text(recipe: str, model: str, content: str = "the film was a story\n" * 500) -> str:
         (tmp_path / "text.txt").write_text(content)
         files = [f"--{split}_file={tmp_path / 'text.txt'}" for split in ("train", "validation")]
@@ -136,9 +128,7 @@ def test_a_model_that_does_not_fit_the_task_is_named(
         ),
     ],
 )
-def test_lengths_that_do_not_fit_are_named(
-    words: list[str], says: str, refused: Refused, local: Local
-) -> None:
+def test_lengths_that_do_not_fit_are_named(words, says, refused, local):
     assert says in refused("train", *local("rte"), *words)
 
 
@@ -151,9 +141,7 @@ def test_lengths_that_do_not_fit_are_named(
         ("model_name_or_path: x\nlearning_rat: 1\n", "did you mean `learning_rate`?"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_named(
-    command: str, text: str, says: str, refused: Refused, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_recipe_is_named(command, text, says, refused, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     assert says in refused(command, str(path))
@@ -176,33 +164,25 @@ def test_a_command_that_is_none_is_named(words: list[str], says: str, refused: R
 
 
 @pytest.mark.parametrize("command", ["train", "validate", "show", "find-lr", "compare"])
-def test_a_runs_folder_is_no_recipe_and_the_recipe_in_it_is_named(
-    command: str, refused: Refused, tmp_path: Path
-) -> None:
+def test_a_runs_folder_is_no_recipe_and_the_recipe_in_it_is_named(command, refused, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.touch()
     assert f"is a folder; did you mean `{recipe}`?" in refused(command, str(tmp_path))
 
 
-def test_validate_tells_every_error_of_a_recipe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validate_tells_every_error_of_a_recipe(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("model_name_or_path: x\nmax_step: 1\nlr_candidates: []\nseed: -1\n")
     assert main(["validate", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_debug_shows_where_an_error_came_from(
-    local: Local, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_debug_shows_where_an_error_came_from(local, capsys):
     assert main(["train", *local(), "--debug", "--train_file", "gone.csv"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_has_another_exit_code_and_no_traceback(
-    local: Local, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_fails_has_another_exit_code_and_no_traceback(local, tmp_path, capsys):
     words = ["train", *local(), "--max_steps", "15", "--output_dir", str(tmp_path / "run")]
     assert main([*words, "--learning_rate", "1e30", "--nonfinite", "raise"]) == 1
     error = capsys.readouterr().err

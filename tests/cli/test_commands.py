@@ -48,9 +48,7 @@ def test_list_and_show_load_neither_torch_nor_transformers() -> None:
     assert lines[-1] == "set()"
 
 
-def test_a_copied_recipe_is_one_to_change_and_validate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_copied_recipe_is_one_to_change_and_validate(tmp_path, capsys):
     mine = tmp_path / "mine.yaml"
     assert main(["cp", "glue/rte", str(mine)]) == 0
     assert main(["cp", "glue/rte", str(mine)]) == 2
@@ -84,9 +82,7 @@ def test_help_names_every_command(shown: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("words", [["--help"], ["glue/sst2", "-h"]])
-def test_every_command_has_help_of_its_own(
-    name: str, words: list[str], shown: Callable[..., str]
-) -> None:
+def test_every_command_has_help_of_its_own(name, words, shown):
     said = shown(name, *words)
     assert said.startswith(f"usage: pulseopt-hf {name} ")
     assert COMMANDS[name][1:] in said
@@ -124,9 +120,7 @@ def test_quiet_is_quiet(local: Local, work: Path) -> None:
     assert (work / "run" / "train.log").read_text().count("episode ") == 3
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(
-    local: Local, work: Path
-) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(local, work):
     words = ["train", *local(), "--max_steps", "250", "--save_strategy", "no"]
     whole = command(*words, "--quiet", "--output_dir", "whole")
     assert whole.returncode == 0, whole.stderr

@@ -27,9 +27,7 @@ def recipe(local: Callable[..., list[str]]) -> list[str]:
     return [*local("cola"), "--learning_rate", "1e-5", "--eval_strategy", "no"]
 
 
-def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(
-    recipe: list[str], work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_number_is_the_lr_that_a_run_of_the_same_recipe_then_uses(recipe, work, capsys):
     recipe = [*recipe, "--max_steps", "60"]
     assert main(["find-lr", *recipe]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -75,9 +73,7 @@ def test_whatever_the_recipe_says_of_folders_trackers_and_the_hub_nothing_is_wri
 
 
 @pytest.mark.parametrize(("name", "magic"), [("lr.svg", b"<svg"), ("lr.PNG", b"\x89PNG")])
-def test_the_picture_is_all_that_is_written(
-    recipe: list[str], work: Path, name: str, magic: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_picture_is_all_that_is_written(recipe, work, name, magic, capsys):
     for _ in range(2):  # it is made anew
         assert main(["find-lr", *recipe, "--plot", name]) == 0
     assert [file.name for file in work.iterdir()] == [name]
@@ -91,11 +87,8 @@ def test_the_picture_is_all_that_is_written(
 
 
 def test_where_nothing_is_found_it_says_why_and_gives_the_lr_that_is_set(
-    recipe: list[str],
-    work: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    recipe, work, monkeypatch, capsys
+):
     monkeypatch.setattr(calibration, "MOST_TRIALS", 2)
     assert main(["find-lr", *recipe, "--plot", "lr.svg"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -106,9 +99,7 @@ def test_where_nothing_is_found_it_says_why_and_gives_the_lr_that_is_set(
     assert "found:" not in (work / "lr.svg").read_text()
 
 
-def test_where_no_trial_is_taken_there_is_no_picture(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_where_no_trial_is_taken_there_is_no_picture(work, monkeypatch, capsys):
     nothing = Suggestion(2e-5, None, [], 2e-5, "the model returns nothing")
     monkeypatch.setattr(find_lr, "_ask", lambda *words: (nothing, True))
     assert main(["find-lr", "glue/cola", "--plot", "lr.svg"]) == 1
@@ -120,9 +111,7 @@ def test_where_no_trial_is_taken_there_is_no_picture(
     assert list(work.iterdir()) == []
 
 
-def test_what_the_length_of_the_run_makes_of_the_limit_is_said(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_length_of_the_run_makes_of_the_limit_is_said(work, monkeypatch, capsys):
     trial = calibration.Trial(1e-4, 3.3, 0.01, own_batch=False, step=1)
     found = Suggestion(2e-4, "outputs", [trial], 2e-5, factor=2.0)
     for factor_for in (None, "the length of the run"):
@@ -152,16 +141,12 @@ def test_what_the_length_of_the_run_makes_of_the_limit_is_said(
         (["quickstart/lm", "--resume_from_checkpoint", "x"], "starts where a new run does"),
     ],
 )
-def test_bad_usage_is_one_line(
-    words: list[str], says: str, work: Path, refused: Callable[..., str]
-) -> None:
+def test_bad_usage_is_one_line(words, says, work, refused):
     (work.parent / "a.svg").mkdir()
     assert says in refused("find-lr", *words)
 
 
-def test_where_the_extra_is_missing_it_is_named_before_anything_runs(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_extra_is_missing_it_is_named_before_anything_runs(refused, monkeypatch):
     monkeypatch.delitem(sys.modules, "pulseopt_hf.report.charts", raising=False)
     monkeypatch.setitem(sys.modules, "altair", None)
     line = refused("find-lr", "glue/cola", "--plot", "lr.svg")
@@ -180,9 +165,7 @@ def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_find_one_number(
-    recipe: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_find_one_number(recipe, work, monkeypatch):
     monkeypatch.setitem(HERE, "TMPDIR", str(work))
     done = command("find-lr", *recipe, "--plot", "lr.svg", by=ACCELERATE)
     assert done.returncode == 0, done.stderr

@@ -55,9 +55,7 @@ def last_command(run: Path) -> Any:
         (ACCELERATE, []),
     ],
 )
-def test_a_command_trains_on_two_ranks_in_one_folder(
-    by: list[str], more: list[str], words: list[str], work: Path
-) -> None:
+def test_a_command_trains_on_two_ranks_in_one_folder(by, more, words, work):
     done = command(*words, *more, by=by)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("episode   1 ") == 1
@@ -70,9 +68,7 @@ def test_a_command_trains_on_two_ranks_in_one_folder(
 @pytest.mark.parametrize(
     ("problem", "left"), [(None, True), (UsageError("a"), True), (RuntimeError("a"), False)]
 )
-def test_a_rank_leaves_its_process_group_before_python_exits(
-    problem: Exception | None, left: bool
-) -> None:
+def test_a_rank_leaves_its_process_group_before_python_exits(problem, left):
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         with suppress(type(problem) if problem else ()), ExitStack() as stack:
@@ -94,9 +90,7 @@ def test_a_rank_leaves_its_process_group_before_python_exits(
         (ACCELERATE, [], 1),  # which says itself where it failed
     ],
 )
-def test_a_mistake_is_told_once_and_its_exit_code_comes_through(
-    by: list[str], more: list[str], code: int, words: list[str], work: Path
-) -> None:
+def test_a_mistake_is_told_once_and_its_exit_code_comes_through(by, more, code, words, work):
     done = command(*words, *more, "--train_file", "gone.csv", by=by)
     assert done.returncode == code
     assert done.stderr.count("gone.csv: there is no such file") == 1
@@ -139,9 +133,7 @@ def test_the_fsdp2_profile_shards_the_model(work: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_the_zero3_profile_divides_the_model_as_it_is_made(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_zero3_profile_divides_the_model_as_it_is_made(work, monkeypatch):
     """All ranks make it at once; one after the other, they would wait for each other for good."""
     pytest.importorskip("deepspeed", reason="install the extra `deepspeed` to run this")
     monkeypatch.setitem(HERE, "DS_ACCELERATOR", "cpu")
@@ -184,9 +176,7 @@ def test_the_script_for_slurm_trains_on_two_nodes(words: list[str], work: Path) 
     assert ran[ran.index("--num_machines") + 1] == "2"
 
 
-def test_a_profile_that_is_not_there_is_refused(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profile_that_is_not_there_is_refused(refused, monkeypatch):
     said = refused("train", "glue/sst2", "--accelerate_config", "fsdp3")
     assert "Unknown launch profile `launch/fsdp3`; did you mean `launch/fsdp2`?" in said
     said = refused("train", "glue/sst2", "--accelerate_config", "mine.yaml")

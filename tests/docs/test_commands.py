@@ -90,9 +90,7 @@ def test_there_are_commands_to_run() -> None:
 
 
 @pytest.mark.parametrize("page", [name for name, words in PAGES.items() if words])
-def test_the_commands_of_a_page_are_right(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_of_a_page_are_right(page, tmp_path, monkeypatch):
     """In their order and in one folder, as a reader would run them."""
     monkeypatch.chdir(tmp_path)
     for name in ("train", "validation"):
@@ -104,9 +102,7 @@ def test_the_commands_of_a_page_are_right(
     assert Path("lr.svg").exists() == (page == "recipes.md")
 
 
-def test_the_commands_on_reports_show_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_on_reports_show_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["--max_steps", "60", "--logging_steps", "1", "--quiet", "--use_cpu"]
     for name in ("first", "control", "other"):
@@ -123,9 +119,7 @@ def test_the_commands_on_reports_show_a_run(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_comparison_shows_what_its_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_shows_what_its_page_says(tmp_path, monkeypatch):
     """From Trainer's default LR, static runs learn little and calibrated ones as from another."""
     monkeypatch.chdir(tmp_path)
     (words,) = (words for words in PAGES["compare.md"] if "5e-5,1e-3" in words)

@@ -51,9 +51,7 @@ def test_noise_reaches_the_update_differs_between_parts_and_has_the_right_size(
         assert abs(shifted) < 6 / math.sqrt(count)
 
 
-def test_a_genuine_fp16_overflow_skips_the_step(
-    agreed: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_genuine_fp16_overflow_skips_the_step(agreed, monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)

@@ -1,6 +1,5 @@
 """What holds on DDP, FSDP2 and every stage of DeepSpeed alike."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,9 +77,7 @@ ORDINARY = {("zero2", "scheduler of the config"), ("zero3", "as it is")}
         if (engine, variant) != ("zero0", "optimizer offload")
     ],
 )
-def test_a_constant_multiplier_equals_the_same_learning_rate_bit_for_bit(
-    engine: str, variant: str, on_ranks: Make
-) -> None:
+def test_a_constant_multiplier_equals_the_same_learning_rate_bit_for_bit(engine, variant, on_ranks):
     settings = {"max_steps": 12, **VARIANTS[variant]}
     knobs = {"lr_candidates": [2.0], "episode_length": 4}
     ours = on_ranks(engine, pulse=knobs, learning_rate=2e-3, **settings)[0]
@@ -93,9 +90,7 @@ def test_a_constant_multiplier_equals_the_same_learning_rate_bit_for_bit(
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_neutral_run_equals_a_plain_trainer_bit_for_bit_and_so_does_the_callback(
-    engine: str, agreed: Make
-) -> None:
+def test_a_neutral_run_equals_a_plain_trainer_bit_for_bit_and_so_does_the_callback(engine, agreed):
     neutral = {"lr_candidates": [1.0], "episode_length": 4}
     plain = agreed(engine, "stock", max_steps=8)
     for road in ("subclass", "attached"):
@@ -126,9 +121,7 @@ UNCHECKED = {"enabled": True, "check_grad_overflow": False}
         ),
     ],
 )
-def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
-    engine: str, settings: dict[str, Any], agreed: Make
-) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(engine, settings, agreed):
     cls = bad_loss(7, value=float("inf"), base=bad_loss(3, rank=1))
     knobs = {**KNOBS, "lr_candidates": [0.5, 2.0]}
     end = agreed(engine, cls, knobs, max_steps=14, **settings)
@@ -151,9 +144,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     ],
     ids=["nonfinite='raise'", "too many skips"],
 )
-def test_what_ends_a_run_ends_it_on_all_ranks_alike(
-    knobs: dict[str, Any], cls: Any, message: str, agreed: Make
-) -> None:
+def test_what_ends_a_run_ends_it_on_all_ranks_alike(knobs, cls, message, agreed):
     expect = pytest.raises(ValueError if "nonfinite" in knobs else RuntimeError, match=message)
     agreed("ddp", cls, {**KNOBS, **knobs}, expect=expect)
 
@@ -169,9 +160,7 @@ SHARDED, FULL = ({"state_dict_type": f"{kind}_STATE_DICT"} for kind in ("SHARDED
         *(slow("fsdp2", FULL), slow("zero1", {}), slow("zero3", {})),
     ],
 )
-def test_a_resumed_run_equals_one_that_never_stopped(
-    engine: str, config: dict[str, Any], agreed: Make, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_one_that_never_stopped(engine, config, agreed, tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "config": config, "max_steps": 18}
     saves = {"save_strategy": "steps", "save_steps": 10}  # amid an episode
     straight = agreed(engine, pulse=KNOBS, **settings, **saves)
@@ -196,9 +185,7 @@ NEEDS_5_24 = needs(
         slow("fsdp2", 4, 2),
     ],
 )
-def test_a_checkpoint_resumes_on_another_number_of_ranks(
-    engine: str, before: int, after: int, agreed: Make, tmp_path: Path
-) -> None:
+def test_a_checkpoint_resumes_on_another_number_of_ranks(engine, before, after, agreed, tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 10}
 
     def run(ranks: int, resume: str | None) -> Any:

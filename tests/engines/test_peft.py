@@ -17,9 +17,7 @@ def lora(model: Any) -> Any:
     return peft.get_peft_model(model, settings)
 
 
-def test_with_an_adapter_only_what_is_trained_is_copied(
-    tiny_model: Any, make_trainer: Make
-) -> None:
+def test_with_an_adapter_only_what_is_trained_is_copied(tiny_model, make_trainer):
     model = lora(tiny_model())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained < 0.1 * sum(p.numel() for p in model.parameters())

@@ -86,9 +86,7 @@ def test_a_step_that_the_scaler_skips_leaves_everything_untouched(
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_noise_goes_into_unscaled_gradients_after_clipping(
-    kind: str, max_grad_norm: float, make_trainer: Make
-) -> None:
+def test_noise_goes_into_unscaled_gradients_after_clipping(kind, max_grad_norm, make_trainer):
     level = 0.5
     settings = {**settings_of(kind, init_scale=2.0**10), "max_grad_norm": max_grad_norm}
 
@@ -123,9 +121,7 @@ def test_noise_goes_into_unscaled_gradients_after_clipping(
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_neutral_run_under_a_scaler_that_skips_nothing_equals_the_plain_trainer(
-    kind: str, train: Make
-) -> None:
+def test_a_neutral_run_under_a_scaler_that_skips_nothing_equals_the_plain_trainer(kind, train):
     neutral = {"lr_candidates": [1.0], "episode_length": 4}
     plain = train(**settings_of(kind, Trainer, init_scale=2.0**8))
     ours = train(pulse=neutral, **settings_of(kind, init_scale=2.0**8))
@@ -135,9 +131,7 @@ def test_a_neutral_run_under_a_scaler_that_skips_nothing_equals_the_plain_traine
 
 
 @needs("torch", "2.8", "is not what Trainer chooses a fused optimizer on by itself")
-def test_the_arms_of_an_overflowing_run_depend_neither_on_the_optimizer_nor_on_the_callback(
-    train: Make,
-) -> None:
+def test_the_arms_of_an_overflowing_run_depend_neither_on_the_optimizer_nor_on_the_callback(train):
     ends = []
     for kind in OPTIMIZERS:
         trainer = train(pulse=CONFIG, **settings_of(kind))
@@ -163,9 +157,7 @@ def test_a_scaler_that_overflows_for_ever_ends_the_run_and_says_where(train: Mak
 
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_nonfinite_raise_bears_overflows_and_ends_on_a_loss_that_is_nan_on_one_rank(
-    kind: str, agreed: Make
-) -> None:
+def test_nonfinite_raise_bears_overflows_and_ends_on_a_loss_that_is_nan_on_one_rank(kind, agreed):
     end = agreed(
         "ddp",
         pulse={**CONFIG, "nonfinite": "raise"},
@@ -180,9 +172,7 @@ def test_nonfinite_raise_bears_overflows_and_ends_on_a_loss_that_is_nan_on_one_r
     ("engine", "kind"),
     [*(("ddp", kind) for kind in OPTIMIZERS), ("fsdp2", "foreach"), ("fsdp2", "fused")],
 )
-def test_an_overflow_on_one_rank_skips_the_step_on_all(
-    engine: str, kind: str, agreed: Make
-) -> None:
+def test_an_overflow_on_one_rank_skips_the_step_on_all(engine, kind, agreed):
     base = bad_loss(3, 9, value=float("inf"))
     end = agreed(
         engine,

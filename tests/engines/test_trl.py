@@ -156,9 +156,7 @@ def test_a_trainer_with_its_default_knobs_trains_and_evaluates_as_the_stock_one(
 
 
 @pytest.mark.parametrize("kind", ["DPO", "GRPO", slow("KTO"), slow("RLOO")])
-def test_asked_for_by_name_calibration_works_there_too(
-    kind: str, make: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_asked_for_by_name_calibration_works_there_too(kind, make, tmp_path):
     trainer = make(kind, tmp_path, pulse=PulseOptConfig(calibration="trust_region"))
     before = flat(trainer.model)
     trainer.train()

@@ -46,9 +46,7 @@ def test_under_a_real_gradient_scaler(both: Any) -> None:
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_find_learning_rate_leaves_nothing_behind(
-    capturable: bool, make_trainer: Make, tiny_model: Any, on_gpu: Make
-) -> None:
+def test_find_learning_rate_leaves_nothing_behind(capturable, make_trainer, tiny_model, on_gpu):
     model = tiny_model().cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=capturable)
     trainer = make_trainer(

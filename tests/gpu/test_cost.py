@@ -84,9 +84,7 @@ def test_the_lr_and_noise_path_itself_never_waits(mode: str, tensor_lr: bool) ->
     assert len(aees.controller.records) == 4
 
 
-def test_memory_beyond_the_models_is_bounded_and_so_is_that_of_calibration(
-    make_trainer: Make, on_gpu: Make
-) -> None:
+def test_memory_beyond_the_models_is_bounded_and_so_is_that_of_calibration(make_trainer, on_gpu):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 1000, (64, 32))]

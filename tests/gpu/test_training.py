@@ -26,9 +26,7 @@ PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_neutral_arms_are_invisible(
-    optim: str, precision: str, accumulation: int, train: Make, tiny_model: Any, on_gpu: Make
-) -> None:
+def test_neutral_arms_are_invisible(optim, precision, accumulation, train, tiny_model, on_gpu):
     settings = {"optim": optim, "gradient_accumulation_steps": accumulation, "max_steps": 12}
     settings |= PRECISIONS[precision]
     vanilla = train(Trainer, args=on_gpu(**settings))
@@ -76,9 +74,7 @@ class Overflowing(PulseOptTrainer):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_steps_that_overflow_under_a_real_scaler_are_no_steps(
-    optim: str, train: Make, on_gpu: Make
-) -> None:
+def test_steps_that_overflow_under_a_real_scaler_are_no_steps(optim, train, on_gpu):
     trainer = train(Overflowing, TWO_ARMS, args=on_gpu(fp16=True, optim=optim, max_steps=30))
     skipped = trainer.aees.skipped_steps
     assert 1 <= skipped < 15
@@ -93,9 +89,7 @@ def test_steps_that_overflow_under_a_real_scaler_are_no_steps(
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_the_guard_skips_a_loss_that_is_not_finite(
-    poison: float, train: Make, on_gpu: Make
-) -> None:
+def test_the_guard_skips_a_loss_that_is_not_finite(poison, train, on_gpu):
     settings = on_gpu(bf16=True, optim="adamw_torch_fused")
     trainer = train(bad_loss(5, value=poison), TWO_ARMS, args=settings)
     assert trainer.aees.skipped_steps == 1

@@ -21,9 +21,7 @@ class CountReads(TorchDispatchMode):
         super().__init__()
         self.reads = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.reads += function is READ
         return function(*args, **(kwargs or {}))
 

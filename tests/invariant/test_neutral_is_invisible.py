@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from pulseopt_hf import PulseOptConfig
-from tests.conftest import Make, callback_trainer, history, parameters_equal
+from tests.conftest import callback_trainer, history, parameters_equal
 
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
 NEUTRAL = PulseOptConfig(lr_candidates=[1.0], noise_candidates=[0.0])
@@ -22,9 +22,7 @@ def checkpoint_weights(trainer: Trainer) -> dict[str, Any]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_neutral_arms_are_invisible(
-    train: Make, tiny_model: Any, optim: str, bf16: bool, max_grad_norm: float, accumulation: int
-) -> None:
+def test_neutral_arms_are_invisible(train, tiny_model, optim, bf16, max_grad_norm, accumulation):
     settings = {
         "optim": optim,
         "bf16": bf16,
@@ -45,9 +43,7 @@ def test_neutral_arms_are_invisible(
     assert not parameters_equal(pulse.model, tiny_model())  # it trained
 
 
-def test_a_neutral_callback_is_invisible_too_and_an_arm_that_does_something_is_not(
-    train: Make,
-) -> None:
+def test_a_neutral_callback_is_invisible_too_and_an_arm_that_does_something_is_not(train):
     vanilla = train(Trainer)
     attached = train(callback_trainer, NEUTRAL)
     assert parameters_equal(attached.model, vanilla.model)

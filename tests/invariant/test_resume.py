@@ -113,9 +113,7 @@ def test_a_longer_run_keeps_the_episode_length_that_followed_from_the_shorter(tr
     assert longer.aees.episode_length == short.aees.episode_length == 6
 
 
-def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_afresh(
-    train: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_afresh(train, caplog):
     plain = train("stock", **SAVES)
     resumed = train(pulse=KNOBS, resume=checkpoint(plain, 6))
     assert "saved without pulseopt_hf" in caplog.text

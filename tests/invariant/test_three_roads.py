@@ -53,9 +53,7 @@ def test_subclass_and_callback_agree_bit_for_bit(train: Make, bf16: bool) -> Non
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_a_hand_written_loop_agrees_bit_for_bit(
-    train: Make, make_trainer: Make, tiny_model: Any, bf16: bool
-) -> None:
+def test_a_hand_written_loop_agrees_bit_for_bit(train, make_trainer, tiny_model, bf16):
     def plain_mean_model() -> Any:
         model = tiny_model()
         model.accepts_loss_kwargs = False  # the loss is the mean over a batch, as in most loops

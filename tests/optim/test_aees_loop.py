@@ -48,9 +48,7 @@ def with_gradients(aees: AEES, value: float) -> list[nn.Parameter]:
     return parameters
 
 
-def train(
-    make_aees: Callable[..., Any], optimizer_name: str, steps: int, **knobs: Any
-) -> tuple[nn.Module, Any]:
+def train(make_aees, optimizer_name, steps, **knobs):
     model = small_model()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -189,9 +187,7 @@ MODES = [
 
 @pytest.mark.parametrize("modes", MODES)
 @pytest.mark.parametrize("stop", [1, 4, 6, 23])
-def test_a_loop_resumed_at_any_step_ends_as_if_never_stopped(
-    modes: dict[str, Any], stop: int
-) -> None:
+def test_a_loop_resumed_at_any_step_ends_as_if_never_stopped(modes, stop):
     def run(model: nn.Module, aees: AEES, steps: range) -> None:
         for step in steps:
             take_step(aees, step, partial(loss_of, model, data[step]))

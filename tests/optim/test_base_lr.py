@@ -80,9 +80,7 @@ def test_a_schedule_keeps_its_shape(name: str, at: int) -> None:
         (GreedyLR, [2.0**-9, 2.0**-10, 2.0**-11, 2.0**-11]),  # it rises after a good evaluation
     ],
 )
-def test_schedulers_that_keep_no_base_lr_go_on_from_the_new_one(
-    cls: Any, expected: list[float]
-) -> None:
+def test_schedulers_that_keep_no_base_lr_go_on_from_the_new_one(cls, expected):
     """Their lowest LR may be far above what was found."""
     optimizer = make(groups=1)
     scheduler = cls(optimizer, patience=0, factor=0.5, min_lr=0.0625)

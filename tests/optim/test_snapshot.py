@@ -122,9 +122,7 @@ def test_the_distance_is_of_matrices_that_moved_and_the_size_of_those_that_were_
 
 
 @pytest.mark.parametrize("read_back", [False, True])
-def test_scalars_of_groups_come_back_and_what_the_scheduler_sets_stays(
-    read_back: bool, tmp_path: Path
-) -> None:
+def test_scalars_of_groups_come_back_and_what_the_scheduler_sets_stays(read_back, tmp_path):
     """Schedule-free optimizers keep a part of their state in `param_groups`."""
     model, optimizer = make(AdamWScheduleFree)
     optimizer.train()

@@ -60,9 +60,7 @@ def test_the_folder_says_what_was_run_on_what(run: Path) -> None:
         assert f"| x{multiplier:g} | 0 | {plays} | {5 * plays} |" in card
 
 
-def test_a_calibrated_run_keeps_the_lr_that_was_set_and_says_what_was_used(
-    options: list[str], tmp_path: Path
-) -> None:
+def test_a_calibrated_run_keeps_the_lr_that_was_set_and_says_what_was_used(options, tmp_path):
     train("glue/cola", tmp_path, *options, "--max_steps", "60", "--lr_candidates", "1.0")
     record = read_run(tmp_path)
     assert record.calibrated_lr is not None
@@ -75,9 +73,7 @@ def test_a_calibrated_run_keeps_the_lr_that_was_set_and_says_what_was_used(
     assert len([line for line in log if line.startswith("trial ")]) == len(record.trials) > 5
 
 
-def test_a_card_of_a_run_whose_lr_was_left_alone_does_not_claim_otherwise(
-    options: list[str], tmp_path: Path
-) -> None:
+def test_a_card_of_a_run_whose_lr_was_left_alone_does_not_claim_otherwise(options, tmp_path):
     off = ["--lr_candidates", "1.0", "--calibration", "off", "--max_steps", "10"]
     train("glue/cola", tmp_path, *options, *off)
     card = (tmp_path / "README.md").read_text()
@@ -97,9 +93,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_numbers(run: Path, tmp_path:
     assert_same_run(run, again)
 
 
-def test_the_saved_model_has_the_runs_score_without_training(
-    run: Path, options: list[str], tmp_path: Path
-) -> None:
+def test_the_saved_model_has_the_runs_score_without_training(run, options, tmp_path):
     words = [*options, "--no_do_train", "--model_name_or_path", str(run)]
     scores = train("glue/cola", tmp_path / "evaluated", *words)
     assert scores["eval_loss"] == results(run)["eval_loss"]
@@ -125,9 +119,7 @@ def test_a_resumed_run_passes_over_damaged_checkpoints_and_ends_as_the_whole_run
     assert [command["resumed_from"] for command in commands] == [None, "checkpoint-10"]
 
 
-def test_nothing_to_resume_from_is_bad_usage(
-    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_to_resume_from_is_bad_usage(tmp_path, options, capsys):
     words = ["train", "glue/cola", "--output_dir", str(tmp_path / "no"), *options]
     assert main([*words, "--resume"]) == 2
     assert "there is no whole checkpoint" in capsys.readouterr().err
@@ -136,9 +128,7 @@ def test_nothing_to_resume_from_is_bad_usage(
     assert not (tmp_path / "no").exists()
 
 
-def test_a_run_goes_on_with_its_settings_unless_others_are_asked_for(
-    copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_goes_on_with_its_settings_unless_others_are_asked_for(copy, options, capsys):
     before = times(copy)
     same = ["--resume", "--use_cpu", "--per_device_train_batch_size", "8", *options]
     words = ["train", "glue/cola", "--output_dir", str(copy), *same]
@@ -150,9 +140,7 @@ def test_a_run_goes_on_with_its_settings_unless_others_are_asked_for(
     assert read_run(copy).max_steps == 32
 
 
-def test_the_resume_command_has_every_option_but_secrets_and_names_the_folder(
-    options: list[str],
-) -> None:
+def test_the_resume_command_has_every_option_but_secrets_and_names_the_folder(options):
     words = ["glue/cola", *options, "--run_name", "{task} run", "--hub_token=secret"]
     command = ["pulseopt-hf", "train", *words, "--overwrite", "--hub-token", "secret"]
     said = folder.resume_command(Path("runs/x"), resolve(words[0], words[1:]), command)
@@ -160,9 +148,7 @@ def test_the_resume_command_has_every_option_but_secrets_and_names_the_folder(
     assert shlex.split(said) == ["pulseopt-hf", "train", *kept, "--resume"]
 
 
-def test_a_finished_run_is_replaced_only_if_that_is_asked_for(
-    copy: Path, options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_replaced_only_if_that_is_asked_for(copy, options, capsys):
     before = times(copy)
     assert main(["train", "glue/cola", "--output_dir", str(copy), *options]) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -179,9 +165,7 @@ def test_a_finished_run_is_replaced_only_if_that_is_asked_for(
     assert not (copy / "pulse.jsonl").exists()
 
 
-def test_unnamed_runs_get_folders_of_their_own(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unnamed_runs_get_folders_of_their_own(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert main(["train", "glue/cola", *options, "--quiet", "--max_steps", "15"]) == 0

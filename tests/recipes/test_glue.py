@@ -19,9 +19,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_a_glue_recipe_trains_evaluates_and_predicts_from_local_files(
-    name: str, bert: str, tmp_path: Path
-) -> None:
+def test_a_glue_recipe_trains_evaluates_and_predicts_from_local_files(name, bert, tmp_path):
     run = tmp_path / "run"
     options = ["--model_name_or_path", bert, "--do_predict", *files_of(name, tmp_path)]
     scores = train(f"glue/{name}", run, *options)
@@ -75,9 +73,7 @@ def test_json_parquet_and_saved_folders_give_the_numbers_of_csv(bert: str, tmp_p
 @pytest.mark.parametrize(
     ("name", "rows"), [("cola", (8551, 1043)), ("rte", (2490, 277)), ("sst2", (6920, 872))]
 )
-def test_a_recipe_reads_all_of_glues_own_files(
-    name: str, rows: tuple[int, int], bert: str, tmp_path: Path
-) -> None:
+def test_a_recipe_reads_all_of_glues_own_files(name, rows, bert, tmp_path):
     folder = SHARED / "glue" / name
     options = ["--train_file", str(folder / "train.csv"), "--model_name_or_path", bert]
     options += ["--validation_file", str(folder / "validation.csv")]

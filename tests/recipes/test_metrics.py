@@ -52,9 +52,7 @@ def test_rouge_of_a_known_pair() -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_metric_is_an_evaluate_module_and_opens_no_connection(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_metric_is_an_evaluate_module_and_opens_no_connection(name, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a metric went to the network")
 

@@ -24,9 +24,7 @@ def card(recipe: str, results: dict[str, Any], folder: Path, *options: str) -> A
         ("lm/wikitext2", {"eval_perplexity": 20.0}, ["perplexity"]),
     ],
 )
-def test_metrics_have_the_hubs_names(
-    recipe: str, results: dict[str, Any], names: list[str], tmp_path: Path
-) -> None:
+def test_metrics_have_the_hubs_names(recipe, results, names, tmp_path):
     data = card(recipe, results, tmp_path)
     assert data.metrics == names
     assert data.model_name == tmp_path.name
@@ -43,9 +41,7 @@ def test_scores_name_their_split_of_the_hubs_data(tmp_path: Path) -> None:
     assert (scores[0].dataset_type, scores[0].dataset_config) == ("nyu-mll/glue", "mnli")
 
 
-def test_scores_on_other_rows_or_without_a_value_are_not_claimed_of_the_hubs_data(
-    tmp_path: Path,
-) -> None:
+def test_scores_on_other_rows_or_without_a_value_are_not_claimed_of_the_hubs_data(tmp_path):
     file = tmp_path / "train.csv"
     file.write_text("sentence,label\na good film,1\n")
     local = ["--train_file", str(file), "--validation_file", str(file)]

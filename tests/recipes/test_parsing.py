@@ -99,9 +99,7 @@ def test_all_mistakes_are_told_at_once_with_the_key_and_the_fix(tmp_path: Path) 
         ("", "Set one of `model_name_or_path` (pretrained) and `model_type`"),
     ],
 )
-def test_keys_that_do_not_go_together_are_found_before_anything_is_loaded(
-    text: str, says: str, tmp_path: Path
-) -> None:
+def test_keys_that_do_not_go_together_are_found_before_anything_is_loaded(text, says, tmp_path):
     base = "" if "model_type" in text or not text else "model_name_or_path: x\n"
     (told,) = problems(tmp_path, text or "task: causal-lm", base=base)
     assert says in told

@@ -30,9 +30,7 @@ def test_there_are_as_many_recipes_and_profiles_as_we_think() -> None:
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=name_of)
-def test_a_recipe_is_valid_and_opens_with_how_to_run_it_on_what_and_what_to_expect(
-    file: Path, tmp_path: Path
-) -> None:
+def test_a_recipe_is_valid_and_opens_with_how_to_run_it_on_what_and_what_to_expect(file, tmp_path):
     # TRL's configs ask for bf16, which a machine without a GPU has only where it may use the CPU.
     options = ["--output_dir", str(tmp_path), "--use_cpu"]
     if name_of(file) == "lm/text_file":

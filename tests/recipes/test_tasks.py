@@ -29,9 +29,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", ["lm/wikitext2", "lm/wikitext103", "lm/wikitext2_lora"])
-def test_causal_language_models_report_the_perplexity_of_their_loss(
-    recipe: str, gpt2: str, texts: list[str], tmp_path: Path
-) -> None:
+def test_causal_language_models_report_the_perplexity_of_their_loss(recipe, gpt2, texts, tmp_path):
     scores = train(recipe, tmp_path / "run", "--model_name_or_path", gpt2, *texts)
     # Every block has as many tokens, so the mean over blocks is the mean over tokens.
     assert scores["eval_perplexity"] == pytest.approx(math.exp(scores["eval_loss"]), rel=1e-4)
@@ -39,9 +37,7 @@ def test_causal_language_models_report_the_perplexity_of_their_loss(
     assert adapter == recipe.endswith("lora")
 
 
-def test_a_text_file_alone_is_enough_for_a_language_model(
-    gpt2: str, texts: list[str], tmp_path: Path
-) -> None:
+def test_a_text_file_alone_is_enough_for_a_language_model(gpt2, texts, tmp_path):
     scores = train("lm/text_file", tmp_path / "run", "--model_name_or_path", gpt2, *texts[:3])
     assert 0 < scores["eval_samples"] < scores["train_samples"] / 10
 

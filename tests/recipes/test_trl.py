@@ -4,7 +4,6 @@ import json
 import pickle
 import statistics
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture
-def train(
-    chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[Any, Path]]:
+def train(chat, tmp_path, monkeypatch):
     """Train a task; see that it is calibrated as it should, and ends the same from its middle."""
     trainers: list[Any] = []
     plain = running.make_trainer
@@ -108,9 +105,7 @@ def fell(run: Path) -> bool:
     return statistics.mean(seen[-10:]) < min(seen[:10])
 
 
-def test_sft_trains_lora_on_the_packed_words_of_the_assistant(
-    train: Callable[..., tuple[Any, Path]],
-) -> None:
+def test_sft_trains_lora_on_the_packed_words_of_the_assistant(train):
     trainer, run = train("sft", "--max_length", "256")
     assert trainer.args.packing
     assert trainer.args.assistant_only_loss
@@ -126,9 +121,7 @@ def test_sft_trains_lora_on_the_packed_words_of_the_assistant(
     assert 0 < scores["eval_mean_token_accuracy"] <= 1
 
 
-def test_find_lr_finds_one_for_sft(
-    chat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_find_lr_finds_one_for_sft(chat, tmp_path, capsys):
     words = [word for word in options("sft", chat, tmp_path) if word != "--quiet"]
     assert main(["find-lr", "trl/sft", *words]) == 0
     assert float(capsys.readouterr().out.splitlines()[-1]) > 0
@@ -137,9 +130,7 @@ def test_find_lr_finds_one_for_sft(
 @pytest.mark.parametrize(
     ("task", "score"), [("dpo", "eval_rewards/accuracies"), ("reward", "eval_accuracy")]
 )
-def test_a_preference_for_text_over_its_reverse_is_learned(
-    task: str, score: str, train: Callable[..., tuple[Any, Path]]
-) -> None:
+def test_a_preference_for_text_over_its_reverse_is_learned(task, score, train):
     """With arms where there is no calibration, whose numbers stand beside TRL's in the log."""
     trainer, run = train(task, *(ARMS if task == "dpo" else []))
     assert fell(run)
@@ -154,9 +145,7 @@ def test_a_preference_for_text_over_its_reverse_is_learned(
         assert entry["pulse/learning_rate"] == pytest.approx(entry["learning_rate"] * multiplier)
 
 
-def test_grpo_is_rewarded_by_a_function_of_a_file(
-    train: Callable[..., tuple[Any, Path]], tmp_path: Path
-) -> None:
+def test_grpo_is_rewarded_by_a_function_of_a_file(train, tmp_path):
     (tmp_path / "rewards.py").write_text(
         "def share(text):\n"
         "    return sum(map(str.isalpha, text)) / (len(text) + 1)\n"
@@ -193,14 +182,8 @@ def test_grpo_is_rewarded_by_a_function_of_a_file(
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    task: str,
-    extra: list[str],
-    says: str,
-    chat: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    task, extra, says, chat, tmp_path, monkeypatch, capsys
+):
     words = [*options(task, chat, tmp_path), *(FEW if task == "grpo" else [])]
     if "body" in extra:
         file = tmp_path / "bodies.jsonl"
@@ -215,9 +198,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert list(work.iterdir()) == []
 
 
-def test_a_key_of_trl_is_a_key_of_its_tasks_only_and_has_help(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_key_of_trl_is_a_key_of_its_tasks_only_and_has_help(tmp_path, capsys):
     for recipe, there in (("trl/sft", True), ("trl/grpo", False), ("glue/sst2", False)):
         with pytest.raises(SystemExit):
             main(["train", recipe, "--help"])
@@ -237,9 +218,7 @@ def test_the_arguments_keep_trls_defaults_and_are_read_again_from_a_pickle() -> 
         assert (training.do_eval, training.report_to) == (True, [])
 
 
-def test_without_trl_its_tasks_name_the_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_trl_its_tasks_name_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "pulseopt_hf.recipes.tasks.trl", raising=False)
     monkeypatch.delattr("pulseopt_hf.recipes.tasks.trl", raising=False)
@@ -250,9 +229,7 @@ def test_without_trl_its_tasks_name_the_extra(
 
 
 @pytest.mark.skipif(find_spec("math_verify") is not None, reason="math-verify is installed")
-def test_without_math_verify_its_reward_names_the_extra(
-    chat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_math_verify_its_reward_names_the_extra(chat, tmp_path, capsys):
     words = [*options("grpo", chat, tmp_path), *FEW, "--output_dir", str(tmp_path / "run")]
     assert main(["train", "trl/grpo", *words]) == 2
     assert "`accuracy_reward` needs `pip install 'pulseopt-hf[trl]'`" in capsys.readouterr().err

@@ -59,9 +59,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("# filler\n" * 1_200_000, "10,800,000 bytes long; a recipe has at most 65,536"),
     ],
 )
-def test_what_is_no_recipe_gets_one_line_that_says_why(
-    content: str | bytes, says: str, tmp_path: Path
-) -> None:
+def test_what_is_no_recipe_gets_one_line_that_says_why(content, says, tmp_path):
     started = time.process_time()
     with pytest.raises(UsageError) as error:
         read(tmp_path, content)

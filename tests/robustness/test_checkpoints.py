@@ -38,9 +38,7 @@ def folder(whole: Any, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("harm", ["missing", "empty", "cut", "garbage"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_found_and_the_one_before_resumes(
-    whole: Any, folder: Path, train: Make, name: str, harm: str
-) -> None:
+def test_a_damaged_file_is_found_and_the_one_before_resumes(whole, folder, train, name, harm):
     file = folder / "checkpoint-8" / name
     content = file.read_bytes()
     shutil.rmtree(folder / "checkpoint-12")
@@ -66,9 +64,7 @@ def test_where_none_is_whole_none_is_found(folder: Path) -> None:
     assert newest_whole_checkpoint(folder / "nowhere") == (None, [])
 
 
-def test_the_command_says_that_none_is_whole(
-    tmp_path: Path, bert: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_that_none_is_whole(tmp_path, bert, capsys):
     folder = tmp_path / "run"
     (folder / "checkpoint-5").mkdir(parents=True)
     words = ["train", "glue/cola", "--model_name_or_path", bert, *files_of("cola", tmp_path / "d")]
@@ -78,9 +74,7 @@ def test_the_command_says_that_none_is_whole(
     assert "checkpoint-5: it has no trainer_state.json" in message
 
 
-def test_weights_alone_are_said_not_to_continue_the_run(
-    train: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_alone_are_said_not_to_continue_the_run(train, caplog):
     trainer = train(pulse=CONFIG, **SAVING, save_only_model=True)
     folder = Path(trainer.args.output_dir)
     found, passed_over = newest_whole_checkpoint(folder)
@@ -115,9 +109,7 @@ def test_a_read_only_folder_ends_the_run_loudly(small_disk: Path, make_trainer: 
     assert not list(folder.glob("checkpoint-*"))
 
 
-def test_a_save_that_raises_leaves_the_checkpoint_before(
-    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_raises_leaves_the_checkpoint_before(make_trainer, monkeypatch):
     trainer = make_trainer(pulse=CONFIG, **SAVING)
     save_rng = trainer._save_rng_state
 

@@ -104,9 +104,7 @@ def spoil(*_: Any) -> Any:
 @pytest.mark.parametrize(
     "place", ["on_step_begin", "on_step_end", "on_save", "metric", "worker", "optimizer"]
 )
-def test_what_raises_is_raised_and_the_run_can_be_resumed(
-    train: Make, make_trainer: Make, tiny_data: Any, place: str
-) -> None:
+def test_what_raises_is_raised_and_the_run_can_be_resumed(train, make_trainer, tiny_data, place):
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 17}
     options |= {
         "metric": {"compute_metrics": spoil, "eval_strategy": "steps", "eval_steps": 8},

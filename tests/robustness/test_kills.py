@@ -24,9 +24,7 @@ def test_five_kills(tmp_path: Path, tiny_model: Any, tiny_data: Any) -> None:
 
 
 @pytest.mark.slow
-def test_forty_kills_some_of_them_in_a_save(
-    tmp_path: Path, tiny_model: Any, tiny_data: Any
-) -> None:
+def test_forty_kills_some_of_them_in_a_save(tmp_path, tiny_model, tiny_data):
     taken = kill_and_compare(script(tiny_model, tiny_data, steps=2000), tmp_path, kills=40)
     assert any(kill.place == "save" for kill in taken)
     assert any(kill.left_half for kill in taken)

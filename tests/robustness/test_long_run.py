@@ -147,9 +147,7 @@ def test_a_bounded_run_is_the_unbounded_one_and_resumes_to_the_same_end(
     assert section(unbounded) == section(trainer)
 
 
-def test_report_and_watch_show_all_arms_and_say_what_is_left_out(
-    followed: Any, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_and_watch_show_all_arms_and_say_what_is_left_out(followed, folder, capsys):
     trainer, *_ = followed
     run = read_run(folder)
     assert run.arms() == trainer.aees.controller.totals()
@@ -185,9 +183,7 @@ def test_many_episodes_between_two_logs_make_a_whole_record(arguments: Any, few_
     assert run.episode_count == trainer.aees.controller.closed
 
 
-def test_a_record_that_cannot_be_thinned_is_thinned_later(
-    arguments: Any, few_kept: None, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+def test_a_record_that_cannot_be_thinned_is_thinned_later(arguments, few_kept, monkeypatch, caplog):
     original = record_writer.write_whole
 
     def write_whole(file: Path, content: bytes) -> None:
@@ -218,9 +214,7 @@ def our_part(checkpoint: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_steps(
-    arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hundred_thousand_steps(arguments, monkeypatch, capsys):
     """9,500 episodes and 10,000 logs, with arms, noise and calibration; prints what it measures.
 
     Resident memory is the whole process's, with Trainer's log history, which grows with every log.
@@ -282,9 +276,7 @@ def timing(function: Callable[..., Any], seconds: list[float]) -> Callable[..., 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_loop_of_ones_own_holds_no_more_after_a_hundred_thousand_episodes(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_loop_of_ones_own_holds_no_more_after_a_hundred_thousand_episodes(capsys):
     """Counted by tracemalloc, as Python's allocator sees it."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     aees = AEES(optimizer, lr_candidates=[0.5, 1.0, 2.0], episode_length=2, seed=0)

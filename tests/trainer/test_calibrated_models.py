@@ -220,9 +220,7 @@ class Bodiless(Mute):
         (Deaf, "what the model computes did not answer to it in 18 trials"),
     ],
 )
-def test_what_cannot_be_measured_leaves_the_lr_alone(
-    model: Any, reason: str, train: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_cannot_be_measured_leaves_the_lr_alone(model, reason, train, caplog):
     class Aside(PulseOptTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             model(**inputs)
@@ -236,9 +234,7 @@ def test_what_cannot_be_measured_leaves_the_lr_alone(
     assert reason in caplog.text
 
 
-def test_events_alone_leave_a_model_alone_that_returns_no_loss(
-    train: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_events_alone_leave_a_model_alone_that_returns_no_loss(train, caplog):
     class Plain(Trainer):
         compute_loss = BareTrainer.compute_loss
 
@@ -278,9 +274,7 @@ def test_replicas_count_row_by_row() -> None:
     assert found[0] == pytest.approx(found[1], rel=0.1)
 
 
-def test_a_model_that_draws_in_eval_mode_is_measured_and_leaves_the_random_state(
-    train: Make,
-) -> None:
+def test_a_model_that_draws_in_eval_mode_is_measured_and_leaves_the_random_state(train):
     class Drawing(Bare):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x + 0.1 * torch.randn_like(x))

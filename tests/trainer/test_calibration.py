@@ -83,9 +83,7 @@ def spy(seen: list[Any]) -> Any:
     return on("on_step_end", look)
 
 
-def test_until_the_first_real_step_all_is_as_in_the_stock_trainer(
-    train: Make, tiny_model: Any
-) -> None:
+def test_until_the_first_real_step_all_is_as_in_the_stock_trainer(train, tiny_model):
     """Parameters, optimizer, schedule and random states; the data draws from the latter."""
     stock: list[Any] = []
     ours: list[Any] = []
@@ -151,9 +149,7 @@ def test_episodes_follow_when_the_net_is_gone(train: Make) -> None:
 
 @pytest.mark.parametrize("road", OURS)
 @pytest.mark.parametrize("net", ["holds nothing", "catches"])
-def test_a_resumed_run_ends_as_the_uninterrupted_one(
-    train: Make, dice: Any, road: str, net: str, request: Any
-) -> None:
+def test_a_resumed_run_ends_as_the_uninterrupted_one(train, dice, road, net, request):
     """Amid the trials, while the net hangs, and after."""
     if net == "catches":
         request.getfixturevalue("loose")
@@ -222,9 +218,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_is_found_does_not_depend_on_the_lr_that_was_set(
-    make_trainer: Make, name: str, tiny_model: Any
-) -> None:
+def test_what_is_found_does_not_depend_on_the_lr_that_was_set(make_trainer, name, tiny_model):
     found = []
     for learning_rate in (1e-7, 1e-3, 1.0):
         model = tiny_model()
@@ -280,9 +274,7 @@ def test_where_it_cannot_be_done_the_log_says_why(
     assert trainer.aees.learning_rate == learning_rate
 
 
-def test_a_search_over_the_lr_tries_the_lrs_that_it_names(
-    make_trainer: Make, tiny_model: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_search_over_the_lr_tries_the_lrs_that_it_names(make_trainer, tiny_model, caplog):
     pytest.importorskip("optuna", reason="install the extra `dev` to run this")
     used = []
 
@@ -337,9 +329,7 @@ def test_ranks_go_back_alike(train: Make, dice: Any, loose: None) -> None:
     assert one[0][1].reason is not None
 
 
-def test_running_statistics_go_back_with_the_rest(
-    train: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_statistics_go_back_with_the_rest(train, monkeypatch):
     monkeypatch.setattr(loss_watch, "has_risen", lambda before, after: True)
 
     class Normalised(torch.nn.Module):
@@ -387,9 +377,7 @@ def test_an_exception_in_a_trial_leaves_nothing_behind(make_trainer: Make, tiny_
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_nothing_is_said_with_calibration_off(
-    train: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_said_with_calibration_off(train, caplog):
     caplog.set_level(logging.INFO)
     trainer = train(pulse={"calibration": "off"}, max_steps=60)
     assert trainer.aees.calibrator is None

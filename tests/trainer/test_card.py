@@ -124,9 +124,7 @@ def test_a_card_does_not_call_calibrated_what_was_given_up(train: Make) -> None:
     assert "The learning rate is the one that was set (`pulseopt_hf`)." in text
 
 
-def test_metadata_is_valid_trainers_scores_are_kept_and_changed_or_followed_knobs_are_listed(
-    train: Make,
-) -> None:
+def test_metadata_is_valid_trainers_scores_are_kept_and_changed_or_followed_knobs_are_listed(train):
     """As far as that can be told offline: the hub's own check is a request to it."""
 
     def accuracy(predicted: Any) -> dict[str, float]:

@@ -23,9 +23,7 @@ def random_state() -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("kind", ["stock", "subclass", "attached"])
 @pytest.mark.parametrize("setting", ["plain", "bf16", "accumulation", "own optimizer", "trained"])
-def test_a_trainer_is_as_if_it_had_not_been_asked(
-    make_trainer: Make, kind: str, setting: str
-) -> None:
+def test_a_trainer_is_as_if_it_had_not_been_asked(make_trainer, kind, setting):
     extra = {"bf16": {"bf16": True}, "accumulation": {"gradient_accumulation_steps": 2}}
 
     def fresh() -> Any:
@@ -160,9 +158,7 @@ def test_double_precision_finds_the_same(tiny_model: Any, tiny_data: Any) -> Non
     assert double.ask().learning_rate == pytest.approx(single.learning_rate, rel=0.05)
 
 
-def test_long_rows_are_replayed_no_more_than_it_takes(
-    tiny_model: Any, tiny_data: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_rows_are_replayed_no_more_than_it_takes(tiny_model, tiny_data, monkeypatch):
     whole = Loop(tiny_model(), tiny_data).ask()
     monkeypatch.setattr("pulseopt_hf.optim.probe.POSITIONS", 64)  # one call of 4 rows of 16 tokens
     part = Loop(tiny_model(), tiny_data).ask()

@@ -41,9 +41,7 @@ def fresh_state() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 @pytest.mark.usefixtures("fresh_state")
-def test_a_copy_trains_itself_and_not_the_original(
-    make_trainer: Make, kind: str, way: str, tiny_model: Any
-) -> None:
+def test_a_copy_trains_itself_and_not_the_original(make_trainer, kind, way, tiny_model):
     original = make_trainer(*KINDS[kind], max_steps=60)
     copied = pickle.loads(pickle.dumps(original)) if way == "pickle" else copy.deepcopy(original)
     assert type(copied) is type(original)
@@ -122,9 +120,7 @@ def test_a_loss_of_any_sign_trains(make_trainer: Make, shift: float, pulse: Puls
 @pytest.mark.parametrize(
     "pulse", [PulseOptConfig(calibration="off"), ARMS], ids=["one arm", "arms"]
 )
-def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(
-    train: Make, pulse: PulseOptConfig
-) -> None:
+def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(train, pulse):
     def order(*kind: Any) -> list[str]:
         events: list[str] = []
         notes = [
@@ -140,9 +136,7 @@ def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(
     assert (stock == order("subclass", pulse)) == (pulse is not ARMS)
 
 
-def test_a_knob_that_means_nothing_alone_is_named(
-    train: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_knob_that_means_nothing_alone_is_named(train, caplog):
     for knobs in (
         {"control_mode": "random"},
         {"context_mode": "trend"},
@@ -175,9 +169,7 @@ class Noting(torch.optim.AdamW):
             state.setdefault("seen", set()).add(int(state["step"]))
 
 
-def test_a_checkpoint_is_saved_whatever_the_optimizer_keeps(
-    train: Make, tiny_model: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_is_saved_whatever_the_optimizer_keeps(train, tiny_model, caplog):
     model = tiny_model()
     trainer = train(
         pulse={"lr_candidates": [0.5, 1.0], "episode_length": 4, "divergence": "rollback"},

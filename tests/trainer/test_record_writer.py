@@ -102,16 +102,12 @@ def test_every_road_writes_the_same_record(train: Make) -> None:
     [("subclass", [1.0], "steps"), ("attached", [1.0], "steps"), ("subclass", [0.5, 1.0], "no")],
     ids=["subclass", "attached", "nothing is logged"],
 )
-def test_nothing_is_written_of_a_neutral_run(
-    train: Make, road: str, candidates: list[float], logs: str
-) -> None:
+def test_nothing_is_written_of_a_neutral_run(train, road, candidates, logs):
     trainer = train(road, {"lr_candidates": candidates}, logging_strategy=logs)
     assert list(Path(trainer.args.output_dir).iterdir()) == []
 
 
-def test_the_file_is_opened_only_when_trainer_logs(
-    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_opened_only_when_trainer_logs(make_trainer, monkeypatch):
     steps: list[int] = []
     original = RunRecorder._flush
 
@@ -165,9 +161,7 @@ def warnings_of_the_record(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [message for message in messages(caplog) if "run record" in message]
 
 
-def test_a_full_disk_does_not_end_training_and_warns_once(
-    train: Make, small_disk: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_does_not_end_training_and_warns_once(train, small_disk, caplog):
     """A real one: full from step 8 on, and with room again at step 45."""
     filler, folder = small_disk / "filler", str(small_disk / "run")
     seen: list[int] = []
@@ -194,9 +188,7 @@ def test_a_full_disk_does_not_end_training_and_warns_once(
     assert run.status == "finished"
 
 
-def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
-    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(make_trainer, monkeypatch):
     original = RunRecorder._append
 
     def append(self: RunRecorder, content: bytes) -> None:
@@ -214,9 +206,7 @@ def test_a_write_that_breaks_off_amid_a_line_leaves_no_part_of_it(
     assert len(run.episodes) == 5
 
 
-def test_a_folder_that_cannot_be_written_to_does_not_end_training(
-    make_trainer: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_cannot_be_written_to_does_not_end_training(make_trainer, caplog):
     trainer = make_trainer(pulse=CONFIG)
     folder = Path(trainer.args.output_dir)
     folder.rmdir()
@@ -230,9 +220,7 @@ def test_a_folder_that_cannot_be_written_to_does_not_end_training(
     ("end", "status", "error"),
     [(raise_at, "failed", "KeyboardInterrupt"), (stop_after, "stopped", None)],
 )
-def test_a_run_that_ends_early_says_how(
-    end: Any, status: str, error: str | None, make_trainer: Make
-) -> None:
+def test_a_run_that_ends_early_says_how(end, status, error, make_trainer):
     trainer = make_trainer(pulse=CONFIG, callbacks=[end(12)])
     with pytest.raises(KeyboardInterrupt) if error else nullcontext():
         trainer.train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pulseopt_hf import PulseOptConfig
-from tests.conftest import Make, logged
+from tests.conftest import logged
 
 PULSE = PulseOptConfig(lr_candidates=[0.5, 2.0], episode_length=1)
 
@@ -33,9 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("road", ["subclass", "attached"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_step_loss_is_what_trainer_logs(
-    train: Make, tiny_data: Any, setting: str, road: str
-) -> None:
+def test_the_step_loss_is_what_trainer_logs(train, tiny_data, setting, road):
     # Rows of different lengths, so that averaging over tokens is not averaging over batches.
     data = [
         {**row, "labels": row["labels"].masked_fill(torch.arange(16) >= 5 + i % 11, -100)}

@@ -43,9 +43,7 @@ def test_knobs_are_read_from_a_command_line() -> None:
     assert isinstance(parsed, TrainingArguments)
 
 
-def test_knobs_given_twice_or_of_the_wrong_kind_are_refused(
-    tiny_model: Any, arguments: Any
-) -> None:
+def test_knobs_given_twice_or_of_the_wrong_kind_are_refused(tiny_model, arguments):
     flat = arguments(PulseOptTrainingArguments, episode_length=4)
     with pytest.raises(ValueError, match="given twice"):
         PulseOptTrainer(tiny_model(), flat, pulse=PULSE)
