@@ -248,12 +248,16 @@ def take_step(aees: AEES, step: int, compute_loss: Callable[[], Any]) -> Any:
     return loss
 
 
-def run_python(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a new interpreter to its end, which has to be a good one."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def run_command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, which has to be a good one."""
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def run_python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a new interpreter as `run_command` does."""
+    return run_command(sys.executable, *words, **options)
 
 
 def without_dropout(model: Any) -> Any:

@@ -1,12 +1,11 @@
 """The embedded data: real sentences, deterministic, with splits that share none."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from pulseopt_hf import embedded
+from tests.conftest import run_python
 
 
 def test_there_are_enough_sentences_and_they_read_as_sentences() -> None:
@@ -42,8 +41,7 @@ def test_the_data_is_the_same_in_every_process() -> None:
     )
     digests = set()
     for seed in ("0", "1"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        digests.add(subprocess.check_output([sys.executable, "-c", code], env=environment))
+        digests.add(run_python("-c", code, env={**os.environ, "PYTHONHASHSEED": seed}).stdout)
     assert len(digests) == 1
 
 

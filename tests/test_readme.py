@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import run_python
+from tests.conftest import run_command, run_python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +25,7 @@ def test_the_commands_of_the_readme_exist() -> None:
     assert install == ["pip", "install", "."]
     assert others == [["make", "quickstart"], ["make", "test"]]
     for command in others:
-        subprocess.run(["make", "-n", *command[1:]], check=True, cwd=ROOT, capture_output=True)
+        run_command("make", "-n", *command[1:], cwd=ROOT)
 
 
 def test_the_script_runs_pasted_into_a_file(tmp_path: Path) -> None:

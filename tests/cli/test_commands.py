@@ -1,8 +1,6 @@
 """The command itself, as a process."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from pulseopt_hf.command_line import COMMANDS
 from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.recipes import catalogue
 from tests.cli.processes import command, interrupted
+from tests.conftest import run_python
 from tests.recipes.tiny import SHARED, assert_same_run, results
 
 Local = Callable[..., list[str]]
@@ -34,7 +33,7 @@ def test_list_and_show_load_neither_torch_nor_transformers() -> None:
         "import sys; from pulseopt_hf.cli import main; main(['list']); main(['show', 'glue/sst2'])"
         "; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", code)
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["recipe", "task", "model", "time", "score"]
     groups = done.stdout.split("\n\nlaunch profiles")[0].split("\n\n")[1:]

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,23 +16,14 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.launching import leave_ranks
 from tests.cli.processes import ACCELERATE, ALONE, HERE, RANKS, TIMEOUT, command, interrupted
+from tests.conftest import run_command
 from tests.engines.ranks import free_port
 
-# FSDP of Accelerate wants a GPU; this makes it take the CPU for one, in every process.
 FSDP_ON_CPU = """
 import os
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    from accelerate import state
-    plain = state.AcceleratorState.__init__
-    def init(self, *args, **kwargs):
-        plugin = kwargs.get("fsdp_plugin")
-        plain(self, *args, **kwargs)
-        if plugin is not None and self.distributed_type == state.DistributedType.MULTI_CPU:
-            self.distributed_type = state.DistributedType.FSDP
-            plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = plugin
-            state.PartialState._shared_state["distributed_type"] = self.distributed_type
-    state.AcceleratorState.__init__ = init
+    from tests.engines.engine import allow_fsdp_on_cpu
+    allow_fsdp_on_cpu()
 """
 
 
@@ -116,9 +106,8 @@ def test_a_signal_ends_the_ranks_with_a_checkpoint_and_the_command_that_goes_on(
 @pytest.mark.distributed
 def test_the_fsdp2_profile_shards_the_model(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (work.parent / "sitecustomize.py").write_text(FSDP_ON_CPU)
-    monkeypatch.setitem(
-        HERE, "PYTHONPATH", f"{work.parent}{os.pathsep}{HERE.get('PYTHONPATH', '')}"
-    )
+    path = [work.parent, Path(__file__).parents[2], HERE.get("PYTHONPATH", "")]
+    monkeypatch.setitem(HERE, "PYTHONPATH", os.pathsep.join(map(str, path)))
     # An update's norm cannot be logged of a sharded model.
     given = ["train", "quickstart/lm", "--use_cpu", "--output_dir", "run", "--max_steps", "10"]
     given += ["--accelerate_config", "fsdp2", *RANKS]
@@ -160,15 +149,10 @@ def test_the_script_for_slurm_trains_on_two_nodes(words: list[str], work: Path) 
     assert main(["cp", "launch/slurm.sh", "slurm.sh"]) == 0
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     slurm |= {"SLURM_JOB_ID": "7", "MAIN_PORT": str(free_port())}
-    subprocess.run(["bash", "-n", "slurm.sh"], check=True)
-    done = subprocess.run(
-        ["bash", "slurm.sh", *words[1:], "--output_dir", "run"],
-        env={**HERE, **slurm, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert done.returncode == 0, done.stderr
+    run_command("bash", "-n", "slurm.sh")
+    here = {**HERE, **slurm, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    given = [*words[1:], "--output_dir", "run"]
+    done = run_command("bash", "slurm.sh", *given, env=here, timeout=TIMEOUT)
     assert done.stdout.count("episode   1 ") == 1
     assert last_command(work / "run")["processes"] == 2
     ran = last_command(work / "run")["command"]

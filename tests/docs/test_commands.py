@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from pulseopt_hf import cli
 from pulseopt_hf.command_line import Parser
 from pulseopt_hf.compare.compare import plan_of
 from pulseopt_hf.recipes import catalogue, launching
+from tests.conftest import run_command
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -46,7 +46,7 @@ def check(words: list[str], folder: Path) -> None:
         assert (folder / words[script]).exists()
         assert run(["train", *words[script + 1 :]]) == cli.DONE
     elif words[0] == "make":
-        subprocess.run(["make", "--dry-run", *words[1:]], check=True, cwd=ROOT, capture_output=True)
+        run_command("make", "--dry-run", *words[1:], cwd=ROOT)
     elif words[0] in LAUNCHERS:
         parsed = LAUNCHERS[words[0]].parse_args(words[2 if words[0] == "accelerate" else 1 :])
         config = getattr(parsed, "config_file", None)

@@ -4,8 +4,6 @@ import html
 import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from pulseopt_hf import __all__
 from pulseopt_hf.recipes import catalogue
+from tests.conftest import run_command, run_python
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
@@ -42,10 +41,8 @@ class Loaded(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
+    own = {"cwd": ROOT, "env": {**os.environ, "NO_MKDOCS_2_WARNING": "1"}}
+    run_python("-m", "mkdocs", "build", "--strict", "--site-dir", folder, **own)
     return folder
 
 
@@ -98,9 +95,7 @@ def test_search_works_where_the_site_is_opened_from_disk(site: Path, tmp_path: P
     flags += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={tmp_path}"]
     flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000"]
     page = f"{(site / 'index.html').as_uri()}?q=calibration"
-    done = subprocess.run(
-        [str(CHROMIUM), *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120
-    )
+    done = run_command(CHROMIUM, *flags, "--dump-dom", page, timeout=120)
     assert re.search(r"\d+ matching documents", done.stdout)
     page = (site / "method.html").as_uri()
     found = f'<a href="{page}#calibration-a-trust-region-for-one-step" class="md-search-result'

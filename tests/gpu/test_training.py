@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import Make, history, logged, parameters_equal
+from tests.conftest import Make, history, logged, parameters_equal, run_python
 from tests.engines.test_compile import CONFIG, compiled
 from tests.engines.trainers import bad_loss
 
@@ -113,19 +111,11 @@ def test_a_model_compiled_by_inductor_is_not_compiled_again_for_an_arm(
 def test_ranks_agree_over_nccl(ranks: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"there are no {ranks} GPUs")
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program += [f"--nproc_per_node={ranks}", str(Path(__file__).with_name("nccl_rank.py"))]
+    program = [Path(__file__).with_name("nccl_rank.py"), tmp_path]
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    done = subprocess.run(
-        [*program, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    run_python(*launcher, *program, env={**os.environ, "PYTHONPATH": path}, timeout=240)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     assert all(one["backend"] == "nccl" and one["world"] == ranks for one in found)
     if ranks > 1:

@@ -3,37 +3,25 @@
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from pulseopt_hf.report.record_reader import read_run
+from tests.conftest import run_command
 
 ROOT = Path(__file__).parents[2]
 
 
 def make(target: str, folder: Path, **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    return subprocess.run(
-        ["make", target, *(f"{name}={value}" for name, value in variables.items())],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-    ).stdout
+    given = [f"{name}={value}" for name, value in variables.items()]
+    return run_command("make", target, *given, cwd=folder, env=environment).stdout
 
 
 def installed_by(target: str) -> list[str]:
     """Return what each `pip install` of a target installs, in their order."""
-    plan = subprocess.run(
-        ["make", "--dry-run", "--always-make", target],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    ).stdout
+    plan = run_command("make", "--dry-run", "--always-make", target, cwd=ROOT).stdout
     return re.findall(r"pip install --quiet --constraint constraints.txt (.*)", plan)
 
 
@@ -47,7 +35,7 @@ def test_the_quickstart_installs_what_it_shows_and_the_tests_the_rest() -> None:
 @pytest.mark.timeout(2400)
 def test_a_clean_clone_does_its_quickstart_and_collects_its_tests(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    run_command("git", "clone", "--quiet", ROOT, clone)
     output = make("quickstart", clone)
     brought = {path.name for path in (clone / ".venv").glob("lib/*/site-packages/*")}
     assert "torch" in brought

@@ -3,7 +3,6 @@
 import email
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from trove_classifiers import classifiers
 
 from pulseopt_hf.report.record_reader import read_run
+from tests.conftest import run_command, run_python
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -26,8 +26,7 @@ print(json.dumps([pulseopt_hf.__file__, pulseopt_hf.__version__]))
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the source distribution, and from that the wheel."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    run_python("-m", "build", "--no-isolation", "--outdir", folder, ROOT)
     return folder
 
 
@@ -38,14 +37,7 @@ def wheel(built: Path) -> Path:
 
 
 def run_quickstart(python: Path | str, folder: Path, environment: dict[str, str]) -> str:
-    output = subprocess.run(
-        [str(python), "-c", CODE],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **environment},
-    ).stdout
+    output = run_command(python, "-c", CODE, cwd=folder, env={**os.environ, **environment}).stdout
     assert (folder / "run" / "model.safetensors").exists()
     assert read_run(folder / "run").episodes[-1].end_step == 19
     loaded, version = json.loads(output.strip().splitlines()[-1])
@@ -55,11 +47,8 @@ def run_quickstart(python: Path | str, folder: Path, environment: dict[str, str]
 
 def test_twine_accepts_what_is_built(built: Path) -> None:
     pytest.importorskip("twine", reason="install the extra `dev` to run this")
-    files = [str(file) for file in built.iterdir()]
-    assert len(files) == 2
-    command = [sys.executable, "-m", "twine", "check", "--strict", *files]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+    done = run_python("-m", "twine", "check", "--strict", *built.iterdir())
+    assert done.stdout.count("PASSED") == 2, done.stdout
 
 
 def test_the_project_page_has_links_and_classifiers_that_pypi_knows(wheel: Path) -> None:
@@ -90,8 +79,7 @@ def test_the_wheel_is_typed_and_has_every_module_and_recipe(wheel: Path) -> None
 
 def test_the_wheel_runs_the_embedded_example(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    subprocess.run([*command, str(site), str(wheel)], check=True)
+    run_python("-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
     loaded = run_quickstart(sys.executable, tmp_path, {"PYTHONPATH": str(site)})
     assert loaded.startswith(str(site))
 
@@ -99,11 +87,10 @@ def test_the_wheel_runs_the_embedded_example(wheel: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    run_python("-m", "venv", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet"]
-    constraints = ["--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run([*install, *constraints, "torch"], check=True)
-    subprocess.run([*install, *constraints, str(wheel)], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
+    for package in ("torch", wheel):
+        run_command(python, *install, package)
     loaded = run_quickstart(python, tmp_path, {"PYTHONPATH": ""})
     assert loaded.startswith(str(tmp_path / "env"))
