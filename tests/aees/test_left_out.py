@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pulseopt_hf import PulseOptConfig
 from pulseopt_hf.aees import Controller
 from pulseopt_hf.aees.left_out import MOST, NEWEST, kept_numbers, sum_up
+from tests.conftest import ARMS
 
 
 def test_a_run_of_ordinary_length_keeps_everything() -> None:
@@ -34,9 +35,7 @@ def test_a_long_one_keeps_a_bounded_number_and_the_newest(count: int, more: int)
 
 def test_totals_are_those_of_all_episodes() -> None:
     """6,000 of them, of which some are left out; two arms of the six are undone at times."""
-    config = PulseOptConfig(
-        lr_candidates=[0.5, 1.0, 2.0], noise_candidates=[0.0, 0.1], episode_length=2, seed=0
-    )
+    config = PulseOptConfig(**ARMS, episode_length=2, seed=0)
     controller, everything = Controller(config), []
     for index in range(6_000):
         arm = controller.open(controller.choose(), 2 * index)

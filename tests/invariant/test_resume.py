@@ -9,27 +9,17 @@ import pytest
 from pulseopt_hf import PulseOptConfig, newest_whole_checkpoint
 from pulseopt_hf.aees import StateError
 from pulseopt_hf.optim.divergence import ROLLED_BACK
-from tests.conftest import Make, checkpoint, history, parameters_equal, raise_at
+from tests.conftest import ARMS, Make, checkpoint, history, parameters_equal, raise_at
 
-KNOBS: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 0.01],
-    "episode_length": 3,
-}
+KNOBS: dict[str, Any] = {**ARMS, "episode_length": 3}
 MODES: dict[str, dict[str, Any]] = {
     "published": {},
-    "conditional in context": {
-        "context_mode": "trend",
-        "structured_control_mode": "conditional",
-    },
+    "conditional in context": {"context_mode": "trend", "structured_control_mode": "conditional"},
     "random, relative noise": {"control_mode": "random", "noise_mode": "relative"},
     "update norms": {"log_update_norm": True},
     "a deadly arm, undone": {
-        "lr_candidates": [1.0, 300.0],
-        "noise_candidates": [0.0],
-        "episode_length": 6,
-        "divergence": "rollback",
-        "divergence_factor": 1.1,
+        **{"lr_candidates": [1.0, 300.0], "noise_candidates": [0.0], "episode_length": 6},
+        **{"divergence": "rollback", "divergence_factor": 1.1},
     },
 }
 

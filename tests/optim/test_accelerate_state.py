@@ -9,15 +9,10 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 from pulseopt_hf import AEES
+from tests.conftest import ARMS
 
-KNOBS: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 0.01],
-    "structured_control_mode": "conditional",
-    "context_mode": "trend",
-    "episode_length": 3,
-    "seed": 0,
-}
+MODES = {"structured_control_mode": "conditional", "context_mode": "trend"}
+KNOBS: dict[str, Any] = {**ARMS, **MODES, "episode_length": 3, "seed": 0}
 
 
 class Loop:

@@ -13,7 +13,7 @@ from torch import nn
 
 from pulseopt_hf import AEES
 from pulseopt_hf.aees import StateError
-from tests.conftest import give_losses, take_step
+from tests.conftest import ARMS, give_losses, take_step
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -172,12 +172,7 @@ def test_a_loss_tensor_is_read_when_it_is_given_not_when_the_episode_ends() -> N
     assert aees.get_logs()["episode_end_losses"] == [1.0]
 
 
-KNOBS = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 0.01],
-    "episode_length": 4,
-    "seed": 3,
-}
+KNOBS: dict[str, Any] = {**ARMS, "episode_length": 4, "seed": 3}
 MODES = [
     {},
     {"context_mode": "trend", "structured_control_mode": "conditional"},

@@ -22,21 +22,15 @@ from pulseopt_hf.aees import StateError
 from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes import catalogue
 from pulseopt_hf.recipes.parsing import keys_of, recipe_parser, resolve
-from tests.conftest import give_losses, take_step
+from tests.conftest import ARMS, give_losses, take_step
 
 LOADED, REFUSED = "loaded", "refused"
 # A strategy, and what tries what it draws and returns which of the two it was.
 Example = tuple[st.SearchStrategy[Any], Callable[[Any], str]]
 
 SETTINGS: dict[str, Any] = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 0.1],
-    "episode_length": 3,
-    "context_mode": "trend",
-    "structured_control_mode": "conditional",
-    "bandit": "discounted_ucb",
-    "calibration": "off",
-    "seed": 0,
+    **{**ARMS, "episode_length": 3, "bandit": "discounted_ucb", "calibration": "off", "seed": 0},
+    **{"context_mode": "trend", "structured_control_mode": "conditional"},
 }
 
 

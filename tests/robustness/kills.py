@@ -24,17 +24,11 @@ from pulseopt_hf import PulseOptConfig, PulseOptTrainer, cli, newest_whole_check
 from pulseopt_hf.optim.calibrator import Calibrator
 from pulseopt_hf.report.record_reader import read_run
 from pulseopt_hf.trainer.mixin import PulseOptMixin
-from tests.conftest import logged, make_arguments
+from tests.conftest import ARMS, logged, make_arguments
 from tests.engines.ranks import start_ranks
 
 FORK = multiprocessing.get_context("fork")
-CONFIG = {
-    "lr_candidates": [0.5, 1.0, 2.0],
-    "noise_candidates": [0.0, 0.01],
-    "episode_length": 7,
-    "calibration": "trust_region",
-    "divergence": "rollback",
-}
+CONFIG = {**ARMS, "episode_length": 7, "calibration": "trust_region", "divergence": "rollback"}
 PLACES = ("start", "search", "trial", "watch", "episodes", "save", "end")
 AIMS = (*PLACES, *("save",) * 4)
 LONGEST = 600.0  # seconds that a start may take; only a hang does, on the slowest machine too

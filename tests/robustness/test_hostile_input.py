@@ -57,7 +57,7 @@ def test_settings_that_differ_are_named_with_both_values() -> None:
     state = played().controller.state_dict()
     for knob, value, old in (
         ("lr_candidates", [1.0, 2.0], "[0.5, 1.0, 2.0]"),
-        ("noise_candidates", [0.0], "[0.0, 0.1]"),
+        ("noise_candidates", [0.0], "[0.0, 0.001]"),
         ("episode_length", 4, "3"),
         ("context_mode", "none", "'trend'"),
         ("structured_control_mode", "independent", "'conditional'"),
