@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from pulseopt_hf import AEES
 from pulseopt_hf.optim import GradientNoise
-from tests.conftest import take_step
+from tests.conftest import ARMS, take_step
 from tests.engines.ranks import run_ranks
 from tests.optim.noise_reference import assert_right_in_distribution
 
@@ -75,8 +75,7 @@ def test_a_hand_written_loop_round_fully_shard_runs_the_same_arms_on_all_ranks()
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         assert isinstance(model.weight, DTensor)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-        arms = {"lr_candidates": [0.5, 1.0, 2.0], "noise_candidates": [0.0, 0.01]}
-        aees = AEES(optimizer, episode_length=3, noise_mode="relative", **arms)
+        aees = AEES(optimizer, episode_length=3, noise_mode="relative", **ARMS)
         generator = torch.Generator().manual_seed(rank)
         for step in range(30):
             batch = torch.randn(8, 16, generator=generator)

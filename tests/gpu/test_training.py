@@ -10,9 +10,10 @@ import torch
 from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptConfig, PulseOptTrainer
-from tests.conftest import Make, history, logged, parameters_equal, run_python
+from tests.conftest import ARMS, Make, history, logged, parameters_equal, run_python
 from tests.engines.test_compile import CONFIG, compiled
 from tests.engines.trainers import bad_loss
+from tests.invariant.test_cost import play
 
 pytestmark = pytest.mark.gpu
 
@@ -44,19 +45,10 @@ def test_arms_and_rewards_are_the_cpus_for_the_same_losses(settings: Any) -> Non
     for device in ("cpu", "cuda"):
         parameter = torch.nn.Parameter(torch.ones(10, device=device))
         optimizer = torch.optim.AdamW([parameter], lr=0.1)
-        config = settings(
-            lr_candidates=[0.5, 1.0, 2.0],
-            noise_candidates=[0.0, 0.1],
-            episode_length=4,
-            calibration="off",
-            seed=0,
-        )
+        config = settings(**ARMS, episode_length=4, calibration="off", seed=0)
         aees = AEES.from_config(optimizer, config)
         for step, loss in enumerate(losses.to(device)):
-            parameter.grad = torch.ones_like(parameter)
-            aees.step_start(step)
-            aees.apply(optimizer.step)
-            aees.settle(loss)
+            play(aees, step, loss)
         aees.finalize()
         logs.append(aees.get_logs())
     assert len(set(logs[0]["selected_combined_names"])) > 3
