@@ -9,12 +9,7 @@ from transformers import Trainer
 
 from pulseopt_hf import AEES, PulseOptTrainer
 from tests.conftest import Make
-from tests.engines.engine import (
-    VARIANTS,
-    check_engine,
-    deepspeed_config,
-    slow,
-)
+from tests.engines.engine import VARIANTS, check_engine, deepspeed_config, slow
 from tests.engines.ranks import run_ranks
 from tests.engines.trainers import Sgd
 from tests.optim.noise_reference import assert_right_in_distribution

@@ -1,6 +1,5 @@
 """How far a step moves what a model computes, and what is the unit of that."""
 
-from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -56,11 +55,9 @@ OUTPUTS = {
     "tensor": (torch.randn(4, 3), False),
     "tuple with a loss": ((torch.tensor(1.0), torch.randn(4, 3)), False),
     "mapping": ({"logits": torch.randn(4, 3), "loss": torch.tensor(1.0)}, False),
-    "ordered": (OrderedDict(logits=torch.randn(4, 3)), False),
     "model output": (CausalLMOutput(logits=torch.randn(2, 4, 9)), False),
     "pixels": (torch.randn(2, 3, 4, 4), False),
     "regression": ({"logits": torch.randn(4, 1), "loss": torch.tensor(2.0)}, False),
-    "a bare score": ({"logits": torch.randn(4, 1)}, False),
     "fused head": ({"log_probs": torch.randn(2, 5), "loss": torch.tensor(1.0)}, False),
     "sentence": ({"sentence_embedding": torch.randn(4, 8)}, True),
     "tokens": ({"last_hidden_state": torch.randn(4, 5, 8)}, True),

@@ -25,14 +25,7 @@ from pulseopt_hf.report.tables import tables_of_run
 from pulseopt_hf.trainer import record_writer
 from pulseopt_hf.trainer.card import section
 from pulseopt_hf.trainer.record_writer import RunRecorder
-from tests.conftest import (
-    ARMS,
-    history,
-    make_arguments,
-    on,
-    parameters_equal,
-    stop_after,
-)
+from tests.conftest import ARMS, history, make_arguments, on, parameters_equal, stop_after
 from tests.invariant.test_resume import assert_same_end
 from tests.trainer.test_record_writer import comparable, warnings_of_the_record
 

@@ -71,14 +71,6 @@ def test_a_trainer_is_as_if_it_had_not_been_asked(make_trainer, kind, setting):
     assert history(asked) == history(other)
 
 
-def test_it_is_what_a_run_would_use(make_trainer: Make) -> None:
-    trainer = make_trainer(max_steps=60, learning_rate=1e-4)
-    suggestion = trainer.find_learning_rate()
-    trainer.train()
-    assert trainer.aees.calibrator.search.trials == suggestion.trials
-    assert trainer.aees.calibrator.search.learning_rate == suggestion.learning_rate
-
-
 def test_under_ddp_all_ranks_find_the_same(make_trainer: Make, tiny_model: Any) -> None:
     def body(rank: int) -> Any:
         trainer = make_trainer("stock", max_steps=60)

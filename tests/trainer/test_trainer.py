@@ -4,12 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    HfArgumentParser,
-    Seq2SeqTrainer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from pulseopt_hf import (
