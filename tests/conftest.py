@@ -101,14 +101,14 @@ def tiny_data() -> list[dict[str, torch.Tensor]]:
 def make_arguments(
     folder: Path, cls: type[TrainingArguments] = TrainingArguments, **overrides: Any
 ) -> Any:
-    """Return training arguments: 24 steps of batch 4 on CPU, logged at every step."""
+    """Return training arguments: 24 steps of batch 4 on CPU, logged each; saved at `save_steps`."""
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
         "max_steps": 24,
         "learning_rate": 3e-3,
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_strategy": "steps" if "save_steps" in overrides else "no",
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,

@@ -162,8 +162,7 @@ SHARDED, FULL = ({"state_dict_type": f"{kind}_STATE_DICT"} for kind in ("SHARDED
 )
 def test_a_resumed_run_equals_one_that_never_stopped(engine, config, agreed, tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "config": config, "max_steps": 18}
-    saves = {"save_strategy": "steps", "save_steps": 10}  # amid an episode
-    straight = agreed(engine, pulse=KNOBS, **settings, **saves)
+    straight = agreed(engine, pulse=KNOBS, **settings, save_steps=10)  # amid an episode
     resume = str(tmp_path / "run" / "checkpoint-10")
     resumed = agreed(engine, pulse=KNOBS, **settings, resume=resume)
     assert resumed.logs == straight.logs
@@ -186,7 +185,7 @@ NEEDS_5_24 = needs(
     ],
 )
 def test_a_checkpoint_resumes_on_another_number_of_ranks(engine, before, after, agreed, tmp_path):
-    settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 10}
+    settings = {"output_dir": str(tmp_path / "run"), "save_steps": 10}
 
     def run(ranks: int, resume: str | None) -> Any:
         own = {"ranks": ranks, "resume": resume, "per_device_train_batch_size": 8 // ranks}

@@ -29,7 +29,6 @@ def test_neutral_arms_are_invisible(train, tiny_model, optim, bf16, max_grad_nor
         "max_grad_norm": max_grad_norm,
         "gradient_accumulation_steps": accumulation,
         "max_steps": 12,
-        "save_strategy": "steps",
         "save_steps": 8,
         "warmup_steps": 3,
     }

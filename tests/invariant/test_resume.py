@@ -25,7 +25,6 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 OURS = ("subclass", "attached")
-SAVES = {"save_strategy": "steps", "save_steps": 6}
 
 
 def assert_same_end(resumed: Any, whole: Any) -> None:
@@ -45,13 +44,13 @@ def assert_same_end(resumed: Any, whole: Any) -> None:
 @pytest.mark.parametrize("road", OURS)
 def test_from_every_step_of_an_episode(train: Make, road: str, mode: str) -> None:
     """Eighteen steps are six episodes and two epochs, of nine steps each."""
-    run = partial(train, road, {**KNOBS, **MODES[mode]}, max_steps=18)
-    settings = {"gradient_accumulation_steps": 2}
-    whole = run(save_strategy="steps", save_steps=1, **settings)
+    pulse, settings = {**KNOBS, **MODES[mode]}, {"max_steps": 18, "gradient_accumulation_steps": 2}
+    run = partial(train, road, pulse, **settings)
+    whole = run(save_steps=1)
     if mode == "a deadly arm, undone":
         assert ROLLED_BACK in whole.aees.get_logs()["episode_outcomes"]
     for step in (1, 2, 3, 4, 9, 10, 17):
-        assert_same_end(run(resume=checkpoint(whole, step), **settings), whole)
+        assert_same_end(run(resume=checkpoint(whole, step)), whole)
 
 
 @pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
@@ -61,7 +60,7 @@ def test_from_the_last_step_no_other_is_taken(train: Make, eval_strategy: str) -
         train,
         pulse={**KNOBS, "episode_length": 2},
         **{"gradient_accumulation_steps": 2, "max_steps": 17, "eval_strategy": eval_strategy},
-        **{"save_strategy": "steps", "save_steps": 1},
+        save_steps=1,
     )
     whole = run()
     evaluated = [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry]
@@ -73,7 +72,7 @@ def test_from_the_last_step_no_other_is_taken(train: Make, eval_strategy: str) -
 
 @pytest.mark.parametrize("road", OURS)
 def test_where_trainer_rebuilds_its_callbacks_from_the_checkpoint(train: Make, road: str) -> None:
-    settings = {**SAVES, "restore_callback_states_from_checkpoint": True}
+    settings = {"save_steps": 6, "restore_callback_states_from_checkpoint": True}
     whole = train(road, KNOBS, **settings)
     resumed = train(road, KNOBS, resume=checkpoint(whole, 6), **settings)
     assert_same_end(resumed, whole)
@@ -82,12 +81,12 @@ def test_where_trainer_rebuilds_its_callbacks_from_the_checkpoint(train: Make, r
 
 
 def test_a_subclass_resumes_what_a_callback_saved(train: Make) -> None:
-    whole = train("attached", KNOBS, **SAVES)
-    assert_same_end(train(pulse=KNOBS, resume=checkpoint(whole, 6), **SAVES), whole)
+    whole = train("attached", KNOBS, save_steps=6)
+    assert_same_end(train(pulse=KNOBS, resume=checkpoint(whole, 6), save_steps=6), whole)
 
 
 def test_other_settings_are_refused_naming_both_values(train: Make) -> None:
-    whole = train(pulse=KNOBS, **SAVES)
+    whole = train(pulse=KNOBS, save_steps=6)
     other = {**KNOBS, "lr_candidates": [0.5, 4.0], "episode_length": 2}
     with pytest.raises(StateError) as error:
         train(pulse=other, resume=checkpoint(whole, 6))
@@ -97,14 +96,14 @@ def test_other_settings_are_refused_naming_both_values(train: Make) -> None:
 
 def test_a_longer_run_keeps_the_episode_length_that_followed_from_the_shorter(train: Make) -> None:
     config = PulseOptConfig(lr_candidates=[0.5, 2.0])
-    short = train(pulse=config, max_steps=120, save_strategy="steps", save_steps=120)
+    short = train(pulse=config, max_steps=120, save_steps=120)
     assert config.for_run(160, 0).episode_length == 8
     longer = train(pulse=config, max_steps=160, resume=checkpoint(short, 120))
     assert longer.aees.episode_length == short.aees.episode_length == 6
 
 
 def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_afresh(train, caplog):
-    plain = train("stock", **SAVES)
+    plain = train("stock", save_steps=6)
     resumed = train(pulse=KNOBS, resume=checkpoint(plain, 6))
     assert "saved without pulseopt_hf" in caplog.text
     assert resumed.aees.get_logs()["episode_start_steps"][0] == 6
@@ -122,7 +121,7 @@ def test_the_checkpoint_of_a_plain_trainer_is_resumed_with_bandits_that_start_af
 )
 def test_with_trainers_own_settings(train: Make, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Broken off at step 9 by its user, a run goes on from the newest checkpoint, of step 8."""
-    settings = {**settings, "save_strategy": "steps", "save_steps": 4, "max_steps": 18}
+    settings = {**settings, "save_steps": 4, "max_steps": 18}
     whole = train(pulse=KNOBS, **settings)
     folder = tmp_path / "broken off"
     settings["output_dir"] = str(folder)
@@ -134,7 +133,7 @@ def test_with_trainers_own_settings(train: Make, tmp_path: Path, settings: dict[
 
 def test_with_another_accumulation_the_arms_go_on(train: Make) -> None:
     """An episode counts optimizer steps, so its state means the same."""
-    whole = train(pulse=KNOBS, max_steps=18, save_strategy="steps", save_steps=7)
+    whole = train(pulse=KNOBS, max_steps=18, save_steps=7)
     other = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     resumed = train(pulse=KNOBS, max_steps=18, resume=checkpoint(whole, 7), **other)
     ours, theirs = resumed.aees.get_logs(), whole.aees.get_logs()
@@ -148,7 +147,7 @@ def test_from_the_last_step_of_an_epoch_that_is_evaluated_at_its_end(train: Make
         train,
         pulse=KNOBS,
         **{"gradient_accumulation_steps": 2, "max_steps": 24, "eval_strategy": "epoch"},
-        **{"save_strategy": "steps", "save_steps": 9},
+        save_steps=9,
     )
     whole = run()
     names = sorted(folder.name for folder in Path(whole.args.output_dir).glob("checkpoint-*"))

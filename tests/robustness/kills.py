@@ -257,7 +257,6 @@ def script(model: Callable[[], Any], data: Any, steps: int, ranks: int = 1) -> R
             per_device_train_batch_size=4 // ranks,
             gradient_accumulation_steps=2,
             max_steps=steps,
-            save_strategy="steps",
             save_steps=3,
             save_total_limit=3,
         )

@@ -14,7 +14,7 @@ from tests.conftest import Make, make_arguments, parameters_equal
 from tests.recipes.tiny import files_of
 
 CONFIG = PulseOptConfig(lr_candidates=[0.5, 1.0, 2.0], episode_length=3)
-SAVING = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+SAVING = {"save_steps": 4, "max_steps": 12}
 FILES = (
     *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
     "trainer_state.json",
@@ -88,8 +88,7 @@ def test_weights_alone_are_said_not_to_continue_the_run(train, caplog):
 def test_a_full_disk_ends_the_run_loudly_and_leaves_what_can_be_resumed(
     small_disk: Path, train: Make, make_trainer: Make
 ) -> None:
-    saving = {"output_dir": str(small_disk / "run"), "save_strategy": "steps", "save_steps": 2}
-    trainer = make_trainer(pulse=CONFIG, **saving)
+    trainer = make_trainer(pulse=CONFIG, output_dir=str(small_disk / "run"), save_steps=2)
     with pytest.raises(Exception, match=r"(?i)no space|write|enforce|I/O"):
         trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] <= 3e-3

@@ -105,7 +105,7 @@ def spoil(*_: Any) -> Any:
     "place", ["on_step_begin", "on_step_end", "on_save", "metric", "worker", "optimizer"]
 )
 def test_what_raises_is_raised_and_the_run_can_be_resumed(train, make_trainer, tiny_data, place):
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 17}
+    options: dict[str, Any] = {"save_steps": 2, "max_steps": 17}
     options |= {
         "metric": {"compute_metrics": spoil, "eval_strategy": "steps", "eval_steps": 8},
         "worker": {"train_dataset": Broken(tiny_data), "dataloader_num_workers": 1},
@@ -151,8 +151,7 @@ def test_a_signal_in_a_script_of_ones_own(train: Make, make_trainer: Make, numbe
             signal.raise_signal(number)
 
     options = {"pulse": CONFIG, "max_steps": 16, "gradient_accumulation_steps": 2}
-    saves = {"save_strategy": "steps", "save_steps": 2, "callbacks": [on("on_substep_end", send)]}
-    trainer = make_trainer(**options, **saves)
+    trainer = make_trainer(**options, save_steps=2, callbacks=[on("on_substep_end", send)])
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

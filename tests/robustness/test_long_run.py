@@ -94,8 +94,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, RecordReade
     follow = on("on_step_end", lambda state, **_: state.global_step % 6 == 0 and read())
     with pytest.MonkeyPatch.context() as patch:
         keep_few(patch)
-        saves = {**SHORT, "save_strategy": "steps", "save_steps": 10}
-        trainer = trained(make_arguments(folder, **saves), callbacks=[follow])
+        trainer = trained(make_arguments(folder, **SHORT, save_steps=10), callbacks=[follow])
         read()
         return trainer, reader, told
 
@@ -220,7 +219,7 @@ def test_a_hundred_thousand_steps(arguments, monkeypatch, capsys):
             gc.collect()
             resident[state.global_step] = psutil.Process().memory_info().rss
 
-    args = arguments(**settings, save_strategy="steps", save_steps=20_000)
+    args = arguments(**settings, save_steps=20_000)
     trainer = trained(args, 10, callbacks=[on("on_step_end", measure)])
     folder = Path(args.output_dir)
     assert trainer.aees.calibrator.outcome is not None

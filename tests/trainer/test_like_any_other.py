@@ -127,8 +127,7 @@ def test_events_come_in_trainers_own_order_where_no_arms_ask_for_another(train, 
             on(f"on_{event}", lambda *_, event=event, **kwargs: events.append(event))
             for event in ("save", "evaluate")
         ]
-        saves = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "epoch"}
-        train(*kind, callbacks=notes, max_steps=36, **saves)
+        train(*kind, callbacks=notes, max_steps=36, save_steps=6, eval_strategy="epoch")
         return events
 
     stock = order("stock")
@@ -167,7 +166,7 @@ def test_a_checkpoint_is_saved_whatever_the_optimizer_keeps(train, tiny_model, c
         pulse={"lr_candidates": [0.5, 1.0], "episode_length": 4, "divergence": "rollback"},
         model=model,
         optimizers=(Noting(model.parameters(), lr=1e-3), None),
-        **{"save_strategy": "steps", "save_steps": 6},
+        save_steps=6,
     )
     assert (Path(checkpoint(trainer, 6)) / "optimizer.pt").exists()
     assert "goes back to there at worst, not to where its episode began" in caplog.text

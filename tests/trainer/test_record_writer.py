@@ -123,7 +123,7 @@ def test_the_file_is_opened_only_when_trainer_logs(make_trainer, monkeypatch):
 
 def test_a_resumed_run_reads_as_one_that_never_stopped(train: Make) -> None:
     """In the same folder, whose record goes on beyond the checkpoint."""
-    trainer = train(pulse=CONFIG, save_strategy="steps", save_steps=1)
+    trainer = train(pulse=CONFIG, save_steps=1)
     folder = trainer.args.output_dir
     whole = comparable(read_run(folder))
     for step in (1, 5, 7, 11, 23):
@@ -144,7 +144,7 @@ def test_a_resumed_run_reads_as_one_that_never_stopped(train: Make) -> None:
 
 
 def test_trials_are_recorded_and_not_again_by_a_resumed_run(train: Make) -> None:
-    trainer = train(pulse=THREE_ARMS, max_steps=160, save_strategy="steps", save_steps=30)
+    trainer = train(pulse=THREE_ARMS, max_steps=160, save_steps=30)
     folder = trainer.args.output_dir
     run = read_run(folder)
     assert run.trials == trainer.aees.calibrator.search.trials != []
