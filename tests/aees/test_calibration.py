@@ -191,12 +191,9 @@ def test_the_outputs_of_a_new_model_may_move_further_the_more_layers_it_has() ->
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_a_length_and_an_lr_that_are_none_are_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="`passes` must be a number > 0"):
-        Calibration(1e-3, passes=value)
-    with pytest.raises(ValueError, match="`steps` must be a number > 0"):
-        Calibration(1e-3, steps=value)
-    with pytest.raises(ValueError, match="`set_lr` must be a number > 0"):
-        Calibration(value)
+    for name in ("set_lr", "passes", "steps"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number > 0"):
+            Calibration(**{"set_lr": 1e-3, name: value})
 
 
 def test_an_outcome_is_one_line_with_both_lrs_and_how_to_keep_the_old_one() -> None:

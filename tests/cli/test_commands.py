@@ -13,12 +13,9 @@ from pulseopt_hf.compare.methods import METHODS
 from pulseopt_hf.recipes import catalogue
 from tests.cli.processes import command, interrupted
 from tests.conftest import run_python
-from tests.recipes.tiny import SHARED, assert_same_run, results
+from tests.recipes.tiny import SHARED, assert_same_run, needs_shared, results
 
 Local = Callable[..., list[str]]
-needs_data = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="needs the GLUE files in ../shared/data"
-)
 
 
 def real(name: str, model: str) -> list[str]:
@@ -95,7 +92,7 @@ def test_the_help_of_compare_has_every_method(shown: Callable[..., str]) -> None
     assert re.findall(r"^  (\w+)", methods, re.M) == list(METHODS)
 
 
-@needs_data
+@needs_shared
 def test_real_glue_trains_and_its_output_is_readable_in_a_file(bert: str, work: Path) -> None:
     done = command(*real("cola", bert), "--max_steps", "30")
     assert done.returncode == 0, done.stderr
@@ -134,7 +131,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it_to_the_same_end(l
 
 
 @pytest.mark.slow
-@needs_data
+@needs_shared
 def test_minilm_learns_sst2_from_the_real_file(work: Path) -> None:
     words = [*real("sst2", "embedded:minilm"), "--max_steps", "400"]
     assert main([*words, "--per_device_train_batch_size", "16"]) == 0

@@ -1,6 +1,5 @@
 """What an episode costs: in a run, and simulated for 1,024 ranks and 70 billion parameters."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ class Idle(torch.optim.Optimizer):
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storage that operators make."""
+    """Counts the bytes of storage that operators make in this thread, the only one of tests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,15 +44,6 @@ class Allocations(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
                 self.bytes += leaf.untyped_storage().nbytes()
         return result
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Dispatch modes see their own thread only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def memory_of_an_episode(parameter: torch.nn.Parameter, noise: float) -> int:

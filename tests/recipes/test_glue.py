@@ -9,7 +9,7 @@ import pytest
 from datasets import load_dataset
 from sklearn.metrics import accuracy_score, f1_score
 
-from tests.recipes.tiny import GLUE, SHARED, files_of, train, write_glue
+from tests.recipes.tiny import GLUE, SHARED, files_of, needs_shared, train, write_glue
 
 NAMES = {
     "mnli": {"entailment", "neutral", "contradiction"},
@@ -69,7 +69,7 @@ def test_json_parquet_and_saved_folders_give_the_numbers_of_csv(bert: str, tmp_p
     assert len(losses) == 1
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the GLUE files in ../shared/data")
+@needs_shared
 @pytest.mark.parametrize(
     ("name", "rows"), [("cola", (8551, 1043)), ("rte", (2490, 277)), ("sst2", (6920, 872))]
 )

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from pulseopt_hf import embedded
-from tests.recipes.tiny import SHARED, files_of, train
+from tests.recipes.tiny import SHARED, files_of, needs_shared, train
 
 
 def files(folder: Path, ending: str, train: str, validation: str) -> list[str]:
@@ -42,7 +42,7 @@ def test_a_text_file_alone_is_enough_for_a_language_model(gpt2, texts, tmp_path)
     assert 0 < scores["eval_samples"] < scores["train_samples"] / 10
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs wikitext-2 in ../shared/data")
+@needs_shared
 def test_wikitext_itself_is_read(gpt2: str, tmp_path: Path) -> None:
     folder = SHARED / "wikitext2"
     options = ["--model_name_or_path", gpt2, "--block_size", "128", "--max_eval_samples", "500"]

@@ -26,6 +26,7 @@ from pulseopt_hf.cli import main
 from pulseopt_hf.report.record_reader import read_run
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the files in ../shared/data")
 
 GOOD = ["fine", "bright", "warm", "clever"]
 BAD = ["dull", "cold", "stale", "clumsy"]
