@@ -1,4 +1,4 @@
-"""Finding optimizers and parameters inside of what a training stack wraps round them."""
+"""Finding optimizers and parameters inside what a training stack wraps round them."""
 
 from __future__ import annotations
 

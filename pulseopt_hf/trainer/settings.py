@@ -79,6 +79,7 @@ def check_optimizer(trainer: Any) -> None:
     Raises:
         ValueError: the Trainer's is one.
     """
+    # Events hand out no accelerator, and `check_events` refuses DeepSpeed there.
     if trainer.is_deepspeed_enabled and trainer.accelerator is not None:
         deepspeed.check_settings(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
