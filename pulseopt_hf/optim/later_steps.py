@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -67,7 +68,9 @@ def _walk(optimizer: torch.optim.Optimizer, steps: int, scale: float) -> float:
         gradients.append(scale * gradient.to(matrices[-1].device))
         lr = group["lr"]
         low = torch.full_like(lr, LR) if isinstance(lr, Tensor) else LR
-        groups.append({**group, "params": [matrices[-1]], "lr": low})
+        # A copy, since some optimizers count their steps in a tensor of the group.
+        own = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+        groups.append({**own, "params": [matrices[-1]], "lr": low})
     accepted = inspect.signature(type(optimizer)).parameters
     given = {name: value for name, value in optimizer.defaults.items() if name in accepted}
     walker = type(optimizer)(groups, **given)

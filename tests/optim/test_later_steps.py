@@ -80,6 +80,19 @@ def test_an_optimizer_that_needs_more_than_its_settings_is_taken_to_step_evenly(
     assert later_steps(Named(nn.Linear(4, 3).parameters(), "mine")) == 1.0
 
 
+def test_what_an_optimizer_counts_in_its_groups_stays_its_own() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group.setdefault("steps", torch.tensor(0)).add_(1)
+            return super().step(closure)
+
+    optimizer = Counting(nn.Linear(4, 3).parameters(), lr=0.1)
+    optimizer.step()
+    assert later_steps(optimizer, STEPS) == pytest.approx(1.0)
+    assert optimizer.param_groups[0]["steps"] == 1
+
+
 @pytest.mark.parametrize("make", [torch.optim.RAdam, RAdamScheduleFree])
 def test_first_steps_of_another_kind_are_not_calibrated(make: Make) -> None:
     optimizer = make(nn.Linear(4, 3).parameters())
