@@ -37,6 +37,8 @@ READABLE = 0.2  # share of a radius that a trial must reach to count; rounding i
 FAINT = 0.05  # share of the weights' movement that the outputs' must reach, in shares of the radii
 NEAR = 3.0  # factor within which a trial is near the radius
 SMALL = NEAR * NEAR  # how much smaller a trial must be to show that movement answers to the LR
+HARDLY = 1e-4  # share of its norm by which the weights hardly move
+AHEAD = 10.0  # how many times the allowed LR shows whether the outputs level off
 TRUSTED = 5  # trials near the radius, each of a batch of its own, that end the search
 MOST_TRIALS = 18
 LOWEST_LR, HIGHEST_LR = 1e-12, 1e6
@@ -160,6 +162,10 @@ class Calibration:
     be far too long. On the first batch it finds the order of magnitude, since one gradient serves
     any number of trials.
 
+    Where the outputs move though the weights hardly do, it looks ahead. A token of zeros that a
+    norm scales up has its full length after the smallest step, and larger ones move it no further:
+    outputs that level off below their radius say nothing of the LR.
+
     That the step of a well-chosen LR moves what the model computes by a set amount, whatever its
     width, is the condition of maximal-update parametrisation (Yang et al., "Tensor Programs V",
     2022, arXiv 2203.03466); here it is measured instead of derived. Unlike a range test (Smith,
@@ -198,6 +204,8 @@ class Calibration:
         if not self.trials:
             return _bounded(self.set_lr * FIRST_SCALE)
         last = self.trials[-1]
+        if self._is_to_look_ahead:
+            return self._ahead
         if not last.is_near:
             return _bounded(last.learning_rate * _step_towards(last))
         if not self._answers:
@@ -211,17 +219,19 @@ class Calibration:
     @property
     def batch_is_done(self) -> bool:
         """Whether the next trial should be taken on another batch."""
-        return bool(self.trials) and self.trials[-1].is_near and self._answers
+        near = bool(self.trials) and self.trials[-1].is_near
+        return near and self._answers and not self._is_to_look_ahead
 
     @property
     def is_done(self) -> bool:
         """Whether the search has ended."""
-        return len(self._trusted) >= TRUSTED or len(self.trials) >= MOST_TRIALS
+        enough = len(self._trusted) >= TRUSTED or len(self.trials) >= MOST_TRIALS
+        return enough or self.levels_off
 
     @property
     def learning_rate(self) -> float | None:
         """The LR found; `None` before the search has ended, and where nothing was found."""
-        if len(self._trusted) < TRUSTED:
+        if len(self._trusted) < TRUSTED or self.levels_off:
             return None
         return _bounded(_allowed(self._trusted, self._reach)[0] * self._length_factor)
 
@@ -246,6 +256,13 @@ class Calibration:
         return self.is_done and self.learning_rate is None
 
     @property
+    def levels_off(self) -> bool:
+        """Whether the outputs jump in the smallest step, and larger ones move them no further."""
+        return any(
+            t.learning_rate >= self._ahead and t.movement < OUTPUT_RADIUS for t in self.trials
+        )
+
+    @property
     def limited_by(self) -> str | None:
         """What limits the LR found: `outputs` or `weights`."""
         return None if self.learning_rate is None else _allowed(self._trusted, self._reach)[1]
@@ -253,6 +270,18 @@ class Calibration:
     def add(self, trial: Trial) -> None:
         """Add a trial that was taken at `next_lr`."""
         self.trials.append(trial)
+
+    @property
+    def _ahead(self) -> float:
+        """LR that would show that the outputs level off; infinite where nothing suggests it."""
+        hardly = (t for t in self.trials if t.is_near and 0.0 < t.weight_movement < HARDLY)
+        first = next(hardly, None)
+        return math.inf if first is None else _bounded(AHEAD * _allowed([first], 1.0)[0])
+
+    @property
+    def _is_to_look_ahead(self) -> bool:
+        tried = max((trial.learning_rate for trial in self.trials), default=0.0)
+        return tried < self._ahead < math.inf
 
     @property
     def _reach(self) -> float:

@@ -248,9 +248,10 @@ class Calibrator:
     def _finish(self, step: int) -> None:
         search, found = self.search, self.search.learning_rate
         if found is None:
-            self.give_up(
-                f"what the model computes did not answer to it in {len(search.trials)} trials", step
-            )
+            said = f"did not answer to it in {len(search.trials)} trials"
+            if search.levels_off:
+                said = "jumps in the smallest step, and hardly moves further in larger ones"
+            self.give_up(f"what the model computes {said}", step)
             return
         limit, factor = search.limited_by, (search.factor, search.factor_for)
         outcome = Outcome(search.set_lr, found, limit, None, step, *factor)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pulseopt_hf.optim.unwrap import shape_of
@@ -124,14 +125,25 @@ def unit(before: Reading, noisy: Reading) -> float:
 
 
 @contextmanager
-def noise(model: nn.Module) -> Iterator[None]:
-    """Drop a tenth of what every layer with a weight matrix is given, by torch's generator."""
+def noise(model: nn.Module, seed: int) -> Iterator[None]:
+    """Drop a tenth of what every layer with a weight matrix is given.
+
+    Args:
+        model: the model.
+        seed: of generators of its own. The global ones would come to another point for a model
+            that draws in eval mode, such as a masked autoencoder.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
 
     def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         first, *rest = args or (None,)
         if not isinstance(first, Tensor) or not first.is_floating_point():
             return args
-        return (nn.functional.dropout(first, DROPOUT), *rest)
+        if first.device not in generators:
+            generators[first.device] = torch.Generator(first.device).manual_seed(seed)
+        drawn = generators[first.device]
+        kept = torch.empty_like(first).bernoulli_(1.0 - DROPOUT, generator=drawn)
+        return (first * kept.div_(1.0 - DROPOUT), *rest)
 
     handles = [
         module.register_forward_pre_hook(drop)

@@ -28,7 +28,7 @@ from pulseopt_hf.optim.movement import (
     read_body,
     unit,
 )
-from pulseopt_hf.optim.randomness import kept_random_state, seed_torch
+from pulseopt_hf.optim.randomness import kept_random_state, seed_all
 
 DRAWS = 2  # of noise, for each call
 ROWS = 32  # over all ranks, after which no more calls are noted
@@ -142,8 +142,8 @@ class Probe:
         for index in range(len(self._units), len(calls)):
             self._units.append([0.0, 0.0])
             for draw in range(DRAWS):
-                with noise(self._modules[0]):
-                    (noisy,) = self._replay([calls[index]], seed=DRAWS * index + draw)
+                with noise(self._modules[0], DRAWS * index + draw):
+                    (noisy,) = self._replay([calls[index]])
                 for before, after in zip(self._before[index], noisy, strict=True):
                     self._units[index][before.is_body] += unit(before, after) / DRAWS
 
@@ -217,18 +217,20 @@ class Probe:
             self._is_noting = False
             self._positions += positions(output)
 
-    def _replay(self, calls: list[Call], seed: int = 0) -> list[list[Reading]]:
+    def _replay(self, calls: list[Call]) -> list[list[Reading]]:
         if not calls:
             return []
         found = []
         config = getattr(self._modules[-1], "config", None)
         kind = getattr(config, "problem_type", None)
-        with self._untouched(seed), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with self._untouched(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for call in calls:
                 module = self._modules[call.module]
                 if isinstance(module, DistributedDataParallel):
                     module = module.module  # the wrapper would send buffers to the other ranks
                 self.replayed_rows += _rows((call.args, call.kwargs))
+                # A model that draws in eval mode has to draw the same before and after a step.
+                seed_all(self._device, 0)
                 # A forward may add to a mapping that it was given.
                 args, kwargs = trees.map_tensors((call.args, call.kwargs), lambda tensor: tensor)
                 with (
@@ -244,7 +246,7 @@ class Probe:
         return found
 
     @contextmanager
-    def _untouched(self, seed: int) -> Iterator[None]:
+    def _untouched(self) -> Iterator[None]:
         """Put modules into eval mode, and see to it that nothing else changes."""
         training = [module for module in self._modules[0].modules() if module.training]
         depth, self._depth = self._depth, 1  # so that replays are not noted
@@ -252,8 +254,6 @@ class Probe:
             for module in training:
                 module.training = False
             try:
-                # A model that draws in eval mode has to draw the same before and after.
-                seed_torch(self._device, seed)
                 yield
             finally:
                 self._depth = depth

@@ -31,8 +31,11 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
                 numpy.random.set_state(state)
 
 
-def seed_torch(device: torch.device, seed: int) -> None:
-    """Seed torch's global generators of the CPU and of a device, of no other."""
+def seed_all(device: torch.device, seed: int) -> None:
+    """Seed the same generators."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

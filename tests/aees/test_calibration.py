@@ -94,7 +94,28 @@ def test_a_measure_that_does_not_answer_to_the_lr_decides_nothing(movement, weig
     assert search.failed
     assert search.learning_rate is None
     assert search.limited_by is None
-    assert len(search.trials) == MOST_TRIALS
+    assert search.levels_off == (weights != 0.0 and movement == 0.9 * OUTPUT_RADIUS)
+    assert search.levels_off or len(search.trials) == MOST_TRIALS
+
+
+@pytest.mark.parametrize("jump", [0.4, 0.9])
+def test_outputs_that_jump_and_then_level_off_say_nothing(jump: float) -> None:
+    """As those of a token of zeros, which a norm scales to its full length in the smallest step."""
+    search = Calibration(5e-5)
+    while not search.is_done:
+        lr = search.next_lr
+        moved = OUTPUT_RADIUS * (jump * min(1.0, lr / 1e-7) + lr / 1e-2)
+        search.add(Trial(lr, moved, WEIGHT_RADIUS * lr / 1e-2, True, 0))
+    assert search.levels_off
+    assert search.failed
+    assert len(search.trials) <= 4
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_outputs_that_move_much_and_go_on_moving_are_believed(repeatable: bool) -> None:
+    search = run(Model(1e-7, weight_lr=1e-2, repeatable=repeatable), 5e-5)
+    assert search.learning_rate == pytest.approx(1e-7, rel=0.01)
+    assert max(trial.learning_rate for trial in search.trials) > 4e-7  # it looked ahead
 
 
 @pytest.mark.parametrize("set_lr", [1e-6, 1e-2, 10.0])

@@ -99,7 +99,7 @@ def test_the_unit_goes_with_the_scale_of_the_outputs() -> None:
         model, x = nn.Linear(8, 1), torch.randn(64, 8)
         with torch.no_grad():
             (before,) = read(scale * model(x), {})
-            with noise(model):
+            with noise(model, 0):
                 (noisy,) = read(scale * model(x), {})
             model.weight += 0.1
             (after,) = read(scale * model(x), {})
@@ -116,7 +116,7 @@ def test_noise_drops_a_tenth_of_what_layers_are_given_and_is_gone_after() -> Non
         nn.init.eye_(model[2].weight)
         nn.init.zeros_(model[2].bias)
         tokens = torch.zeros(5, dtype=torch.long)
-        with noise(model):
+        with noise(model, 0):
             noisy = model(tokens)
         assert model(tokens).unique().tolist() == [1.0]
     assert noisy.unique().tolist() == pytest.approx([0.0, 1.0 / (1.0 - DROPOUT)])

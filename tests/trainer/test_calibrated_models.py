@@ -19,6 +19,8 @@ from transformers import (
     Trainer,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     set_seed,
 )
 
@@ -83,6 +85,15 @@ def points() -> list[dict[str, Tensor]]:
     return rows(x=torch.randn(200, 4), labels=torch.arange(200) % 3)
 
 
+def autoencoder(tokens: float) -> nn.Module:
+    """Return a model that draws which patches it masks, in eval mode, too."""
+    decoder = {f"decoder_{name}": value for name, value in SIZE.items()}
+    model = ViTMAEForPreTraining(ViTMAEConfig(image_size=8, patch_size=2, **SIZE, **decoder))
+    nn.init.normal_(model.vit.embeddings.cls_token, std=tokens)
+    nn.init.normal_(model.decoder.mask_token, std=tokens)
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
     "encoder-decoder": (
         lambda: T5ForConditionalGeneration(
@@ -122,6 +133,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
         ),
     ),
     "bare tensor": (Bare, points),
+    "masked autoencoder": (
+        lambda: autoencoder(1.0),
+        lambda: rows(pixel_values=torch.randn(200, 3, 8, 8)),
+    ),
     "encoder": (
         lambda: BertModel(bert(), add_pooling_layer=False),
         lambda: rows(input_ids=ids()),
@@ -156,6 +171,14 @@ def test_a_model_of_any_kind_is_calibrated(name: str, extra: Any, train: Make) -
     assert 50 * SET_LR < outcome.learning_rate < 0.1
     losses = logged(trainer)
     assert sum(losses[-10:]) < sum(losses[:6]) / 6 * 10
+
+
+def test_tokens_of_zeros_leave_the_lr_alone(train: Make, caplog: Any) -> None:
+    data = rows(pixel_values=torch.randn(200, 3, 8, 8))
+    settings = {"train_dataset": data, "learning_rate": 1e-3, **SETTINGS}
+    trainer = train(PulseOptTrainer, model=autoencoder(0.0), **settings)
+    assert trainer.aees.calibrator.outcome.learning_rate == 1e-3
+    assert "what the model computes jumps in the smallest step" in caplog.text
 
 
 def test_the_unit_of_a_regression_does_not_change_the_lr(make_trainer: Make) -> None:
