@@ -1,4 +1,4 @@
-"""Set the LR found beside a tenth, a third and three times of it, for other kinds of models.
+"""Set the LR found beside a tenth, a third and three times of it, for other models and optimizers.
 
     python -m benchmarks.other_kinds [--kinds t5,...] [--steps 300] [--out FOLDER] [--write]
 
@@ -216,16 +216,31 @@ KINDS: dict[str, Callable[[], Kind]] = {
     ),
     "lstm": partial(digits, Recurrent),
 }
+# A kind with an optimizer that is not AdamW: Trainer's name for it, or a class of torch's.
+OPTIMIZERS: dict[str, tuple[str, Any]] = {
+    "llama_sgd": ("llama", "sgd"),
+    "llama_adafactor": ("llama", "adafactor"),
+    "llama_nadam": ("llama", torch.optim.NAdam),
+    "llama_adamax": ("llama", torch.optim.Adamax),
+    "llama_adadelta": ("llama", torch.optim.Adadelta),
+    "lstm_sgd": ("lstm", "sgd"),
+    "lstm_nadam": ("lstm", torch.optim.NAdam),
+    "lstm_adamax": ("lstm", torch.optim.Adamax),
+}
 
 
-def train(kind: Kind, learning_rate: float | None, steps: int) -> dict[str, Any]:
+def train(
+    kind: Kind, learning_rate: float | None, steps: int, optimizer: Any = "adamw_torch"
+) -> dict[str, Any]:
     """Train at a static LR, or by default if it is `None`, and return what came of it."""
     new_model, rows, validation, collator = kind
+    is_named = isinstance(optimizer, str)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             learning_rate=UNTOUCHED if learning_rate is None else learning_rate,
+            optim=optimizer if is_named else "adamw_torch",
             max_steps=steps,
             warmup_steps=steps // 20,
             per_device_train_batch_size=BATCH,
@@ -236,8 +251,9 @@ def train(kind: Kind, learning_rate: float | None, steps: int) -> dict[str, Any]
             use_cpu=True,
             disable_tqdm=True,
         )
+        own = None if is_named else (optimizer, {"lr": arguments.learning_rate})
         trainer = (PulseOptTrainer if learning_rate is None else Trainer)(
-            new_model(), arguments, collator, rows, validation
+            *(new_model(), arguments, collator, rows, validation), optimizer_cls_and_kwargs=own
         )
         if learning_rate is None:
             arguments.max_steps = steps_after_calibration(trainer, steps, BATCH)
@@ -250,12 +266,13 @@ def train(kind: Kind, learning_rate: float | None, steps: int) -> dict[str, Any]
 
 def summarise(name: str, steps: int, out: Path) -> dict[str, Any]:
     """Run what a kind lacks, and return the LR found and the losses of all its runs."""
-    kind, done = KINDS[name](), {}
+    model, *optimizer = OPTIMIZERS.get(name, (name,))
+    kind, done = KINDS[model](), {}
 
     def cell(what: str, learning_rate: float | None) -> dict[str, Any]:
         file = out / f"{name} {steps} {what}.json"
         if not file.exists():
-            write_whole(file, json.dumps(train(kind, learning_rate, steps)) + "\n")
+            write_whole(file, json.dumps(train(kind, learning_rate, steps, *optimizer)) + "\n")
         done[what] = common.read(file)
         print(name, what, done[what], flush=True)
         return done[what]  # type: ignore[no-any-return]
@@ -285,7 +302,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = common.parser(str(__doc__), RESULT)
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", default=",".join([*KINDS, *OPTIMIZERS]))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
