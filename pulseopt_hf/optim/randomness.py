@@ -32,7 +32,7 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 
 def seed_all(device: torch.device, seed: int) -> None:
-    """Seed the same generators."""
+    """Seed the generators that `kept_random_state` puts back."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed)
