@@ -60,8 +60,7 @@ def measure(name: str, tuned: float, data: Path, out: Path) -> dict[str, Any]:
         before = outputs(model, probe, newness.body)
         unit = [0.0, 0.0]
         for draw in range(DRAWS):
-            torch.manual_seed(draw)
-            with noise(model):
+            with noise(model, draw):
                 moved = distances(before, outputs(model, probe, newness.body))
             unit = [total + one / DRAWS for total, one in zip(unit, moved, strict=True)]
         start = {key: value.clone() for key, value in model.state_dict().items()}
