@@ -31,6 +31,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(page: Path) ->
     assert page.read_text(encoding="utf-8") == PAGES[page], f"{page.name}: run `make readme`"
 
 
+@pytest.mark.slow
 def test_the_overhead_benchmark_measures_every_variant(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     words = ("--layers", "1", "--width", "48", "--rounds", "2", "--steps", "3")
@@ -42,6 +43,7 @@ def test_the_overhead_benchmark_measures_every_variant(tmp_path: Path) -> None:
     assert 0.0 < json.loads(out.read_text())["calibration_steps"] < 75
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_documentation_are_made_from_a_run(tmp_path: Path) -> None:
     run("figures", "--steps", "60", "--run", tmp_path / "run", "--out", tmp_path / "figures")
     made = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
@@ -101,6 +103,7 @@ def test_the_cost_is_within_its_bounds(tmp_path: Path) -> None:
     assert variants["lr+noise"]["extra_peak_mib"] <= 64
 
 
+@pytest.mark.slow
 def test_the_planted_bandit_and_the_measures_are_measured_anew(tmp_path: Path) -> None:
     """Short: the runs are real and the tables have their rows."""
     said = run("planted_bandit", "--steps", "120")
@@ -116,6 +119,7 @@ def test_the_planted_bandit_and_the_measures_are_measured_anew(tmp_path: Path) -
     assert weights < WEIGHT_RADIUS
 
 
+@pytest.mark.slow
 def test_the_ablation_trains_without_the_part(tmp_path: Path) -> None:
     """Where trials go as far as a step may, outputs saturate, and the LR found is higher."""
     said = run(
@@ -144,6 +148,7 @@ def test_small_models_are_trained_from_a_wrong_lr() -> None:
     assert found["default"] < found["static"] / 3
 
 
+@pytest.mark.slow
 def test_other_kinds_are_trained_at_multiples_of_the_lr_found(tmp_path: Path) -> None:
     kinds = ("--kinds", "resnet,lstm_nadam", "--steps", "60", "--out", tmp_path)
     words = ("other_kinds", *kinds)
@@ -158,6 +163,7 @@ def test_other_kinds_are_trained_at_multiples_of_the_lr_found(tmp_path: Path) ->
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == kept
 
 
+@pytest.mark.slow
 def test_the_comparison_of_tasks_runs_and_writes_nothing_unasked(tmp_path: Path) -> None:
     before = compare_tasks.RESULT.read_text()
     words = ("--data", tmp_path, "--tasks", "sentences", "--methods", "static,prodigy")

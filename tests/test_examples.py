@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_python
+from tests.engines.engine import slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", ["trainer.py", "callback.py"])
+@pytest.mark.parametrize("name", ["trainer.py", slow("callback.py")])
 def test_a_trainer_example_learns_with_several_arms(name: str, tmp_path: Path) -> None:
     done = run_python(EXAMPLES / name, cwd=tmp_path)
     assert "Learning rate calibrated: 0.001 was set, " in done.stderr

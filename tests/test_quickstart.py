@@ -94,6 +94,7 @@ def test_without_the_extra_the_page_is_one_command_away(tmp_path, capsys, monkey
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_pretrained_demo_runs_on_the_real_weights(tmp_path, capsys):
     assert (minilm_folder() / "model.safetensors").stat().st_size > 80e6
     folder = tmp_path / "run"

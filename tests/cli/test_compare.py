@@ -198,6 +198,7 @@ def test_a_comparison_is_run_kept_and_written(
         assert one["loss_after"] == other["loss_after"]
 
 
+@pytest.mark.slow
 def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(
     words: list[str], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_at_a_base_lr_of_zero_nothing_is_calibrated_or_paid_for(
     assert other["lr_scale"] > 0.0
 
 
+@pytest.mark.slow
 def test_what_is_stopped_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:
     words += ["--steps", "60", "--learning_rates", "1e-3,1e-2"]
     process = subprocess.Popen(

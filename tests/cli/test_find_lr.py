@@ -153,6 +153,7 @@ def test_where_the_extra_is_missing_it_is_named_before_anything_runs(refused, mo
     assert "`--plot` needs `pip install 'pulseopt-hf[report]'`: import of altair halted" in line
 
 
+@pytest.mark.slow
 def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
     pytest.importorskip("deepspeed")
     file = work.parent / "zero.json"
@@ -165,6 +166,7 @@ def test_under_deepspeed_it_says_what_to_do_instead(work: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_find_one_number(recipe, work, monkeypatch):
     monkeypatch.setitem(HERE, "TMPDIR", str(work))
     done = command("find-lr", *recipe, "--plot", "lr.svg", by=ACCELERATE)

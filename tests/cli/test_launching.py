@@ -17,6 +17,7 @@ from pulseopt_hf.errors import UsageError
 from pulseopt_hf.recipes.launching import leave_ranks
 from tests.cli.processes import ACCELERATE, ALONE, HERE, RANKS, TIMEOUT, command, interrupted
 from tests.conftest import run_command
+from tests.engines.engine import slow
 from tests.engines.ranks import free_port
 
 FSDP_ON_CPU = """
@@ -41,8 +42,8 @@ def last_command(run: Path) -> Any:
     ("by", "more"),
     [
         (ALONE, RANKS),
-        (ALONE, ["--accelerate_config", "launch/ddp", *RANKS]),
-        (ACCELERATE, []),
+        slow(ALONE, ["--accelerate_config", "launch/ddp", *RANKS]),
+        slow(ACCELERATE, []),
     ],
 )
 def test_a_command_trains_on_two_ranks_in_one_folder(by, more, words, work):
@@ -75,9 +76,9 @@ def test_a_rank_leaves_its_process_group_before_python_exits(problem, left):
 @pytest.mark.parametrize(
     ("by", "more", "code"),
     [
-        (ALONE, ["--accelerate_config", "ddp", *RANKS], 2),
+        slow(ALONE, ["--accelerate_config", "ddp", *RANKS], 2),
         (ALONE, ["--accelerate_config", "single"], 2),
-        (ACCELERATE, [], 1),  # which says itself where it failed
+        slow(ACCELERATE, [], 1),  # which says itself where it failed
     ],
 )
 def test_a_mistake_is_told_once_and_its_exit_code_comes_through(by, more, code, words, work):
@@ -90,6 +91,7 @@ def test_a_mistake_is_told_once_and_its_exit_code_comes_through(by, more, code, 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_ends_the_ranks_with_a_checkpoint_and_the_command_that_goes_on(
     number: signal.Signals, words: list[str], work: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_signal_ends_the_ranks_with_a_checkpoint_and_the_command_that_goes_on(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_fsdp2_profile_shards_the_model(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (work.parent / "sitecustomize.py").write_text(FSDP_ON_CPU)
     path = [work.parent, Path(__file__).parents[2], HERE.get("PYTHONPATH", "")]
@@ -134,6 +137,7 @@ def test_the_zero3_profile_divides_the_model_as_it_is_made(work, monkeypatch):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_script_for_slurm_trains_on_two_nodes(words: list[str], work: Path) -> None:
     """Slurm's own commands do here what they do there, on one machine: one launch for each node."""
     commands = {

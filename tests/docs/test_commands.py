@@ -102,6 +102,7 @@ def test_the_commands_of_a_page_are_right(page, tmp_path, monkeypatch):
     assert Path("lr.svg").exists() == (page == "recipes.md")
 
 
+@pytest.mark.slow
 def test_the_commands_on_reports_show_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["--max_steps", "60", "--logging_steps", "1", "--quiet", "--use_cpu"]

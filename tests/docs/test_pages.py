@@ -67,6 +67,7 @@ def test_i_fine_tune_with_trainer(calibrated: Any) -> None:
     assert page.blocks == []
 
 
+@pytest.mark.slow
 def test_i_use_trl(calibrated: Any) -> None:
     pytest.importorskip("trl", reason="install the extra `trl` to run this")
     page = Page("trl")

@@ -147,6 +147,7 @@ def test_ranks_agree(
     assert one["found"] == pytest.approx(factor * single["found"], rel=0.3)
 
 
+@pytest.mark.slow
 def test_what_zero_3_pads_its_parts_with_counts_nowhere(
     single: dict[str, Any], on_ranks: Make
 ) -> None:
@@ -165,8 +166,8 @@ def test_what_zero_3_pads_its_parts_with_counts_nowhere(
     [
         ("ddp", "subclass", {}),
         ("ddp", "events", {}),
-        ("fsdp2", "subclass", {"state_dict_type": "SHARDED_STATE_DICT"}),
-        pytest.param("zero2", "subclass", {}, marks=pytest.mark.slow),
+        slow("fsdp2", "subclass", {"state_dict_type": "SHARDED_STATE_DICT"}),
+        slow("zero2", "subclass", {}),
     ],
 )
 def test_ranks_resume_amid_the_trials_and_the_watch(

@@ -18,7 +18,7 @@ KNOBS: dict[str, Any] = {**ARMS, "episode_length": 3}
     ("engine", "ranks", "bf16"),
     [
         *(("ddp", 2, False), ("ddp", 2, True), ("ddp", 4, False)),
-        *(("fsdp2", 2, False), ("fsdp2", 2, True), ("fsdp2", 4, False)),
+        *(("fsdp2", 2, False), ("fsdp2", 2, True), slow("fsdp2", 4, False)),
     ],
 )
 def test_all_ranks_run_the_same_arms_and_have_equal_parameters_after_every_step(
@@ -180,7 +180,7 @@ NEEDS_5_24 = needs(
     [
         pytest.param("ddp", 1, 2, marks=NEEDS_5_24),
         pytest.param("ddp", 2, 1, marks=NEEDS_5_24),
-        ("fsdp2", 2, 4),
+        slow("fsdp2", 2, 4),
         slow("fsdp2", 4, 2),
     ],
 )

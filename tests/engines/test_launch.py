@@ -21,7 +21,7 @@ STEPS = ["--use_cpu", "true", "--max_steps", "12", "--episode_length", "3"]
     ("launcher", "ranks", "engine"),
     [
         ("ddp", 2, "DistributedDataParallel"),
-        ("torchrun", 2, "DistributedDataParallel"),
+        slow("torchrun", 2, "DistributedDataParallel"),
         slow("single", 1, "GPT2LMHeadModel"),
         slow("zero2", 2, "DeepSpeedEngine"),
         slow("zero3", 2, "DeepSpeedEngine"),

@@ -41,6 +41,7 @@ def make(out: Path, *, ours: bool) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_ends_no_higher_than_at_the_lr_that_was_set(tmp_path: Path) -> None:
     stock, ours = (make(tmp_path / f"ours={ours}", ours=ours) for ours in (False, True))
     stock.train()

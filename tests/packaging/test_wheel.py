@@ -77,6 +77,7 @@ def test_the_wheel_is_typed_and_has_every_module_and_recipe(wheel: Path) -> None
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_the_embedded_example(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     run_python("-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)

@@ -121,6 +121,7 @@ def test_sft_trains_lora_on_the_packed_words_of_the_assistant(train):
     assert 0 < scores["eval_mean_token_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_find_lr_finds_one_for_sft(chat, tmp_path, capsys):
     words = [word for word in options("sft", chat, tmp_path) if word != "--quiet"]
     assert main(["find-lr", "trl/sft", *words]) == 0

@@ -208,6 +208,7 @@ def test_names_of_arms_do_not_overlap(eventful: Path, calibrated: Path, tmp_path
         assert {"rotate(" in tick.get("transform", "") for tick in ticks} == {slanted}
 
 
+@pytest.mark.slow
 def test_ten_thousand_episodes_make_small_pictures(long: Path, tmp_path: Path) -> None:
     assert main(["plot", str(long), "--out", str(tmp_path)]) == 0
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}

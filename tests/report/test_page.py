@@ -439,6 +439,7 @@ def test_a_run_without_an_end_says_so_on_its_page(
     assert opened.complaints == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_episodes_open_within_three_seconds_and_stay_small(
     long: Path, page_of: Any, open_page: Open
 ) -> None:

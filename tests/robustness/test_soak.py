@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.robustness.soak import soak
 
 
@@ -12,6 +14,7 @@ def results(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_soak_kills_and_resumes_and_is_itself_resumed(tmp_path: Path) -> None:
     soak(tmp_path, kills=2, ddp_kills=0, examples=100)
     kills = results(tmp_path / "kills.jsonl")

@@ -29,6 +29,7 @@ from tests.conftest import (
     parameters_equal,
     stop_after,
 )
+from tests.engines.engine import slow
 from tests.engines.ranks import run_ranks
 from tests.optim.test_optimizers import KINDS
 
@@ -240,7 +241,7 @@ class Stream(IterableDataset[Any]):
         return iter(self.rows)
 
 
-@pytest.mark.parametrize("loader", ["stream", "spawn", "fork"])
+@pytest.mark.parametrize("loader", ["stream", "fork", slow("spawn")])
 def test_whatever_the_data_comes_from(train: Make, tiny_data: Any, loader: str) -> None:
     extra: dict[str, Any] = {}
     if loader != "stream":
