@@ -230,17 +230,16 @@ OPTIMIZERS: dict[str, tuple[str, Any]] = {
 
 
 def train(
-    kind: Kind, learning_rate: float | None, steps: int, optimizer: Any = "adamw_torch"
+    kind: Kind, learning_rate: float | None, steps: int, optimizer: Any = None
 ) -> dict[str, Any]:
     """Train at a static LR, or by default if it is `None`, and return what came of it."""
     new_model, rows, validation, collator = kind
-    is_named = isinstance(optimizer, str)
+    named = {"optim": optimizer} if isinstance(optimizer, str) else {}
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             learning_rate=UNTOUCHED if learning_rate is None else learning_rate,
-            optim=optimizer if is_named else "adamw_torch",
             max_steps=steps,
             warmup_steps=steps // 20,
             per_device_train_batch_size=BATCH,
@@ -250,8 +249,9 @@ def train(
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
+            **named,
         )
-        own = None if is_named else (optimizer, {"lr": arguments.learning_rate})
+        own = (optimizer, {"lr": arguments.learning_rate}) if isinstance(optimizer, type) else None
         trainer = (PulseOptTrainer if learning_rate is None else Trainer)(
             *(new_model(), arguments, collator, rows, validation), optimizer_cls_and_kwargs=own
         )

@@ -37,8 +37,8 @@ READABLE = 0.2  # share of a radius that a trial must reach to count; rounding i
 FAINT = 0.05  # share of the weights' movement that the outputs' must reach, in shares of the radii
 NEAR = 3.0  # factor within which a trial is near the radius
 SMALL = NEAR * NEAR  # how much smaller a trial must be to show that movement answers to the LR
-HARDLY = 1e-4  # share of its norm by which the weights hardly move
-AHEAD = 10.0  # how many times the allowed LR shows whether the outputs level off
+HARDLY = 1e-4  # share of their norm; weights that move by less hardly move
+AHEAD = 10.0  # times the LR that seems to be allowed, for a trial to see if outputs level off
 TRUSTED = 5  # trials near the radius, each of a batch of its own, that end the search
 MOST_TRIALS = 18
 LOWEST_LR, HIGHEST_LR = 1e-12, 1e6
@@ -162,9 +162,10 @@ class Calibration:
     be far too long. On the first batch it finds the order of magnitude, since one gradient serves
     any number of trials.
 
-    Where the outputs move though the weights hardly do, it looks ahead. A token of zeros that a
-    norm scales up has its full length after the smallest step, and larger ones move it no further:
-    outputs that level off below their radius say nothing of the LR.
+    If the outputs move though the weights hardly do, one trial takes `AHEAD` times the LR that
+    seems to be allowed. After the smallest step, a norm scales a token of zeros to its full length,
+    and larger steps move it no further. Outputs that level off like this, below their radius, say
+    nothing about the LR.
 
     That the step of a well-chosen LR moves what the model computes by a set amount, whatever its
     width, is the condition of maximal-update parametrisation (Yang et al., "Tensor Programs V",

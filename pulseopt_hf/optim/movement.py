@@ -130,8 +130,8 @@ def noise(model: nn.Module, seed: int) -> Iterator[None]:
 
     Args:
         model: the model.
-        seed: of generators of its own. The global ones would come to another point for a model
-            that draws in eval mode, such as a masked autoencoder.
+        seed: of generators of its own, so that a model that draws in eval mode, such as a masked
+            autoencoder, draws the same with noise and without.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
